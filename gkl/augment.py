@@ -1,0 +1,154 @@
+"""Augmentation of whole batches on the device they are on.
+
+    views = Views(["crop_flip", "autoaugment"], padding=4, flip=0.5)
+    basic, strong = views(images, seed=0, epoch=3, index=index)      # each (B, 3, H, W) uint8
+
+Every draw comes from gkl.counter: a sample's views depend on (seed, epoch, index) and not on its batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torchvision.transforms.v2.functional as TF
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+
+from gkl.counter import integers, sample_keys, uniform
+
+
+class Views:
+    """One or more independently drawn views of each image.
+
+    views: names in VIEWS. padding: pixels of black border a crop may reach into. flip: probability of mirroring.
+    """
+
+    def __init__(self, views: Sequence[str] = ("crop_flip",), padding: int = 4, flip: float = 0.5) -> None:
+        unknown = [view for view in views if view not in VIEWS]
+        if unknown or not views:
+            raise ValueError(f"augment.views must name some of {', '.join(VIEWS)}, got {list(views)}")
+        if padding < 0 or not 0.0 <= flip <= 1.0:
+            raise ValueError(f"augment needs padding >= 0 and flip in [0, 1], got {padding} and {flip}")
+        self.views, self.padding, self.flip = tuple(views), padding, flip
+
+    def __call__(self, images: Tensor, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
+        """images: (B, 3, H, W) uint8. index: (B,) places in the data set. One tensor like images per view."""
+        made = []
+        for number, view in enumerate(self.views):
+            keys = sample_keys(seed, epoch, index, f"crop_flip/{number}")
+            out = crop_flip(images, keys, padding=self.padding, flip=self.flip)
+            made.append(VIEWS[view](out, sample_keys(seed, epoch, index, f"{view}/{number}")))
+        return tuple(made)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 images to float32 in [0, 1]."""
+    return images.to(torch.float32).div_(255.0)
+
+
+def crop_flip(images: Tensor, keys: Tensor, *, padding: int, flip: float) -> Tensor:
+    """Random crop of the zero-padded image to its own size, mirrored with probability `flip`.
+
+    images: (B, C, H, W), any dtype. keys: (B,) from gkl.counter. Uniform over the (2 padding + 1)^2 offsets.
+    """
+    batch, _, height, width = images.shape
+    draws = integers(keys, 2, 2 * padding + 1)
+    rows = draws[:, :1] + torch.arange(height, device=images.device) - padding  # (B, H) of the source, -1 and less: border
+    columns = draws[:, 1:] + torch.arange(width, device=images.device) - padding
+    mirrored = uniform(keys + 1, 1) < flip
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W)
+    source = source.view(batch, 1, height * width).expand(-1, images.shape[1], -1)
+    out = images.flatten(2).gather(2, source).view_as(images)
+    return out * inside[:, None]
+
+
+def autoaugment(images: Tensor, keys: Tensor) -> Tensor:
+    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019). images: (B, 3, H, W) uint8; keys: (B,).
+
+    Each sample draws one of 25 sub-policies, whether each of its two operations happens, and its sign. Borders that
+    geometric operations bring in are grey (128), as in the authors' policy; they work on Pillow images, whose
+    nearest-neighbour rotation and integer rounding differ from torchvision's by single pixels and grey levels.
+    """
+    policy = integers(keys, 1, len(CIFAR10_POLICY)).squeeze(1)
+    chance, sign = uniform(keys + 1, 2), integers(keys + 2, 2, 2)
+    out = images.clone()
+    for number, sub_policy in enumerate(CIFAR10_POLICY):
+        drawn = policy == number
+        for place, (operation, probability, level) in enumerate(sub_policy):
+            for negative in (0, 1):
+                who = (drawn & (chance[:, place] < probability) & (sign[:, place] == negative)).nonzero().squeeze(1)
+                if len(who):
+                    out[who] = apply(operation, out[who], level, bool(negative))
+    return out
+
+
+def apply(operation: str, images: Tensor, level: int, negative: bool) -> Tensor:
+    """One AutoAugment operation at level 0..9 on images (B, 3, H, W) uint8. `negative`: which sign a signed one takes."""
+    height, width = images.shape[-2:]
+    sign = -1.0 if negative else 1.0
+    amount = level / 9
+    grey = [128.0, 128.0, 128.0]
+    if operation == "shear_x" or operation == "shear_y":
+        degrees = torch.rad2deg(torch.atan(torch.tensor(sign * 0.3 * amount))).item()
+        shear, centre = ([degrees, 0.0], [0.0, 0.0]) if operation == "shear_x" else ([0.0, degrees], [0.0, 0.0])
+        return TF.affine(images, 0.0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, grey, centre)
+    if operation == "translate_x" or operation == "translate_y":
+        by = int(sign * 150 / 331 * amount * (width if operation == "translate_x" else height))
+        shift = [by, 0] if operation == "translate_x" else [0, by]
+        return TF.affine(images, 0.0, shift, 1.0, [0.0, 0.0], InterpolationMode.NEAREST, grey)
+    if operation == "rotate":
+        return TF.rotate(images, sign * 30 * amount, InterpolationMode.NEAREST, fill=grey)
+    if operation in ENHANCE:
+        return ENHANCE[operation](images, 1.0 + sign * 0.9 * amount)
+    if operation == "posterize":
+        return TF.posterize(images, 8 - round(4 * amount))
+    if operation == "solarize":
+        return TF.solarize(images, 255.0 * (1 - amount))
+    return PLAIN[operation](images)
+
+
+ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "brightness": TF.adjust_brightness,
+    "color": TF.adjust_saturation,
+    "contrast": TF.adjust_contrast,
+    "sharpness": TF.adjust_sharpness,
+}
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "autocontrast": TF.autocontrast,
+    "equalize": TF.equalize,
+    "invert": TF.invert,
+}
+VIEWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "crop_flip": lambda images, keys: images,
+    "autoaugment": autoaugment,
+}
+
+# (operation, probability, level) twice per sub-policy; Cubuk et al. 2019, Table 7.
+CIFAR10_POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
+    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
+    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
+    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
+    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
+    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
+    (("color", 0.4, 3), ("brightness", 0.6, 7)),
+    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
+    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
+    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
+    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
+    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
+    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
+    (("brightness", 0.9, 6), ("color", 0.2, 8)),
+    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
+    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
+    (("color", 0.9, 9), ("equalize", 0.6, 6)),
+    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
+    (("brightness", 0.1, 3), ("color", 0.7, 0)),
+    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
+    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
+    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
+    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
+    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
+)

@@ -1,0 +1,58 @@
+"""Sums over the processes of a run; with one process (or none initialised) they return what they are given.
+
+The few places where the mathematics of a step couples samples (normaliser, class prior, gradients) call these,
+so that N processes holding slices of a batch compute what one process holding all of it would.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes that share each batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def world_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over all processes, without gradient; the same on every process."""
+    if world_size() == 1:
+        return tensor.detach()
+    total = tensor.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def world_sum_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by its sum over all processes, in one message per dtype."""
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        flat = torch.cat([t.detach().reshape(-1) for t in group])
+        dist.all_reduce(flat)
+        for tensor, total in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.detach().copy_(total.view_as(tensor))
+
+
+def broadcast_(tensors: Iterable[Tensor], source: int = 0) -> None:
+    """Replace each tensor by process `source`'s, in one message per dtype."""
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for group in by_dtype.values():
+        flat = torch.cat([t.detach().reshape(-1) for t in group])
+        dist.broadcast(flat, source)
+        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))

@@ -1,0 +1,98 @@
+"""Accuracy on clean and attacked images: per-image flags, so that shards and batches can be put together.
+
+    correct = accuracy(model, images, labels, batch_size=256, device=device)          # (N,) bool
+    robust = pgd_robust(model, images, labels, epsilon=8 / 255, steps=20, ...)        # (N,) bool
+    result = evaluate(model, images, labels, epsilon=8 / 255, folder=folder, ...)     # AutoAttack
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gkl.attacks import Norm, pgd, project
+from gkl.counter import normal, sample_keys, uniform
+from gkl.evaluation.autoattack import AutoAttackResult, collect, evaluate
+
+__all__ = ["AutoAttackResult", "accuracy", "collect", "evaluate", "first_of_each_class", "pgd_robust"]
+
+LogitsFn = Callable[[Tensor], Tensor]
+
+
+@torch.no_grad()
+def accuracy(logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device) -> Tensor:
+    """Which images are classified correctly, (N,) bool on the CPU. images: (N, 3, H, W), uint8 or float in [0, 1]."""
+    correct = [
+        (logits_fn(x).argmax(-1) == y).cpu() for x, y, _ in _batches(images, labels, batch_size, device)
+    ]
+    return torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
+
+
+def pgd_robust(
+    logits_fn: LogitsFn,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float,
+    steps: int,
+    step_size: float = 2 / 255,
+    norm: Norm = "linf",
+    loss: Literal["ce", "cw"] = "ce",
+    seed: int = 0,
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Which images withstand PGD-`steps` from one random start in the epsilon-ball, (N,) bool on the CPU.
+
+    loss: "ce" climbs the cross-entropy (PGD), "cw" the margin max_{k != y} z_k - z_y (CW). epsilon, step_size: pixel
+    units. The start depends on (seed, image number) alone. logits_fn: in eval mode. Source: Table XV.
+    """
+    robust = []
+    for x, y, index in _batches(images, labels, batch_size, device):
+        keys = sample_keys(seed, 0, index, "pgd_start")
+        noise = 2 * uniform(keys, x[0].numel()).view_as(x) - 1 if norm == "linf" else normal(keys, tuple(x.shape[1:]), x.dtype)
+        start = project(x + epsilon * noise, x, norm=norm, epsilon=epsilon)
+        objective = _cross_entropy if loss == "ce" else _margin
+        x_adv = pgd(
+            logits_fn, x, lambda z, y=y: objective(z, y), norm=norm, epsilon=epsilon, step_size=step_size, steps=steps,
+            start=start,
+        )  # fmt: skip
+        with torch.no_grad():
+            robust.append((logits_fn(x_adv).argmax(-1) == y).cpu())
+    return torch.cat(robust) if robust else torch.zeros(0, dtype=torch.bool)
+
+
+def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:
+    """The first `count` image numbers when the classes take turns, each in its own order; None: all, as they are.
+
+    A fixed subset with the classes as even as they can be, whatever order a data set has. labels: (N,).
+    """
+    if count is None or count >= len(labels):
+        return torch.arange(len(labels))
+    turn = torch.zeros(len(labels), dtype=torch.int64)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        turn[members] = torch.arange(len(members))
+    order = sorted(range(len(labels)), key=lambda i: (int(turn[i]), int(labels[i])))
+    return torch.tensor(sorted(order[:count]))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], float("-inf"))
+    return others.amax(-1) - true
+
+
+def _batches(
+    images: Tensor, labels: Tensor, batch_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Float images in [0, 1], labels and image numbers, batch by batch on the device."""
+    for index in torch.arange(len(labels)).split(batch_size) if len(labels) else ():
+        x = images[index].to(device)
+        yield (x.float() / 255 if x.dtype == torch.uint8 else x), labels[index].to(device), index.to(device)

@@ -1,0 +1,250 @@
+"""The losses of the paper: KL, its decoupled form DKL, the generalized form GKL, the conference form IKL, and JSD.
+
+    per_example = gkl(adv_logits, clean_logits, prior[labels], alpha=20.0, beta=4.0, gamma=0.4, reduction="none")
+    loss = F.cross_entropy(clean_logits, labels) + per_example.mean()
+
+`student` is the paper's n (adversarial view, or student network), `teacher` its m (clean view, or teacher network).
+`alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
+cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
+
+This GKL is not the "generalized KL divergence" between unnormalised measures.
+Source: arXiv 2503.08038.
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Reduction = Literal["mean", "none"]
+
+
+def kl(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """KL(softmax(teacher/T) || softmax(student/T)) in nats (Eq. 2), with gradient to both; no factor T^2.
+
+    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    """
+    student, teacher = _logits(student_logits, teacher_logits)
+    log_student = F.log_softmax(student / temperature, dim=-1)
+    log_teacher = F.log_softmax(teacher / temperature, dim=-1)
+    return _reduce(F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1), reduction)
+
+
+def jsd(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Jensen-Shannon divergence of the two softmax outputs in nats (Eq. 15), symmetric, at most log 2.
+
+    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    """
+    student, teacher = _logits(student_logits, teacher_logits)
+    log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+    log_middle = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0, dtype=student.dtype))
+    to_middle = [
+        F.kl_div(log_middle, log_p, log_target=True, reduction="none").sum(-1) for log_p in (log_student, log_teacher)
+    ]
+    return _reduce(0.5 * (to_middle[0] + to_middle[1]), reduction)
+
+
+def dkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Decoupled KL (Eq. 5): wMSE reaches only the teacher, the cross-entropy only the student.
+
+    At alpha = beta = 1 its gradients are those of `kl`, its value is not (Theorem 1).
+    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    """
+    weights = F.softmax(at_least_float32(teacher_logits.detach()), dim=-1)
+    return gkl(
+        student_logits,
+        teacher_logits,
+        weights,
+        alpha=alpha,
+        beta=beta,
+        gamma=1.0,
+        pair_weight=1.0,
+        break_asymmetry=False,
+        reduction=reduction,
+    )
+
+
+def ikl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weights: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Improved KL of the conference version: GKL at gamma = 1, wMSE divided by the batch size.
+
+    Arguments and result as `gkl`. Source: arXiv 2305.13948 and the authors' released v1 code.
+    """
+    return gkl(
+        student_logits,
+        teacher_logits,
+        weights,
+        alpha=alpha,
+        beta=beta,
+        gamma=1.0,
+        temperature=temperature,
+        pair_weight=1.0,
+        reduction=reduction,
+    )
+
+
+def gkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weights: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    gamma: float,
+    temperature: float = 1.0,
+    pair_weight: float | Tensor | None = None,
+    break_asymmetry: bool = True,
+    validate: bool = True,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Generalized KL (Eq. 13 as Algorithm 1 computes it): alpha * wMSE + beta * cross-entropy.
+
+    wMSE   1/4 sum_jk (w_j w_k)^gamma ((t_j - t_k) - (s_j - s_k))^2 / (mean over the batch of sum_jk (w_j w_k)^gamma),
+           computed as 1/2 W sum_j v_j (d_j - mean_v d)^2 with d = t - s, v = w^gamma, W = sum_j v_j: O(B C), no
+           cancellation, on the raw logits whatever the temperature. Gradient to student and teacher.
+    CE     - sum_j softmax(t/T)_j log softmax(s/T)_j, in nats. Gradient to the student alone; no factor T^2.
+
+    student_logits, teacher_logits: (B, C). weights: (B, C), rows are probabilities, no gradient flows into them:
+    `softmax(teacher)` (sample-wise) or `prior[labels]` (class-wise).
+    gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
+    pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
+    batches of all processes (see `mean_pair_weight`); 1 gives Eq. 13 without normalisation.
+    break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
+    validate: False skips the check of the weights' values, which on a GPU waits for the device.
+    Returns the mean over the batch, or (B,) with reduction="none".
+    Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
+    """
+    student, teacher = _logits(student_logits, teacher_logits)
+    if weights.shape != student.shape:
+        raise ValueError(
+            f"gkl needs weights of the logits' shape {tuple(student.shape)}, got {tuple(weights.shape)}; "
+            "pass softmax(teacher) or prior[labels]"
+        )
+    smoothed = smooth(weights.detach().to(student.dtype), gamma, validate=validate)
+    total = smoothed.sum(-1)  # (B,)
+    if pair_weight is None:
+        pair_weight = total.square().mean()
+    per_example = _ClosedForm.apply(
+        student, teacher, smoothed, total, alpha / pair_weight, beta, temperature, break_asymmetry
+    )
+    return _reduce(per_example, reduction)
+
+
+def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
+    """weights ** gamma, the smoothed weights of Eq. 12. weights: (B, C), rows are probabilities.
+
+    Raises ValueError for gamma outside [0, 1] or, with `validate`, rows that are no probabilities.
+    """
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    if validate:
+        low, high = (value.item() for value in weights.sum(-1).aminmax())
+        smallest = weights.amin().item()
+        if not (0.99 <= low and high <= 1.01 and smallest >= 0.0):  # written so that NaN fails too
+            raise ValueError(
+                "weights must be probabilities (rows that sum to 1, no entry below 0), got row sums "
+                f"{low:g}..{high:g} and a smallest entry {smallest:g}; pass softmax(teacher) or prior[labels]"
+            )
+    if gamma == 1.0:
+        return weights
+    if gamma == 0.0:
+        return torch.ones_like(weights)
+    return weights.log().mul_(gamma).exp_()  # a third of the time of pow; 0 stays 0
+
+
+def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
+    """Mean over the batch of sum_jk (w_j w_k)^gamma = (sum_j w_j^gamma)^2, the divisor of wMSE. weights: (B, C)."""
+    return smooth(weights, gamma, validate=False).sum(-1).square().mean()
+
+
+class _ClosedForm(torch.autograd.Function):
+    """(B,) values of wmse_scale * wMSE + beta * CE with their gradients in closed form.
+
+    The logits enter through log_softmax alone: wMSE does not see a shift of the logits, and log_softmax removes
+    the shift before anything is rounded, so logits with a common offset of 1e4 lose nothing in float32.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        smoothed: Tensor,
+        total: Tensor,
+        wmse_scale: float | Tensor,
+        beta: float,
+        temperature: float,
+        break_asymmetry: bool,
+    ) -> Tensor:
+        scaled = temperature != 1.0
+        log_student = F.log_softmax(student / temperature if scaled else student, dim=-1)
+        log_teacher = F.log_softmax(teacher / temperature if scaled else teacher, dim=-1)
+        teacher_probs = log_teacher.exp()
+        log_likelihood = torch.linalg.vecdot(teacher_probs, log_student)  # (B,) minus the cross-entropy
+
+        difference = log_teacher.sub_(log_student)  # (B, C) teacher - student, up to a shift per row
+        if scaled:
+            difference *= temperature
+        difference -= (torch.linalg.vecdot(smoothed, difference) / total).unsqueeze(-1)
+        pull = smoothed * difference  # (B, C) gradient of wMSE with respect to the teacher, but for its scale
+        scale = total * wmse_scale  # (B,)
+        value = torch.linalg.vecdot(pull, difference).mul_(scale).mul_(0.5).sub_(log_likelihood, alpha=beta)
+
+        ctx.asymmetric, ctx.beta = not break_asymmetry, beta / temperature
+        needs_student, needs_teacher = ctx.needs_input_grad[:2]
+        to_student = log_student.exp_().sub_(teacher_probs) if needs_student else None
+        ctx.save_for_backward(pull if needs_teacher or break_asymmetry else None, scale, to_student)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pull, scale, to_student = ctx.saved_tensors
+        along_pull = None if pull is None else (grad * scale).unsqueeze(-1)  # (B, 1)
+        student = None if to_student is None else to_student * (grad * ctx.beta).unsqueeze(-1)
+        if student is not None and not ctx.asymmetric:
+            student.addcmul_(pull, along_pull, value=-1.0)
+        teacher = pull * along_pull if ctx.needs_input_grad[1] else None
+        return student, teacher, None, None, None, None, None, None
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: half-precision logits are never subtracted as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both logits as (B, C) in one dtype of at least float32."""
+    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2 or student.shape[0] < 1:
+        raise ValueError(
+            f"student and teacher logits must both be (B, C) with C >= 2, got {tuple(student.shape)} "
+            f"and {tuple(teacher.shape)}; flatten other dimensions into B"
+        )
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _reduce(per_example: Tensor, reduction: Reduction) -> Tensor:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
+    return per_example.mean() if reduction == "mean" else per_example

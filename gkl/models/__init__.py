@@ -1,0 +1,31 @@
+"""Networks by name, through timm's registry, and the weights that others have published for them.
+
+model = create("wrn_34_10", num_classes=100)
+print(load_checkpoint(model, "cifar100_a4b20t4.pt"))
+"""
+
+import difflib
+from typing import Any
+
+import timm
+from torch import nn
+
+from gkl.models import preact_resnet, wide_resnet  # noqa: F401  (importing registers their networks with timm)
+from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
+
+__all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """A freshly initialised network: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
+
+    name: any of timm's or ours. options: what else that network takes, as `normalisation` of wrn_28_10_swish.
+    Raises ValueError for an unknown name, naming the closest ones, and for fewer than two classes.
+    """
+    if not timm.is_model(name):
+        spelt = name.lower().replace("-", "_")
+        closest = difflib.get_close_matches(spelt, timm.list_models(), n=3, cutoff=0.0)
+        raise ValueError(f"no network is called {name!r}; the closest names are {', '.join(closest)}")
+    if num_classes < 2:
+        raise ValueError(f"a classifier needs num_classes >= 2, got {num_classes}")
+    return timm.create_model(name, num_classes=num_classes, **options)

@@ -1,0 +1,95 @@
+"""Batch norm as several cards have it, and the modes of a network as context managers.
+
+model = group_batch_norm(create("wrn_34_10", num_classes=100), groups=4)  # the published runs: four cards
+with eval_mode(model):
+    x_adv = attack(model, x)
+with frozen_statistics(model):
+    loss(model(x_adv)).backward()  # normalised by the batch, running statistics untouched
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class GroupBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that cuts its batch as torch.chunk(x, groups), each chunk normalised by its own statistics.
+
+    Running statistics follow the first chunk alone. Source: what nn.DataParallel does over `groups` cards,
+    where only replica 0 shares its buffers with the network that is kept.
+    """
+
+    groups: int = 1
+    group_size: int = 0  # images in a chunk where it is not this batch's own share: see set_group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape. Raises ValueError for a chunk of one value a channel, as torch."""
+        by_batch = self.training or self.running_mean is None
+        if self.groups == 1 or not by_batch:
+            return super().forward(x)
+        first, *others = x.split(self.group_size) if self.group_size else x.chunk(self.groups)
+        normalised = [super().forward(first)]
+        for chunk in others:
+            normalised.append(
+                F.batch_norm(chunk, None, None, self.weight, self.bias, training=True, eps=self.eps)
+            )
+        return torch.cat(normalised)
+
+
+def group_batch_norm(model: nn.Module, groups: int) -> nn.Module:
+    """Make every BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
+
+    Parameters, buffers and their names stay, and so does eval mode. groups = 1 is plain batch norm.
+    Raises ValueError for groups < 1, and for a subclass of BatchNorm2d, whose own forward would be lost.
+    """
+    if groups < 1:
+        raise ValueError(f"batch norm needs groups >= 1, got {groups}; 1 normalises the whole batch together")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and type(module) not in (nn.BatchNorm2d, GroupBatchNorm2d):
+            kind = type(module).__name__
+            raise ValueError(f"only a plain BatchNorm2d can be grouped, got {kind} at {name}; use groups=1")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.__class__ = GroupBatchNorm2d  # in place of a copy: parameters, buffers and hooks stay
+        if isinstance(module, GroupBatchNorm2d):
+            module.groups = groups
+    return model
+
+
+def set_group_size(model: nn.Module, size: int) -> None:
+    """Cut batches into chunks of `size` images from now on (0: of batch / groups).
+
+    A process that holds some of a larger batch's chunks then cuts where the whole batch would be cut.
+    """
+    for module in model.modules():
+        if isinstance(module, GroupBatchNorm2d):
+            module.group_size = size
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch norm in training mode normalises by the batch but leaves its running statistics alone."""
+    tracking = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for module in tracking:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards every module is back in its own mode."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

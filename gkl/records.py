@@ -1,0 +1,134 @@
+"""One JSON file per run: what was run, on what, and what came out. Append-only, checked when written and when read.
+
+    path = write_record(Path("results/runs"), record)
+    records = read_records(Path("results/runs"))
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+# Top-level settings that do not change what is computed: a run has one identity wherever and however often it runs.
+EXCLUDED = ("seed", "paths", "device", "devices", "logger", "launcher", "checkpoint_minutes", "experiment", "scale", "protocol")
+EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder")
+
+Record = dict[str, Any]
+
+REQUIRED: dict[str, Any] = {
+    "schema": int,
+    "experiment": str,
+    "scale": str,
+    "protocol": str,
+    "seed": int,
+    "identity": str,
+    "config": dict,
+    "status": str,
+    "metrics": dict,
+    "history": str,
+    "checkpoint": dict,
+    "code": dict,
+    "versions": dict,
+    "hardware": dict,
+    "data": dict,
+    "cost": dict,
+    "finished": str,
+}
+
+
+def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without seed, paths, devices and logging, as a record holds it."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(value) for key, value in node.items() if key not in EXCLUDED_ANYWHERE}
+        return [clean(value) for value in node] if isinstance(node, list) else node
+
+    return {key: clean(value) for key, value in config.items() if key not in EXCLUDED}
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that stand for a resolved configuration: the same mathematics has the same ones."""
+
+    def canonical(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: canonical(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [canonical(value) for value in node]
+        if isinstance(node, int | float) and not isinstance(node, bool):
+            return f"{node:.12g}"  # 4 and 4.0 are one setting
+        return node
+
+    text = json.dumps(canonical(without_excluded(config)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def record_path(root: Path, experiment: str, scale: str, identity: str, seed: int) -> Path:
+    """<root>/<experiment>/<scale>/<identity>/seed<k>.json"""
+    return root / experiment / scale / identity / f"seed{seed}.json"
+
+
+def validate(record: Any) -> None:
+    """Raises ValueError naming the first thing wrong with a record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, got {type(record).__name__}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"a record needs {key} ({kind.__name__}), got {record.get(key)!r}")
+    if record["schema"] != SCHEMA:
+        raise ValueError(f"record schema {record['schema']} is not {SCHEMA}, the one this version reads")
+    if record["status"] not in ("done", "failed"):
+        raise ValueError(f"status must be done or failed, got {record['status']!r}")
+    for name, value in record["metrics"].items():
+        if not isinstance(value, int | float) or not math.isfinite(value) or not 0.0 <= value <= 100.0:
+            raise ValueError(f"metric {name} must be a percentage, got {value!r}")
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"]):
+        raise ValueError(f"finished must look like 2026-01-31T12:00:00Z, got {record['finished']!r}")
+    if Path(record["history"]).is_absolute():
+        raise ValueError(f"history must be a relative path, got {record['history']!r}")
+    if "stand_in_for" not in record["data"] or not isinstance(record["data"].get("name"), str):
+        raise ValueError(f"data needs name and stand_in_for, got {record['data']!r}")
+    if record["identity"] != identity(record["config"]):
+        raise ValueError(f"identity {record['identity']} is not that of the record's config, {identity(record['config'])}")
+
+
+def write_record(root: Path, record: Record) -> Path:
+    """Write a record to its place, whole or not at all. Raises FileExistsError rather than change one that is there."""
+    validate(record)
+    path = record_path(root, record["experiment"], record["scale"], record["identity"], record["seed"])
+    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if path.read_text() == text:
+            return path
+        raise FileExistsError(f"{path} holds another record of the same run; records are never changed, move it away first")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """A checked record. Raises ValueError naming the file when it is damaged."""
+    try:
+        record = json.loads(path.read_text())
+        validate(record)
+    except ValueError as error:  # json's error is one as well
+        raise ValueError(f"record {path} is damaged: {error}") from error
+    return dict(record)
+
+
+def read_records(root: Path) -> list[Record]:
+    """All records below root in the order of their paths, each with its `path` relative to root."""
+    return [{**read_record(path), "path": str(path.relative_to(root))} for path in sorted(root.rglob("seed*.json"))]

@@ -1,0 +1,36 @@
+"""Train one run, evaluate it, write its record.
+
+    python scripts/train.py experiment=at/c100_basic_gkl scale=smoke seed=0 [loss.gamma=0.3 devices=4 ...]
+    python scripts/train.py experiment=... --cfg      # only print the resolved configuration
+
+Stopped at any moment (Ctrl-C, SIGTERM, SIGKILL) and started again with the same command, it goes on where it was.
+"""
+
+import sys
+
+from omegaconf import OmegaConf
+
+from trainers.command import run_main
+from trainers.configuration import check, check_machine, compose
+from trainers.launch import start, wait
+from trainers.run import freeze, record_path, run_folder
+
+
+def main(arguments: list[str]) -> int:
+    """Compose, check, freeze, start the processes. Returns the exit code."""
+    config = compose("train", [a for a in arguments if a != "--cfg"])
+    if "--cfg" in arguments:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
+        return 0
+    check(config, config["devices"])
+    check_machine(config)
+    if record_path(config).exists():
+        print(f"this run is done: {record_path(config)}")
+        return 0
+    with run_folder(config).locked():
+        path = freeze(config)
+    return wait(start(path))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, __doc__))

@@ -1,0 +1,282 @@
+"""Published layouts, damaged files and files with code, against the loader."""
+
+import argparse
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import gkl.models
+from gkl.models import CheckpointMismatch, load_checkpoint
+from gkl.models.wide_resnet import SwishWideResNet, WideResNet
+
+WRAPPED = {
+    "plain": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 200, "best": 31.9},
+    "model": lambda state: {"model": state, "optimizer": {"state": {}, "param_groups": []}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "unaveraged_model_state_dict": {}},
+}
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Every tensor different from a fresh model's."""
+    for index, tensor in enumerate(model.state_dict().values()):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) % 17 + index)
+    return model
+
+
+def assert_equal(model: nn.Module, reference: nn.Module) -> None:
+    for (name, ours), theirs in zip(model.state_dict().items(), reference.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def save(state: Any, folder: Path) -> Path:
+    torch.save(state, folder / "model.pt")
+    return folder / "model.pt"
+
+
+def reference_names(blocks: int) -> list[str]:
+    """What the authors' and TRADES' WideResNet calls its tensors, written out by hand."""
+    bn = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["conv1.weight"]
+    for stage in (1, 2, 3):
+        for i in range(blocks):
+            at = f"block{stage}.layer.{i}"
+            names += [f"{at}.bn1.{key}" for key in bn] + [f"{at}.conv1.weight"]
+            names += [f"{at}.bn2.{key}" for key in bn] + [f"{at}.conv2.weight"]
+            names += [f"{at}.convShortcut.weight"] if i == 0 else []
+    return [*names, *(f"bn1.{key}" for key in bn), "fc.weight", "fc.bias"]
+
+
+def swish_reference_names(blocks: int) -> list[str]:
+    """What DM-AT's and RobustBench's network calls its tensors, written out by hand."""
+    bn = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    names = ["init_conv.weight"]
+    for stage in (0, 1, 2):
+        for i in range(blocks):
+            at = f"layer.{stage}.block.{i}"
+            names += [f"{at}.batchnorm_0.{key}" for key in bn] + [f"{at}.conv_0.weight"]
+            names += [f"{at}.batchnorm_1.{key}" for key in bn] + [f"{at}.conv_1.weight"]
+            names += [f"{at}.shortcut.weight"] if i == 0 else []
+    return [*names, *(f"batchnorm.{key}" for key in bn), "logits.weight", "logits.bias"]
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [("wrn_34_10", reference_names(5)), ("wrn_28_10_swish", swish_reference_names(4))],
+)
+def test_published_parameter_names(name: str, names: list[str]) -> None:
+    with torch.device("meta"):
+        assert sorted(gkl.models.create(name, num_classes=100).state_dict()) == sorted(names)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("network", [WideResNet, SwishWideResNet])
+def test_published_layouts_load(
+    network: type[nn.Module], parallel: bool, wrapper: str, tmp_path: Path
+) -> None:
+    source = trained(network(10, 1, num_classes=10))
+    state = (nn.DataParallel(nn.Sequential(source)) if parallel else source).state_dict()
+    assert all(key.startswith("module.0.") for key in state) == parallel
+    model = network(10, 1, num_classes=10)
+    report = load_checkpoint(model, save(WRAPPED[wrapper](state), tmp_path))
+    assert_equal(model, source)
+    assert report.fits and len(report.matched) == len(source.state_dict()) and not report.missing
+    assert report.wrapper == (None if wrapper == "plain" else wrapper)
+    assert str(report).startswith(f"{len(state)} of the model's {len(state)} tensors matched")
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model."]
+)
+def test_prefixes_are_stripped(prefix: str, tmp_path: Path) -> None:
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    load_checkpoint(
+        model, save({prefix + key: value for key, value in source.state_dict().items()}, tmp_path)
+    )
+    assert_equal(model, source)
+
+
+def test_a_model_whose_own_names_look_like_prefixes(tmp_path: Path) -> None:
+    source = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    load_checkpoint(model, save(source.state_dict(), tmp_path))
+    assert_equal(model, source)
+
+
+def test_spare_first_stage_is_left_out_and_reported(tmp_path: Path) -> None:
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    state = source.state_dict()
+    state |= {f"sub_{key}": value + 1 for key, value in state.items() if key.startswith("block1.")}
+    report = load_checkpoint(model, save({f"module.{key}": value for key, value in state.items()}, tmp_path))
+    assert_equal(model, source)
+    assert len(report.unused) == 12 and all(name.startswith("sub_block1.") for name in report.unused)
+    assert "12 unused and left out (sub_block1.layer.0.bn1.weight" in str(report)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    load_checkpoint(model, tmp_path / "model.safetensors")
+    assert_equal(model, source)
+    (tmp_path / "model.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model.safetensors is damaged or no checkpoint"):
+        load_checkpoint(model, tmp_path / "model.safetensors")
+
+
+def test_batch_counters_may_be_floats_or_missing(tmp_path: Path) -> None:
+    """Averaged by the authors' script a counter is a float; files of torch before 0.4.1 have none."""
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    state = source.state_dict()
+    counters = [key for key in state if key.endswith("num_batches_tracked")]
+    load_checkpoint(model, save(state | {key: state[key] + 0.25 for key in counters}, tmp_path))
+    assert_equal(model, source)
+    model = WideResNet(10, 1)
+    report = load_checkpoint(model, save({k: v for k, v in state.items() if k not in counters}, tmp_path))
+    assert report.fits and sorted(report.missing) == sorted(counters)
+    assert torch.equal(model.fc.weight, source.fc.weight) and model.bn1.num_batches_tracked == 0
+
+
+def changed(state: dict[str, Tensor], **new: Tensor | None) -> dict[str, Tensor]:
+    state = state | {key.replace("__", "."): value for key, value in new.items()}
+    return {key: value for key, value in state.items() if value is not None}
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        (
+            lambda s: WideResNet(10, 1, 100).state_dict(),
+            "which has 10 classes and the file 100.*2 of another shape",
+        ),
+        (
+            lambda s: WideResNet(10, 2, 10).state_dict(),
+            "being of another architecture, depth or width.*of another shape",
+        ),
+        (lambda s: WideResNet(16, 1, 10).state_dict(), "36 not in the model .block1.layer.1.bn1.weight"),
+        (lambda s: SwishWideResNet(10, 1).state_dict(), "0 of the model's 46 tensors matched"),
+        (
+            lambda s: changed(s, fc__bias=None),
+            "45 of the model's 46 tensors matched; 1 missing in the file .fc.bias",
+        ),
+        (lambda s: changed(s, bn1__running_var=None), "1 missing in the file .bn1.running_var"),
+        (lambda s: changed(s, mean=torch.zeros(3)), "1 not in the model .mean"),
+        (
+            lambda s: changed(s, fc__weight=torch.zeros(10, 65)),
+            r"fc.weight: \(10, 65\) in the file, \(10, 64\) in",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_and_the_model_left_alone(file: Any, told: str, tmp_path: Path) -> None:
+    model = trained(WideResNet(10, 1, num_classes=10))
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointMismatch, match=told) as caught:
+        load_checkpoint(model, save(file(WideResNet(10, 1).state_dict()), tmp_path))
+    assert "\n" not in str(caught.value) and "model.pt" in str(caught.value)
+    assert not caught.value.report.fits
+    assert_equal(model, before)
+
+
+def test_the_report_of_an_error_has_every_name(tmp_path: Path) -> None:
+    path = save(WideResNet(16, 1).state_dict(), tmp_path)
+    with pytest.raises(CheckpointMismatch) as caught:
+        load_checkpoint(WideResNet(10, 1), path)
+    assert len(caught.value.report.unexpected) == 36 and " and 32 more" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([torch.zeros(2)], "but list"),
+        (torch.zeros(2), "but Tensor"),
+        ({}, "but an empty dict"),
+        ({"state_dict": {}}, "but a dict of state_dict"),
+        ({"task": {"model": {}}, "position": {}}, "but a dict of task, position"),
+        ({"conv1.weight": torch.zeros(2), "epoch": 3}, "but a dict of conv1.weight, epoch"),
+    ],
+)
+def test_files_without_a_state_dict(content: Any, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"holds no state dict .*{told}"):
+        load_checkpoint(WideResNet(10, 1), save(content, tmp_path))
+
+
+def test_two_networks_in_one_file(tmp_path: Path) -> None:
+    state = WideResNet(10, 1).state_dict()
+    with pytest.raises(ValueError, match="holds several networks .conv1.weight twice"):
+        load_checkpoint(
+            WideResNet(10, 1), save(state | {f"model.{k}": v for k, v in state.items()}, tmp_path)
+        )
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("harm", ["cut", "half", "empty", "text"])
+def test_damaged_files(harm: str, legacy: bool, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    torch.save(WideResNet(10, 1).state_dict(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    damaged = {
+        "cut": whole[:-64],
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"<html>Quota exceeded",
+    }
+    path.write_bytes(damaged[harm])
+    model = trained(WideResNet(10, 1))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match="model.pt is damaged or no checkpoint") as caught:
+        load_checkpoint(model, path)
+    assert "\n" not in str(caught.value)
+    assert_equal(model, before)
+
+
+def test_a_flipped_bit_among_the_weights_is_seen(tmp_path: Path) -> None:
+    model = WideResNet(10, 1)
+    path = save(model.state_dict(), tmp_path)
+    data = bytearray(path.read_bytes())
+    data[data.find(model.fc.weight.detach().numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged or no checkpoint .the checksum of .* is wrong"):
+        load_checkpoint(model, path)
+
+
+class Bomb:
+    """Unpickled the careless way it creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_code_in_a_file_is_not_run(legacy: bool, tmp_path: Path) -> None:
+    path, trap = tmp_path / "model.pt", tmp_path / "trap"
+    content = {"state_dict": WideResNet(10, 1).state_dict(), "extra": Bomb(trap)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(ValueError, match="holds Python objects .*mkdir.* that could run code") as caught:
+        load_checkpoint(WideResNet(10, 1), path)
+    assert not trap.exists() and "\n" not in str(caught.value)
+    torch.load(path, weights_only=False)  # the trap is one
+    assert trap.exists()
+
+
+@pytest.mark.parametrize("extra", [nn.Linear(2, 2), argparse.Namespace(lr=0.1)], ids=["module", "namespace"])
+def test_objects_in_a_file_are_refused_by_name(extra: Any, tmp_path: Path) -> None:
+    path = save({"state_dict": WideResNet(10, 1).state_dict(), "extra": extra}, tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"holds Python objects .*{type(extra).__name__}.*save its state dict"
+    ):
+        load_checkpoint(WideResNet(10, 1), path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.pt", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+            load_checkpoint(WideResNet(10, 1), path)

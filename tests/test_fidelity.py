@@ -1,0 +1,159 @@
+"""Whole GKL-AT steps of the trainer against a slow straight-line restatement of the recipe, in float64.
+
+The restatement shares with the trainer the input pixels and the attack's starting noise, and nothing else: no gkl
+function computes anything in it. It follows the published loop: attack in eval mode with the clean logits computed
+anew in every step, AWP through a proxy network and its own SGD step, batch norm in four parts as DataParallel has it,
+SGD written out, prior by one-hot products, average over epochs.
+"""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkl.counter import normal, sample_keys
+from gkl.data import digits
+from trainers.configuration import build, compose
+
+EPOCHS = (119, 120)  # a renewed prior in the second; AWP on, intended budget in its third phase
+STEPS = 2
+
+
+class TinyNet(nn.Module):
+    """Two convolutions with batch norm: every kind of parameter a WideResNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, stride=2, bias=False)
+        self.bn1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 8, 3, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.bn1(self.conv1(x)))
+        return self.fc(F.silu(self.bn2(self.conv2(x))).mean((2, 3)))
+
+
+def scattered(model: nn.Module, x: Tensor, replicas: int) -> Tensor:
+    """DataParallel by hand: copies share the parameters, the first one's batch-norm buffers are the model's."""
+    outputs = []
+    for number, part in enumerate(x.chunk(replicas)):
+        buffers = {k: b if number == 0 else b.clone() for k, b in model.named_buffers()}
+        outputs.append(torch.func.functional_call(model, {**dict(model.named_parameters()), **buffers}, (part,)))
+    return torch.cat(outputs)
+
+
+def algorithm1(student: Tensor, teacher: Tensor, rows: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+    """The paper's Algorithm 1 with all (B, C, C) pairs."""
+    delta_m = teacher[:, :, None] - teacher[:, None, :]
+    delta_n = student[:, :, None] - student[:, None, :]
+    weight = rows**gamma
+    pairs = weight[:, :, None] * weight[:, None, :]
+    wmse = 0.25 * (pairs * (delta_m - delta_n) ** 2).sum() / pairs.sum()
+    ce = -(F.softmax(teacher, 1).detach() * F.log_softmax(student, 1)).sum(1).mean()
+    return beta * ce + alpha * wmse
+
+
+class Restatement:
+    """The recipe, one line after the other."""
+
+    def __init__(self, model: nn.Module, protocol: str, beta: float, gamma: float, tau: float) -> None:
+        self.model, self.protocol, self.beta, self.gamma, self.tau = model, protocol, beta, gamma, tau
+        self.momentum = {name: None for name, _ in model.named_parameters()}
+        self.prior = torch.full((10, 10), 0.1, dtype=torch.float64)
+        self.average: dict[str, Tensor] = {}
+
+    def epoch(self, epoch: int, batches: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        lr = 0.2 * 0.5 * (1 + math.cos(math.pi * epoch / 201))
+        epsilon = 0.15 * epoch / 200
+        if self.protocol == "official":
+            steps, step_size = 5, epsilon / 2
+        else:  # epochs 101..150
+            steps, step_size = 4, epsilon / 2
+        matrix = torch.zeros(10, 10, dtype=torch.float64)
+        for x, y, noise in batches:
+            onehot = F.one_hot(y, 10).double()
+            matrix += self.step(x, y, onehot, noise, lr, epsilon, steps, step_size)
+        self.prior = matrix / matrix.sum(1, keepdim=True)
+        state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        if not self.average:
+            self.average = state
+        else:
+            self.average = {k: 0.1 * v + 0.9 * self.average[k] for k, v in state.items()}
+
+    def step(self, x, y, onehot, noise, lr, epsilon, steps, step_size):
+        model, rows = self.model, onehot @ self.prior
+        model.eval()
+        x_adv = x + 0.001 * noise
+        for _ in range(steps):
+            x_adv = x_adv.detach().requires_grad_()
+            loss = algorithm1(model(x_adv), model(x), rows, 1.0, 1.0, 1.0)
+            (gradient,) = torch.autograd.grad(loss, x_adv)
+            x_adv = x_adv.detach() + step_size * gradient.sign()
+            x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
+
+        proxy = copy.deepcopy(model).train()
+        proxy_clean, proxy_adv = scattered(proxy, x, 4), scattered(proxy, x_adv, 4)
+        ascent = -(F.cross_entropy(proxy_clean, y) + algorithm1(proxy_adv, proxy_clean, rows, 20.0, self.beta, self.gamma))
+        proxy.zero_grad()
+        ascent.backward()
+        torch.optim.SGD(proxy.parameters(), lr=0.2).step()
+        difference = {}
+        for (name, old), new in zip(model.state_dict().items(), proxy.state_dict().values(), strict=True):
+            if old.ndim > 1 and "weight" in name:
+                move = new - old
+                difference[name] = (old.norm() / (move.norm() + 1e-20) * move).clone()
+        parameters = dict(model.named_parameters())
+        for name, move in difference.items():
+            parameters[name].data.add_(0.005 * move)
+
+        model.train()
+        adversarial, clean = scattered(model, x_adv, 4), scattered(model, x, 4)
+        loss = F.cross_entropy(clean, y) + algorithm1(adversarial, clean, rows, 20.0, self.beta, self.gamma)
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        for (name, weight), gradient in zip(parameters.items(), gradients, strict=True):
+            gradient = gradient + 5e-4 * weight.data
+            before = self.momentum[name]
+            self.momentum[name] = gradient.clone() if before is None else 0.9 * before + gradient
+            weight.data.sub_(lr * self.momentum[name])
+        for name, move in difference.items():
+            parameters[name].data.sub_(0.005 * move)
+        return onehot.T @ F.softmax(clean.detach() / self.tau, 1)
+
+
+@pytest.mark.parametrize("protocol", ["official", "paper"])
+@pytest.mark.parametrize("experiment", ["at/c100_basic_gkl", "at/c100_basic_conf", "at/c100_basic_paper"])
+def test_steps_equal_the_recipe(experiment: str, protocol: str) -> None:
+    overrides = ["epochs=200", "batch_size=32", "precision=float64"]
+    config = compose("train", [f"experiment={experiment}", f"protocol={protocol}", "scale=smoke", *overrides])
+    torch.manual_seed(3)
+    model = TinyNet().double()
+    restated = Restatement(
+        copy.deepcopy(model), protocol, config["loss"]["beta"], config["loss"]["gamma"], config["prior"]["temperature"]
+    )
+    data = digits()
+    task = build(config, data=data, model=model, device=torch.device("cpu"))
+    for average in task.averages.values():
+        average.start_epoch = EPOCHS[0]
+    for epoch in EPOCHS:
+        task.start_epoch(epoch)
+        batches = []
+        for step in range(STEPS):
+            x, y, view, index = task.batch(epoch, step)
+            keys = sample_keys(config["seed"], epoch, index, "attack_start") + view
+            batches.append((x, y, normal(keys, (3, 8, 8), torch.float64)))
+            task.train_step(epoch, step)
+        task.end_epoch(epoch)
+        restated.epoch(epoch, batches)
+
+    for name, value in task.model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, restated.model.state_dict()[name], rtol=0, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                task.averages["swa"].state[name], restated.average[name], rtol=0, atol=1e-12, msg=name
+            )
+    torch.testing.assert_close(task.prior.probs, restated.prior, rtol=0, atol=1e-12)

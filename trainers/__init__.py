@@ -1,0 +1,1 @@
+"""Training loops over one engine, and the planning and launching of runs."""

@@ -1,0 +1,175 @@
+"""The loop that every task shares: epochs, checkpoints, exact resume, history, interruption.
+
+    fit(task, epochs=200, folder=RunFolder(path), checkpoint_minutes=10, report=report)
+
+A task does the mathematics; the engine knows none of it. Started again with the same arguments, `fit` goes on from the
+last whole checkpoint and ends in the same weights as if it had never been stopped.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gkl.distributed import rank, world_size, world_sum
+from trainers.command import Interrupted
+from trainers.folder import RunError, RunFolder
+
+
+SAVE = 1  # what a process asks for when a checkpoint is due; greater numbers are signals
+
+
+class Task(Protocol):
+    """One kind of training. Every method runs on every process."""
+
+    steps_per_epoch: int
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set what is constant within epoch 1, 2, ...; also called when resuming inside it."""
+
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update. Returns this process's shares of the scalars to log: their sum over processes is the value."""
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """What follows the last step. Returns values for the history, equal on every process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on. Called on every process, saved by process 0."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict, on any number of processes."""
+
+    def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """What is needed to look at the batch again: written beside the run when a loss is not finite."""
+
+
+class Report(Protocol):
+    """Where a run tells how it goes."""
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int) -> None:
+        """After each step."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """After each epoch, with its line of the history."""
+
+    def warn(self, message: str) -> None:
+        """Something worth a line."""
+
+
+def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float, report: Report) -> float:
+    """Train to the end of `epochs` and return the seconds spent, those before a restart included.
+
+    A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM and SIGINT.
+    Raises Interrupted after a signal, RunError for a loss that is not finite.
+    """
+    position = Position()
+    checkpoint = folder.load_checkpoint(report.warn)
+    if checkpoint is not None:
+        task.load_state_dict(checkpoint["task"])
+        position = Position(**checkpoint["position"])
+    if rank() == 0:
+        folder.truncate_history(before_epoch=position.epoch)
+
+    started = time.monotonic() - position.seconds
+    saved = time.monotonic()
+
+    def save(epoch: int, step: int, sums: dict[str, float]) -> None:
+        nonlocal saved
+        position = Position(epoch, step, time.monotonic() - started, sums)
+        state = {"task": task.state_dict(), "position": vars(position)}
+        if rank() == 0:
+            folder.save_checkpoint(state)
+        saved = time.monotonic()
+
+    steps = task.steps_per_epoch
+    with signals() as signal_received:
+        for epoch in range(position.epoch, epochs + 1):
+            task.start_epoch(epoch)
+            sums = dict(position.sums)
+            for step in range(position.step, steps):
+                scalars = total_scalars(task.train_step(epoch, step))
+                for name, value in scalars.items():
+                    if value != value or value in (float("inf"), float("-inf")):
+                        raise RunError(_not_finite(task, folder, epoch, step, name, value))
+                    sums[name] = sums.get(name, 0.0) + value
+                report.step(epoch, epochs, step + 1, steps)
+                due = time.monotonic() - saved > 60 * checkpoint_minutes
+                request = agree(signal_received() or (SAVE if due else 0))
+                if request and step + 1 < steps:
+                    save(epoch, step + 1, sums)
+                    if request != SAVE:
+                        raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
+            row = {"epoch": epoch, **{name: value / steps for name, value in sums.items()}, **task.end_epoch(epoch)}
+            row["seconds"] = round(time.monotonic() - started, 3)
+            if rank() == 0:
+                folder.append_history(row)
+            report.epoch(row)
+            save(epoch + 1, 0, {})
+            position = Position(epoch + 1)
+            if (signum := agree(signal_received())) and epoch < epochs:
+                raise Interrupted(_how_to_go_on(epoch + 1, 0, signum), signum)
+    return time.monotonic() - started
+
+
+class Position:
+    """How far a run has come: the next step to take, the seconds spent, the epoch's sums of scalars so far."""
+
+    def __init__(
+        self, epoch: int = 1, step: int = 0, seconds: float = 0.0, sums: dict[str, float] | None = None
+    ) -> None:
+        self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
+
+
+def total_scalars(shares: dict[str, Tensor]) -> dict[str, float]:
+    """Sums over processes of named scalars, read back from the device in one message."""
+    values = world_sum(torch.stack([value.detach().double().reshape(()) for value in shares.values()]))
+    return dict(zip(shares, values.tolist(), strict=True))
+
+
+def agree(value: int) -> int:
+    """The largest of the processes' values, so that all of them stop at the same step."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+@contextmanager
+def signals() -> Iterator[Callable[[], int]]:
+    """Inside, SIGINT and SIGTERM are remembered instead of ending the process; a second SIGINT ends it at once."""
+    received = 0
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal received
+        if received == signal.SIGINT == signum:
+            raise KeyboardInterrupt
+        received = signum
+
+    before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _how_to_go_on(epoch: int, step: int, signum: int) -> str:
+    name = signal.Signals(signum).name
+    return f"stopped by {name} before epoch {epoch}, step {step}; checkpoint saved. The same command goes on from there"
+
+
+def _not_finite(task: Task, folder: RunFolder, epoch: int, step: int, name: str, value: float) -> str:
+    path = folder.path / f"not_finite_epoch{epoch}_step{step}.pt"
+    if rank() == 0:
+        torch.save(task.describe_batch(epoch, step), path)
+    return (
+        f"{name} became {value} in epoch {epoch}, step {step}; its batch is in {path}, the last checkpoint is intact. "
+        "Lower the learning rate or the loss weights"
+    )

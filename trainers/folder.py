@@ -1,0 +1,113 @@
+"""One run's folder: its lock, checkpoints, history and frozen configuration. Nothing in it is ever half-written."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class RunError(Exception):
+    """Something the person who started the run can mend; the message is one line that says how."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole or not at all: into a temporary neighbour, synced, then renamed over `path`.
+
+    Raises RunError when the disk is full or the folder cannot be written; what was there before stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(
+            f"cannot write {path}: {reason}; the files before it are intact. Free some space or choose another "
+            "folder with GKL_OUTPUTS=..., then start the same command again"
+        ) from error
+
+
+class RunFolder:
+    """The files of one run. Only process 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.history_path = path / "history.jsonl"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. Raises RunError if another run holds it or it cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "lock", "a")
+        except OSError as error:
+            raise RunError(
+                f"cannot write in the output folder {self.path}: {error.strerror}; choose another with GKL_OUTPUTS=..."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(
+                    f"another process is running in {self.path}; wait for it, or stop it, or change the seed"
+                ) from None
+            yield
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Make `state` the last checkpoint and keep the one before it."""
+        last, previous = self._checkpoints()
+
+        def write(path: Path) -> None:
+            torch.save(state, path)
+            if last.exists():
+                os.replace(last, previous)  # between the two renames `previous` is the one to go on from
+
+        write_atomically(last, write)
+
+    def load_checkpoint(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The last whole checkpoint, on the CPU; damaged ones are named through `warn` and passed over."""
+        for path in self._checkpoints():
+            if not path.exists():
+                continue
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever a damaged file makes torch.load raise
+                warn(f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); using the one before it")
+        return None
+
+    def _checkpoints(self) -> tuple[Path, Path]:
+        return self.path / "checkpoints" / "last.pt", self.path / "checkpoints" / "previous.pt"
+
+    def append_history(self, row: dict[str, Any]) -> None:
+        """Add one line to history.jsonl."""
+        with open(self.history_path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def history(self) -> list[dict[str, Any]]:
+        """All whole lines of history.jsonl."""
+        if not self.history_path.exists():
+            return []
+        rows = []
+        for line in self.history_path.read_text().splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:  # the line a crash cut short
+                break
+        return rows
+
+    def truncate_history(self, before_epoch: int) -> None:
+        """Keep the rows of epochs below `before_epoch`: those that the checkpoint to go on from knows of."""
+        rows = [row for row in self.history() if row["epoch"] < before_epoch]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.history_path, lambda path: path.write_text(text) and None)

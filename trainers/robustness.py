@@ -1,0 +1,67 @@
+"""Final numbers of a network: clean accuracy and AutoAttack, over all processes of a run."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gkl.data import ImageData
+from gkl.distributed import rank, world_size, world_sum
+from gkl.evaluation import accuracy, evaluate, first_of_each_class
+from gkl.models.batch_norm import eval_mode
+from trainers.report import Console, duration
+
+
+def clean_accuracy(model: nn.Module, data: ImageData, device: torch.device) -> float:
+    """Accuracy on all test images, percent; each image is counted once, on one process."""
+    mine = torch.arange(len(data.test_labels)).tensor_split(world_size())[rank()]
+    dtype = next(model.parameters()).dtype
+    with eval_mode(model):
+        correct = accuracy(
+            lambda x: model(x.to(dtype)), data.test_images[mine], data.test_labels[mine], batch_size=500, device=device
+        )
+    return 100.0 * world_sum(correct.sum().double().to(device)).item() / len(data.test_labels)
+
+
+def autoattack(
+    model: nn.Module, data: ImageData, settings: Mapping[str, Any], *, folder: Path, device: torch.device, console: Console
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and details of the attack named by a configs/evaluation file.
+
+    Metrics: `aa` (standard) or `screen`, percent. Details: images attacked, clean accuracy on them, what was left after
+    each attack, AutoAttack's warnings, versions. Finished batches are kept in folder.
+    """
+    chosen = first_of_each_class(data.test_labels, settings["images"])
+    started = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        left = (time.monotonic() - started) / done * (total - done)
+        console.say(f"AutoAttack {settings['version']}: batch {done}/{total}, {duration(left)} left")
+
+    options = {key: settings[key] for key in ("version", "norm", "epsilon", "batch_size", "seed")}
+    arguments = {"folder": folder, "device": device, **options}
+    images, labels = data.test_images[chosen], data.test_labels[chosen]
+    with eval_mode(model):
+        result = evaluate(
+            model, images, labels, rank=rank(), world_size=world_size(), on_progress=progress, **arguments
+        )
+        if world_size() > 1:  # the others may still be at work
+            dist.barrier()
+            result = result or evaluate(model, images, labels, **arguments)
+    assert result is not None
+    name = "aa" if settings["version"] == "standard" else "screen"
+    details = {
+        "attack": f"AutoAttack {settings['version']}" if name == "aa" else "screen (APGD-CE, APGD-T)",
+        "n": result.n,
+        "clean_on_attacked": result.clean,
+        "after": result.after,
+        "epsilon": settings["epsilon"],
+        "norm": settings["norm"],
+        "warnings": result.warnings,
+        "versions": result.versions,
+    }
+    return {name: result.robust}, details

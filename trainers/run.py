@@ -1,0 +1,238 @@
+"""One run from its frozen configuration: train, evaluate, write the record.
+
+    python -m trainers.run outputs/<experiment>/<scale>/<identity>/seed0/config.yaml
+    torchrun --nproc_per_node 4 -m trainers.run .../config.yaml        # also on several nodes
+
+Started alone with `devices` above 1 it starts that many processes itself, as torchrun would.
+Exit code: 0 done, 2 something the person can mend (one line says what), 128 + signal when stopped by it.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+from gkl import records
+from gkl.distributed import rank, world_size
+from trainers import configuration
+from trainers.command import run_main
+from trainers.configuration import ConfigError
+from trainers.engine import fit
+from trainers.folder import RunFolder, write_atomically
+from trainers.report import Console, Mirror
+
+
+def run_folder(config: dict[str, Any]) -> RunFolder:
+    """Where a run keeps its checkpoints and history: <outputs>/<experiment>/<scale>/<identity>/seed<k>."""
+    identity = records.identity(config)
+    path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / identity
+    return RunFolder(path / f"seed{config['seed']}")
+
+
+def record_path(config: dict[str, Any]) -> Path:
+    """Where a run's record is written."""
+    return records.record_path(
+        Path(config["paths"]["results"]) / "runs",
+        config["experiment"], config["scale"], records.identity(config), config["seed"],
+    )
+
+
+def freeze(config: dict[str, Any]) -> Path:
+    """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
+    path = run_folder(config).path / "config.yaml"
+    write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
+    return path
+
+
+def run(config: dict[str, Any]) -> None:
+    """Train, evaluate, record; on every process of the run. Raises RunError, Interrupted."""
+    configuration.check(config, world_size())
+    device = _device(config)
+    folder = run_folder(config)
+    title = f"{config['experiment']} seed {config['seed']}"
+    console = Console(title, enabled=rank() == 0)
+    torch.manual_seed(config["seed"])
+    data = configuration.make(config["data"])
+    model = configuration.make(config["model"], num_classes=data.num_classes)
+    try:
+        task = configuration.build(config, data=data, model=model, device=device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if rank() == 0 and config["logger"]["mode"] != "off":
+        console.mirror = Mirror(
+            **config["logger"], name=title, group=config["experiment"], folder=folder.path, warn=console.warn,
+            run_id=f"{records.identity(config)}-seed{config['seed']}", config=config,
+        )
+    try:
+        seconds = fit(task, epochs=config["epochs"], folder=folder,
+                      checkpoint_minutes=config["checkpoint_minutes"], report=console)
+    finally:
+        console.close()
+    if rank() == 0:
+        for name, state in task.weights().items():
+            write_atomically(folder.path / f"{name}.pt", lambda path, state=state: torch.save(state, path))
+    started = time.monotonic()
+    metrics, evaluation = task.evaluate(
+        headline=config["evaluate"], settings=config["evaluation"], folder=folder.path, console=console
+    )
+    if rank() == 0:
+        seconds += time.monotonic() - started
+        record = _record(config, folder, data, metrics, evaluation, seconds, device)
+        path = records.write_record(Path(config["paths"]["results"]) / "runs", record)
+        if console.mirror:
+            console.mirror.close(metrics)
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+        print(f"{title}: {shown}; record {path}")
+
+
+def _record(config: dict[str, Any], folder: RunFolder, data: Any, metrics: dict[str, float],
+            evaluation: dict[str, Any], seconds: float, device: torch.device) -> dict[str, Any]:
+    published = configuration.published(config)
+    original = published["data"]["_target_"].rpartition(".")[2]
+    checkpoint = folder.path / f"{config['evaluate']}.pt"
+    path = record_path(config)
+    history = path.with_suffix(".jsonl")
+    write_atomically(history, lambda temporary: temporary.write_bytes(folder.history_path.read_bytes()) and None)
+    return {
+        "schema": 1,
+        "experiment": config["experiment"],
+        "scale": config["scale"],
+        "protocol": config["protocol"],
+        "seed": config["seed"],
+        "identity": records.identity(config),
+        "config": records.without_excluded(config),
+        "departures": configuration.departures(published, config),
+        "status": "done",
+        "metrics": metrics,
+        "evaluation": evaluation,
+        "history": history.name,
+        "checkpoint": {
+            "path": str(checkpoint.relative_to(config["paths"]["outputs"])),
+            "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        },
+        "code": _code(),
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pyautoattack", "numpy")}
+        | {"python": sys.version.split()[0]},
+        "hardware": {
+            "device": device.type,
+            "count": world_size(),
+            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        },
+        "data": {
+            "name": data.name,
+            "stand_in_for": None if data.name == original else original,
+            "sha256": data.sha256,
+            "train": len(data.train_labels),
+            "test": len(data.test_labels),
+        },
+        "cost": {
+            "seconds": round(seconds, 1),
+            "device_hours": round(seconds * world_size() / 3600, 4),
+            "peak_memory_bytes": _peak_memory(device),
+        },
+        "finished": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def _code() -> dict[str, Any]:
+    root = Path(__file__).resolve().parent.parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changed = ["git", "status", "--porcelain", "--", "gkl", "trainers", "configs", "scripts"]
+        status = subprocess.run(changed, cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "unknown processor"
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _device(config: dict[str, Any]) -> torch.device:
+    wanted = config["device"]
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("device=cuda needs a GPU that torch can see, there is none; use device=cpu or device=auto")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def process_group(config: dict[str, Any]) -> Iterator[None]:
+    """Inside, the processes that torchrun started talk to each other: nccl on GPUs, gloo on CPUs."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    device = _device(config)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(path: Path, devices: int) -> int:
+    """Start `devices` processes on a frozen configuration, as torchrun does; returns the exit code of the run."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    launch_config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+        run_id=path.parent.name, max_restarts=0,
+    )
+    try:
+        elastic_launch(launch_config, sys.executable)("-m", "trainers.run", str(path))
+    except ChildFailedError as error:
+        return error.get_first_failure()[1].exitcode or 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of one run. Returns the exit code."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        raise ConfigError(f"usage: python -m trainers.run CONFIG.yaml, got {' '.join(arguments) or 'nothing'}")
+    path = Path(arguments[0])
+    config = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(config, dict)
+    if "WORLD_SIZE" in os.environ:  # one of torchrun's processes
+        with process_group(config):
+            run(config)
+        return 0
+    with run_folder(config).locked():
+        if config["devices"] > 1:
+            return launch(path, config["devices"])
+        run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, __doc__))
