@@ -57,7 +57,8 @@ def identity(config: Mapping[str, Any]) -> str:
 
     def canonical(node: Any) -> Any:
         if isinstance(node, Mapping):
-            return {key: canonical(value) for key, value in node.items()}
+            # Without nulls, so that a setting added later and off by default leaves the runs before it their identity.
+            return {key: canonical(value) for key, value in node.items() if value is not None}
         if isinstance(node, list):
             return [canonical(value) for value in node]
         if isinstance(node, int | float) and not isinstance(node, bool):

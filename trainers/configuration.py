@@ -140,10 +140,15 @@ def _all_keys(entry: str) -> list[str]:
     return sorted(keys)
 
 
-def check(config: Mapping[str, Any], world_size: int) -> None:
-    """Everything that can be known wrong before data is read or a network built. Raises ConfigError."""
+def check_values(config: Mapping[str, Any]) -> None:
+    """Every `_target_` exists and takes the keys and types it is given. Raises ConfigError."""
     for name, node in config.items():
         _check_targets(node, name)
+
+
+def check(config: Mapping[str, Any], world_size: int) -> None:
+    """Everything that can be known wrong before data is read or a network built. Raises ConfigError."""
+    check_values(config)
     _check_parts(config)
     batch_size, groups = config["batch_size"], config["bn_groups"]
     for name in ("epochs", "batch_size", "bn_groups", "devices"):

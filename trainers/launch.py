@@ -30,9 +30,8 @@ class Job:
 
 
 def default_jobs(devices: int) -> int:
-    """Runs at the same time: as many as the GPUs carry, or one per two CPU cores."""
-    gpus = torch.cuda.device_count()
-    return max(1, gpus // devices if gpus else (os.cpu_count() or 1) // 2)
+    """Runs at the same time: as many as the GPUs carry, or one per CPU core and process."""
+    return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // devices)
 
 
 def start(path: Path) -> subprocess.Popen[bytes]:

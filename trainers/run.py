@@ -58,7 +58,7 @@ def freeze(config: dict[str, Any]) -> Path:
 def run(config: dict[str, Any]) -> None:
     """Train, evaluate, record; on every process of the run. Raises RunError, Interrupted."""
     configuration.check(config, world_size())
-    device = _device(config)
+    device = device_of(config)
     folder = run_folder(config)
     title = f"{config['experiment']} seed {config['seed']}"
     console = Console(title, enabled=rank() == 0)
@@ -172,7 +172,8 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _device(config: dict[str, Any]) -> torch.device:
+def device_of(config: dict[str, Any]) -> torch.device:
+    """This process's device."""
     wanted = config["device"]
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -189,7 +190,7 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    device = _device(config)
+    device = device_of(config)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
