@@ -52,12 +52,16 @@ def crop_flip(images: Tensor, keys: Tensor, *, padding: int, flip: float) -> Ten
     """
     batch, _, height, width = images.shape
     draws = integers(keys, 2, 2 * padding + 1)
-    rows = draws[:, :1] + torch.arange(height, device=images.device) - padding  # (B, H) of the source, -1 and less: border
+    rows = (
+        draws[:, :1] + torch.arange(height, device=images.device) - padding
+    )  # (B, H) of the source, -1 and less: border
     columns = draws[:, 1:] + torch.arange(width, device=images.device) - padding
     mirrored = uniform(keys + 1, 1) < flip
     columns = torch.where(mirrored, columns.flip(1), columns)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]  # (B, H, W)
+    source = (
+        rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    )  # (B, H, W)
     source = source.view(batch, 1, height * width).expand(-1, images.shape[1], -1)
     out = images.flatten(2).gather(2, source).view_as(images)
     return out * inside[:, None]
@@ -77,7 +81,11 @@ def autoaugment(images: Tensor, keys: Tensor) -> Tensor:
         drawn = policy == number
         for place, (operation, probability, level) in enumerate(sub_policy):
             for negative in (0, 1):
-                who = (drawn & (chance[:, place] < probability) & (sign[:, place] == negative)).nonzero().squeeze(1)
+                who = (
+                    (drawn & (chance[:, place] < probability) & (sign[:, place] == negative))
+                    .nonzero()
+                    .squeeze(1)
+                )
                 if len(who):
                     out[who] = apply(operation, out[who], level, bool(negative))
     return out
@@ -91,7 +99,9 @@ def apply(operation: str, images: Tensor, level: int, negative: bool) -> Tensor:
     grey = [128.0, 128.0, 128.0]
     if operation == "shear_x" or operation == "shear_y":
         degrees = torch.rad2deg(torch.atan(torch.tensor(sign * 0.3 * amount))).item()
-        shear, centre = ([degrees, 0.0], [0.0, 0.0]) if operation == "shear_x" else ([0.0, degrees], [0.0, 0.0])
+        shear, centre = (
+            ([degrees, 0.0], [0.0, 0.0]) if operation == "shear_x" else ([0.0, degrees], [0.0, 0.0])
+        )
         return TF.affine(images, 0.0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, grey, centre)
     if operation == "translate_x" or operation == "translate_y":
         by = int(sign * 150 / 331 * amount * (width if operation == "translate_x" else height))

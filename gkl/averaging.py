@@ -1,11 +1,11 @@
 """Weight averages kept as training goes, in place of a folder of 200 checkpoints.
 
-    swa = Average(decay=0.9, every="epoch")
-    for epoch in range(1, epochs + 1):
-        for batch in loader:
-            step(batch); swa.after_step(model, epoch)
-        swa.after_epoch(model, epoch)
-    evaluate_at(swa.state)
+swa = Average(decay=0.9, every="epoch")
+for epoch in range(1, epochs + 1):
+    for batch in loader:
+        step(batch); swa.after_step(model, epoch)
+    swa.after_epoch(model, epoch)
+evaluate_at(swa.state)
 """
 
 from typing import Any, Literal
@@ -24,7 +24,9 @@ class Average:
 
     def __init__(self, decay: float, every: Literal["epoch", "step"], start_epoch: int = 1) -> None:
         if not 0.0 <= decay < 1.0 or every not in ("epoch", "step"):
-            raise ValueError(f"an average needs decay in [0, 1) and every=epoch|step, got {decay} and {every!r}")
+            raise ValueError(
+                f"an average needs decay in [0, 1) and every=epoch|step, got {decay} and {every!r}"
+            )
         self.decay, self.every, self.start_epoch = decay, every, start_epoch
         self.state: dict[str, Tensor] = {}
 

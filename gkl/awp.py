@@ -1,9 +1,9 @@
 """Adversarial weight perturbation: a training step taken at the weights that are worst nearby.
 
-    with awp.perturbed(model, lambda: loss(model)):     # gradient ascent, layer by layer, gamma of each layer's norm
-        loss(model).backward()
-        optimizer.step()
-    # the step is kept, the perturbation is gone
+with awp.perturbed(model, lambda: loss(model)):     # gradient ascent, layer by layer, gamma of each layer's norm
+    loss(model).backward()
+    optimizer.step()
+# the step is kept, the perturbation is gone
 """
 
 from collections.abc import Callable, Iterator

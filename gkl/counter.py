@@ -20,7 +20,9 @@ _MIX2 = 0x94D049BB133111EB - (1 << 64)
 
 def sample_keys(seed: int, epoch: int, index: Tensor, stream: str) -> Tensor:
     """One key a sample. index: (B,) integers, the sample's place in its data set. stream: what the numbers are for."""
-    name = int.from_bytes(hashlib.sha256(f"{seed}/{epoch}/{stream}".encode()).digest()[:8], "little", signed=True)
+    name = int.from_bytes(
+        hashlib.sha256(f"{seed}/{epoch}/{stream}".encode()).digest()[:8], "little", signed=True
+    )
     return _mix(_mix(index.to(torch.int64) * _GOLDEN + name) + name)
 
 
@@ -39,7 +41,9 @@ def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     pairs = (count + 1) // 2
     bits = _bits(keys, 2 * pairs)
-    unit = ((bits >> 11 & ((1 << 53) - 1)).to(torch.float64) + 0.5) * 2.0**-53  # in (0, 1): the logarithm is finite
+    unit = (
+        (bits >> 11 & ((1 << 53) - 1)).to(torch.float64) + 0.5
+    ) * 2.0**-53  # in (0, 1): the logarithm is finite
     radius = torch.sqrt(-2.0 * torch.log(unit[:, :pairs]))
     angle = 2.0 * math.pi * unit[:, pairs:]
     numbers = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)[:, :count]

@@ -46,7 +46,12 @@ class ImageData:
             ("train", self.train_images, self.train_labels),
             ("test", self.test_images, self.test_labels),
         ):
-            if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) != len(labels):
+            if (
+                images.dtype != torch.uint8
+                or images.ndim != 4
+                or images.shape[1] != 3
+                or len(images) != len(labels)
+            ):
                 raise ValueError(
                     f"{self.name} needs {part} images (N, 3, H, W) uint8 and N labels, got {tuple(images.shape)} "
                     f"{images.dtype} and {len(labels)}"
@@ -55,7 +60,9 @@ class ImageData:
                 raise ValueError(f"{self.name} has no {part} images")
             low, high = (int(value) for value in labels.aminmax())
             if low < 0 or high >= self.num_classes:
-                raise ValueError(f"{self.name} {part} labels must lie in 0..{self.num_classes - 1}, got {low}..{high}")
+                raise ValueError(
+                    f"{self.name} {part} labels must lie in 0..{self.num_classes - 1}, got {low}..{high}"
+                )
 
     @cached_property
     def sha256(self) -> str:
@@ -63,7 +70,7 @@ class ImageData:
         digest = hashlib.sha256()
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.contiguous().numpy())
+            digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -80,7 +87,13 @@ def digits() -> ImageData:
     images = scans[:, None].expand(-1, 3, -1, -1).contiguous()
     test = torch.arange(len(labels)) % 5 == 0
     return ImageData(
-        "digits", 10, images[~test], labels[~test], images[test], labels[test], tuple(str(d) for d in range(10))
+        "digits",
+        10,
+        images[~test],
+        labels[~test],
+        images[test],
+        labels[test],
+        tuple(str(d) for d in range(10)),
     )
 
 
@@ -112,10 +125,14 @@ def _cifar(kind: type[Any], name: str, root: str, mirror: str | None, download: 
         if not check_integrity(str(folder / file), md5):
             state = "is damaged" if (folder / file).exists() else "is missing"
             raise ValueError(f"{folder / file} {state} (md5 must be {md5}); delete {folder} and start again")
-    parts = [kind(root, train=train, download=False) for train in (True, False)]  # checks every md5 before it unpickles
+    parts = [
+        kind(root, train=train, download=False) for train in (True, False)
+    ]  # checks every md5 before it unpickles
     images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
     labels = [torch.tensor(part.targets) for part in parts]
-    return ImageData(name, len(parts[0].classes), images[0], labels[0], images[1], labels[1], tuple(parts[0].classes))
+    return ImageData(
+        name, len(parts[0].classes), images[0], labels[0], images[1], labels[1], tuple(parts[0].classes)
+    )
 
 
 def _fetch(kind: type[Any], archive: Path, mirror: str | None, download: bool) -> None:
@@ -139,10 +156,14 @@ def _fetch(kind: type[Any], archive: Path, mirror: str | None, download: bool) -
                 shutil.copyfileobj(answer, file)
     except (OSError, ValueError, urllib.error.URLError) as error:
         temporary.unlink(missing_ok=True)
-        raise FileNotFoundError(f"no {kind.__name__} in {archive.parent} and {source} cannot be read ({error}); {help_line}") from error
+        raise FileNotFoundError(
+            f"no {kind.__name__} in {archive.parent} and {source} cannot be read ({error}); {help_line}"
+        ) from error
     if not check_integrity(str(temporary), kind.tgz_md5):
         temporary.unlink()
-        raise ValueError(f"{source} is no byte-identical copy of {kind.filename} (md5 must be {kind.tgz_md5}); {help_line}")
+        raise ValueError(
+            f"{source} is no byte-identical copy of {kind.filename} (md5 must be {kind.tgz_md5}); {help_line}"
+        )
     temporary.rename(archive)
 
 
@@ -169,17 +190,23 @@ def image_folder(
     test_split = "test" if splits["test"] else "val"
     train, test = splits["train"], splits[test_split]
     if not train or not test:
-        raise ValueError(f"{path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {len(files)} pictures elsewhere")
+        raise ValueError(
+            f"{path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {len(files)} pictures elsewhere"
+        )
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
-        raise ValueError(f"{path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}")
+        raise ValueError(
+            f"{path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
+        )
     classes = sorted(train)
     images, labels = [], []
     for by_class, limit in ((train, train_per_class), (test, test_per_class)):
         chosen = [(file, k) for k, c in enumerate(classes) for file in by_class[c][:limit]]
         images.append(_decode([file for file, _ in chosen], read, image_size, path))
         labels.append(torch.tensor([k for _, k in chosen]))
-    return ImageData(name or path.stem, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes))
+    return ImageData(
+        name or path.stem, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes)
+    )
 
 
 def _folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
@@ -210,7 +237,9 @@ def _decode(files: Sequence[str], read: Callable[[str], bytes], size: int, path:
                 rgb = picture.convert("RGB")
         except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path}: picture {file} is damaged ({error}); replace or remove it") from error
-        return np.asarray(rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC))
+        return np.asarray(
+            rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
+        )
 
     images = np.empty((len(files), size, size, 3), dtype=np.uint8)
     with ThreadPoolExecutor() as pool:

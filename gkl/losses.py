@@ -43,7 +43,8 @@ def jsd(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction 
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     log_middle = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0, dtype=student.dtype))
     to_middle = [
-        F.kl_div(log_middle, log_p, log_target=True, reduction="none").sum(-1) for log_p in (log_student, log_teacher)
+        F.kl_div(log_middle, log_p, log_target=True, reduction="none").sum(-1)
+        for log_p in (log_student, log_teacher)
     ]
     return _reduce(0.5 * (to_middle[0] + to_middle[1]), reduction)
 
@@ -184,7 +185,7 @@ class _ClosedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
@@ -217,7 +218,7 @@ class _ClosedForm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pull, scale, to_student = ctx.saved_tensors
         along_pull = None if pull is None else (grad * scale).unsqueeze(-1)  # (B, 1)
         student = None if to_student is None else to_student * (grad * ctx.beta).unsqueeze(-1)

@@ -19,7 +19,9 @@ from gkl.prior import ClassPrior
 class Objective(Protocol):
     """What a trainer needs of a loss between two views or two networks."""
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior) -> Tensor:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior
+    ) -> Tensor:
         """Per-example values (B,)."""
         ...
 
@@ -31,7 +33,9 @@ class KL:
     weight: float
     temperature: float = 1.0
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior) -> Tensor:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior
+    ) -> Tensor:
         """Per-example values (B,)."""
         return self.weight * losses.kl(
             student_logits, teacher_logits, temperature=self.temperature, reduction="none"
@@ -58,7 +62,9 @@ class GKL:
         if not 0.0 <= self.gamma <= 1.0:
             raise ValueError(f"loss.gamma must lie in [0, 1], got {self.gamma}")
 
-    def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior) -> Tensor:
+    def __call__(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior
+    ) -> Tensor:
         """Per-example values (B,), wMSE divided by the mean pair weight over all processes' batches."""
         if self.weights == "class":
             smoothed = prior.rows(labels, self.gamma)

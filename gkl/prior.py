@@ -1,11 +1,11 @@
 """Class-wise mean predictions, the paper's s-bar_y, that weigh wMSE.
 
-    prior = ClassPrior(num_classes=100, temperature=1.0)
-    for epoch in ...:
-        for x, y in ...:
-            loss = gkl(student, teacher, prior[y], ...)
-            prior.update(teacher.detach(), y)
-        prior.renew()                    # epoch e uses what epoch e - 1 has seen
+prior = ClassPrior(num_classes=100, temperature=1.0)
+for epoch in ...:
+    for x, y in ...:
+        loss = gkl(student, teacher, prior[y], ...)
+        prior.update(teacher.detach(), y)
+    prior.renew()                    # epoch e uses what epoch e - 1 has seen
 """
 
 import torch
@@ -84,7 +84,7 @@ class ClassPrior(nn.Module):
             buffer.copy_(world_sum(buffer) if rank() == 0 else world_sum(buffer).zero_())
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
         self._smoothed.clear()
 
     def _check(self, labels: Tensor) -> None:

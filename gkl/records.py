@@ -1,7 +1,7 @@
 """One JSON file per run: what was run, on what, and what came out. Append-only, checked when written and when read.
 
-    path = write_record(Path("results/runs"), record)
-    records = read_records(Path("results/runs"))
+path = write_record(Path("results/runs"), record)
+records = read_records(Path("results/runs"))
 """
 
 import hashlib
@@ -15,7 +15,18 @@ from typing import Any
 
 SCHEMA = 1
 # Top-level settings that do not change what is computed: a run has one identity wherever and however often it runs.
-EXCLUDED = ("seed", "paths", "device", "devices", "logger", "launcher", "checkpoint_minutes", "experiment", "scale", "protocol")
+EXCLUDED = (
+    "seed",
+    "paths",
+    "device",
+    "devices",
+    "logger",
+    "launcher",
+    "checkpoint_minutes",
+    "experiment",
+    "scale",
+    "protocol",
+)
 EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder")
 
 Record = dict[str, Any]
@@ -95,7 +106,9 @@ def validate(record: Any) -> None:
     if "stand_in_for" not in record["data"] or not isinstance(record["data"].get("name"), str):
         raise ValueError(f"data needs name and stand_in_for, got {record['data']!r}")
     if record["identity"] != identity(record["config"]):
-        raise ValueError(f"identity {record['identity']} is not that of the record's config, {identity(record['config'])}")
+        raise ValueError(
+            f"identity {record['identity']} is not that of the record's config, {identity(record['config'])}"
+        )
 
 
 def write_record(root: Path, record: Record) -> Path:
@@ -107,7 +120,9 @@ def write_record(root: Path, record: Record) -> Path:
     if path.exists():
         if path.read_text() == text:
             return path
-        raise FileExistsError(f"{path} holds another record of the same run; records are never changed, move it away first")
+        raise FileExistsError(
+            f"{path} holds another record of the same run; records are never changed, move it away first"
+        )
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w") as file:
@@ -132,4 +147,7 @@ def read_record(path: Path) -> Record:
 
 def read_records(root: Path) -> list[Record]:
     """All records below root in the order of their paths, each with its `path` relative to root."""
-    return [{**read_record(path), "path": str(path.relative_to(root))} for path in sorted(root.rglob("seed*.json"))]
+    return [
+        {**read_record(path), "path": str(path.relative_to(root))}
+        for path in sorted(root.rglob("seed*.json"))
+    ]

@@ -69,14 +69,28 @@ def build(
         for other in others:
             runs = [r for r in mine if r["identity"] == other]
             changed = _changes(runs[0], regular)
-            rows.append(_row(config, {**row, "paper": {}, "note": None}, [f"— {changed}", *[""] * (len(label) - 1)], runs, scale))
+            rows.append(
+                _row(
+                    config,
+                    {**row, "paper": {}, "note": None},
+                    [f"— {changed}", *[""] * (len(label) - 1)],
+                    runs,
+                    scale,
+                )
+            )
     return Table(
         title=config["title"], scale=scale, protocol=protocol, labels=list(config["labels"].values()),
         metrics=config["metrics"], rows=rows, remarks=config.get("remarks", []),
     )  # fmt: skip
 
 
-def _row(config: Mapping[str, Any], row: Mapping[str, Any], label: Sequence[str], runs: Sequence[Record], scale: str) -> Row:
+def _row(
+    config: Mapping[str, Any],
+    row: Mapping[str, Any],
+    label: Sequence[str],
+    runs: Sequence[Record],
+    scale: str,
+) -> Row:
     stand_in = next((r["data"]["stand_in_for"] for r in runs if r["data"]["stand_in_for"]), None)
     if not row["experiment"]:
         status = "not yet"
@@ -86,8 +100,12 @@ def _row(config: Mapping[str, Any], row: Mapping[str, Any], label: Sequence[str]
         status = f"stand-in: {runs[0]['data']['name']} for {stand_in}"
     else:
         status = "done" if scale == "paper" else f"scale {scale}"
-    ours = {metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]}
-    comparable = bool(runs) and scale == "paper" and not stand_in and not any(r.get("departures") for r in runs)
+    ours = {
+        metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
+    }
+    comparable = (
+        bool(runs) and scale == "paper" and not stand_in and not any(r.get("departures") for r in runs)
+    )
     return Row(label, row["paper"], ours, status, comparable, row.get("note"), runs)
 
 
@@ -95,8 +113,13 @@ def _changes(run: Record, regular: Sequence[Record]) -> str:
     """What a run changes against the row's regular run (or the published one), without what the scale changes."""
     usual = regular[0]["departures"] if regular else {}
     changed = {k: v[1] for k, v in run.get("departures", {}).items() if k not in usual or usual[k][1] != v[1]}
-    shown = {k: v for k, v in changed.items() if not k.startswith("data.") and not k.startswith("evaluation.")}
-    parts = [f"{run['data']['train']:,} training images of {run['data']['name']}", *(f"{k}={v}" for k, v in shown.items())]
+    shown = {
+        k: v for k, v in changed.items() if not k.startswith("data.") and not k.startswith("evaluation.")
+    }
+    parts = [
+        f"{run['data']['train']:,} training images of {run['data']['name']}",
+        *(f"{k}={v}" for k, v in shown.items()),
+    ]
     return ", ".join(parts)
 
 
@@ -119,7 +142,11 @@ def _cells(table: Table, row: Row) -> list[str]:
 
 
 def _header(table: Table) -> list[str]:
-    return [*table.labels, *(f"{name}: {what}" for name in table.metrics.values() for what in ("paper", "ours", "diff.")), "status"]
+    return [
+        *table.labels,
+        *(f"{name}: {what}" for name in table.metrics.values() for what in ("paper", "ours", "diff.")),
+        "status",
+    ]
 
 
 def markdown(table: Table) -> str:
@@ -140,7 +167,11 @@ def markdown(table: Table) -> str:
                 notes.append(row.note)
             status += f" [{notes.index(row.note) + 1}]"
         lines.append("| " + " | ".join([*row.label, *_cells(table, row), status]) + " |")
-    lines += ["", "Percent. Ours: mean ± sample standard deviation (seeds). Paper: the paper's printed value.", ""]
+    lines += [
+        "",
+        "Percent. Ours: mean ± sample standard deviation (seeds). Paper: the paper's printed value.",
+        "",
+    ]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += [f"- {remark}" for remark in table.remarks]
     if any(row.records for row in table.rows):
@@ -154,7 +185,9 @@ def markdown(table: Table) -> str:
 
 def _provenance(r: Record) -> str:
     metrics = ", ".join(f"{name} {value:.2f}" for name, value in sorted(r["metrics"].items()))
-    data = r["data"]["name"] + (f" (stand-in for {r['data']['stand_in_for']})" if r["data"]["stand_in_for"] else "")
+    data = r["data"]["name"] + (
+        f" (stand-in for {r['data']['stand_in_for']})" if r["data"]["stand_in_for"] else ""
+    )
     attacked = r.get("evaluation", {}).get("n")
     commit = (r["code"].get("commit") or "unknown")[:9] + ("+" if r["code"].get("dirty") else "")
     return (
@@ -175,7 +208,9 @@ def latex(table: Table) -> str:
         "\\midrule",
     ]
     for row in table.rows:
-        lines.append(" & ".join(_escape(text) for text in [*row.label, *_cells(table, row), row.status]) + " \\\\")
+        lines.append(
+            " & ".join(_escape(text) for text in [*row.label, *_cells(table, row), row.status]) + " \\\\"
+        )
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 

@@ -39,14 +39,23 @@ def main(arguments: list[str]) -> int:
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.to(device).eval()
-        folder = Path(config["paths"]["outputs"]) / "evaluations" / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        folder = (
+            Path(config["paths"]["outputs"])
+            / "evaluations"
+            / hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        )
         clean = clean_accuracy(model, data, device)
         console.say(f"clean accuracy {clean:.2f} % of {len(data.test_labels)} images of {data.name}")
         metrics, details = autoattack(
             model, data, config["evaluation"], folder=folder, device=device, console=console
         )
         if first:
-            print(json.dumps({"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details}, indent=1))
+            print(
+                json.dumps(
+                    {"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details},
+                    indent=1,
+                )
+            )
     return 0
 
 

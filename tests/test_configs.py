@@ -134,9 +134,15 @@ def test_a_departure_is_named() -> None:
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["experiment=at/c100_basic_gk"], "unknown experiment 'at/c100_basic_gk'; did you mean 'at/c100_basic_gkl'"),
+        (
+            ["experiment=at/c100_basic_gk"],
+            "unknown experiment 'at/c100_basic_gk'; did you mean 'at/c100_basic_gkl'",
+        ),
         (["experiment=at/c100_basic_gkl", "scale=smok"], "unknown scale 'smok'; did you mean 'smoke'"),
-        (["experiment=at/c100_basic_gkl", "loss.gama=1"], "there is no setting 'loss.gama'.*did you mean 'gamma'"),
+        (
+            ["experiment=at/c100_basic_gkl", "loss.gama=1"],
+            "there is no setting 'loss.gama'.*did you mean 'gamma'",
+        ),
         (["experiment=at/c100_basic_gkl", "epochs=abc"], "epochs must be int, got 'abc'"),
         (["experiment=at/c100_basic_gkl", "loss.gamma=big"], "loss.gamma must be float, got 'big'"),
         (["experiment=at/c100_basic_gkl", "loss.gamma=0.1,0.2"], "names several values"),
@@ -144,7 +150,10 @@ def test_a_departure_is_named() -> None:
         (["experiment=at/c100_basic_gkl", "devices=3"], "batch_size=128 cannot be shared by 3 processes"),
         (["experiment=at/c100_basic_gkl", "devices=8"], "bn_groups=4 must be a multiple of devices=8"),
         (["experiment=at/c100_basic_gkl", "+loss.delta=1"], "takes no loss.delta"),
-        (["experiment=at/c100_basic_gkl", "loss._target_=os.system"], "only name objects of gkl and trainers"),
+        (
+            ["experiment=at/c100_basic_gkl", "loss._target_=os.system"],
+            "only name objects of gkl and trainers",
+        ),
         (["experiment=at/c100_basic_gkl", "evaluate=swaa"], "unknown evaluate 'swaa'; did you mean 'swa'"),
         ([], "experiment=... is missing"),
     ],

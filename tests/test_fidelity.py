@@ -43,11 +43,15 @@ def scattered(model: nn.Module, x: Tensor, replicas: int) -> Tensor:
     outputs = []
     for number, part in enumerate(x.chunk(replicas)):
         buffers = {k: b if number == 0 else b.clone() for k, b in model.named_buffers()}
-        outputs.append(torch.func.functional_call(model, {**dict(model.named_parameters()), **buffers}, (part,)))
+        outputs.append(
+            torch.func.functional_call(model, {**dict(model.named_parameters()), **buffers}, (part,))
+        )
     return torch.cat(outputs)
 
 
-def algorithm1(student: Tensor, teacher: Tensor, rows: Tensor, alpha: float, beta: float, gamma: float) -> Tensor:
+def algorithm1(
+    student: Tensor, teacher: Tensor, rows: Tensor, alpha: float, beta: float, gamma: float
+) -> Tensor:
     """The paper's Algorithm 1 with all (B, C, C) pairs."""
     delta_m = teacher[:, :, None] - teacher[:, None, :]
     delta_n = student[:, :, None] - student[:, None, :]
@@ -98,7 +102,10 @@ class Restatement:
 
         proxy = copy.deepcopy(model).train()
         proxy_clean, proxy_adv = scattered(proxy, x, 4), scattered(proxy, x_adv, 4)
-        ascent = -(F.cross_entropy(proxy_clean, y) + algorithm1(proxy_adv, proxy_clean, rows, 20.0, self.beta, self.gamma))
+        ascent = -(
+            F.cross_entropy(proxy_clean, y)
+            + algorithm1(proxy_adv, proxy_clean, rows, 20.0, self.beta, self.gamma)
+        )
         proxy.zero_grad()
         ascent.backward()
         torch.optim.SGD(proxy.parameters(), lr=0.2).step()
@@ -133,7 +140,11 @@ def test_steps_equal_the_recipe(experiment: str, protocol: str) -> None:
     torch.manual_seed(3)
     model = TinyNet().double()
     restated = Restatement(
-        copy.deepcopy(model), protocol, config["loss"]["beta"], config["loss"]["gamma"], config["prior"]["temperature"]
+        copy.deepcopy(model),
+        protocol,
+        config["loss"]["beta"],
+        config["loss"]["gamma"],
+        config["prior"]["temperature"],
     )
     data = digits()
     task = build(config, data=data, model=model, device=torch.device("cpu"))

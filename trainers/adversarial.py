@@ -75,7 +75,7 @@ class AdversarialTraining:
         self.data, self.device, self.precision = data, device, precision
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.model, self.bn_groups = group_batch_norm(model, bn_groups), bn_groups
-        self.model.to(device=device, dtype=self.dtype, memory_format=self.memory_format)
+        self.model.to(device, self.dtype).to(memory_format=self.memory_format)
         self.network = torch.compile(self.model) if compile else self.model
         self.loss, self.attack, self.attack_loss, self.augment = loss, attack, attack_loss, augment
         self.prior = prior(num_classes=data.num_classes).to(device=device)
@@ -189,11 +189,20 @@ class AdversarialTraining:
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Final metrics in percent and their details: clean accuracy of all weights, the attack on the headline's."""
         metrics = {}
-        for name, state in sorted(self.weights().items(), key=lambda item: item[0] == headline):  # the headline last
+        for name, state in sorted(
+            self.weights().items(), key=lambda item: item[0] == headline
+        ):  # the headline last
             self.model.load_state_dict(state)
-            metrics["clean" if name == headline else f"clean_{name}"] = clean_accuracy(self.model, self.data, self.device)
+            metrics["clean" if name == headline else f"clean_{name}"] = clean_accuracy(
+                self.model, self.data, self.device
+            )
         robust, details = autoattack(
-            self.model.float(), self.data, settings, folder=folder / "autoattack", device=self.device, console=console
+            self.model.float(),
+            self.data,
+            settings,
+            folder=folder / "autoattack",
+            device=self.device,
+            console=console,
         )
         return {**metrics, **robust}, {"weights": headline, **details}
 

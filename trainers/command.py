@@ -26,7 +26,9 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
 
     def stop(signum: int, frame: FrameType | None) -> None:
         name = signal.Signals(signum).name
-        raise Interrupted(f"stopped by {name}; what was finished is kept. The same command goes on from there", signum)
+        raise Interrupted(
+            f"stopped by {name}; what was finished is kept. The same command goes on from there", signum
+        )
 
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, stop)

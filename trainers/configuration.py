@@ -82,11 +82,19 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
             config = hydra.compose(entry, list(overrides), return_hydra_config=True)
         chosen = OmegaConf.to_container(config.hydra.runtime.choices)
         for name, annotation in SETTINGS.items():
-            plain = name in config and not OmegaConf.is_missing(config, name) and not OmegaConf.is_interpolation(config, name)
+            plain = (
+                name in config
+                and not OmegaConf.is_missing(config, name)
+                and not OmegaConf.is_interpolation(config, name)
+            )
             if plain and not _fits(config[name], annotation):
                 raise ConfigError(_mistyped(name, annotation, config[name]))
         resolved = OmegaConf.to_container(_without_hydra(config), resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ) as error:  # ValueError: a group set to a number
         raise ConfigError(_explain(entry, str(error), overrides)) from None
     assert isinstance(resolved, dict) and isinstance(chosen, dict)
     return {**{key: chosen[key] for key in ("experiment", "scale") if key in chosen}, **resolved}
@@ -177,7 +185,9 @@ def check_machine(config: Mapping[str, Any]) -> None:
             "plan=true for what it costs, or device=cpu to run it here all the same"
         )
     if gpus and config["device"] != "cpu" and config["devices"] > gpus:
-        raise ConfigError(f"devices={config['devices']} but torch sees {gpus} GPUs; set devices={gpus} or fewer")
+        raise ConfigError(
+            f"devices={config['devices']} but torch sees {gpus} GPUs; set devices={gpus} or fewer"
+        )
 
 
 def _check_targets(node: Any, where: str) -> None:
@@ -195,8 +205,12 @@ def _check_targets(node: Any, where: str) -> None:
             if key in ("_target_", "_partial_"):
                 continue
             if key not in parameters:
-                raise ConfigError(f"{node['_target_']} takes no {where}.{key}{_closest(key, list(parameters))}")
-            if not (isinstance(value, dict) and "_target_" in value) and not _fits(value, hints.get(key, Any)):
+                raise ConfigError(
+                    f"{node['_target_']} takes no {where}.{key}{_closest(key, list(parameters))}"
+                )
+            if not (isinstance(value, dict) and "_target_" in value) and not _fits(
+                value, hints.get(key, Any)
+            ):
                 raise ConfigError(_mistyped(f"{where}.{key}", hints[key], value))
     for key, child in node.items():
         _check_targets(child, f"{where}.{key}")
@@ -206,7 +220,9 @@ def locate(target: str, where: str = "_target_") -> Callable[..., Any]:
     """The object a `_target_` names, in gkl or trainers and nowhere else."""
     module, _, name = target.rpartition(".")
     if module.split(".")[0] not in ("gkl", "trainers"):
-        raise ConfigError(f"{where} names {target!r}; configurations may only name objects of gkl and trainers")
+        raise ConfigError(
+            f"{where} names {target!r}; configurations may only name objects of gkl and trainers"
+        )
     try:
         return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), name))
     except (ImportError, AttributeError):
@@ -252,7 +268,9 @@ def _check_parts(config: Mapping[str, Any]) -> None:
     given = {*config, *config["method"], "device"}
     missing = [n for n, p in parameters.items() if n not in given and p.default is inspect.Parameter.empty]
     if missing:
-        raise ConfigError(f"{config['method']['_target_']} also needs {', '.join(missing)}: choose them as {missing[0]}=...")
+        raise ConfigError(
+            f"{config['method']['_target_']} also needs {', '.join(missing)}: choose them as {missing[0]}=..."
+        )
 
 
 def build(config: Mapping[str, Any], **given: Any) -> Any:
@@ -283,7 +301,9 @@ def make(node: Any, **given: Any) -> Any:
 
 def published(config: Mapping[str, Any]) -> dict[str, Any]:
     """The same experiment as the paper ran it: scale=paper, no overrides."""
-    return compose("train", [f"experiment={config['experiment']}", f"protocol={config['protocol']}", "scale=paper"])
+    return compose(
+        "train", [f"experiment={config['experiment']}", f"protocol={config['protocol']}", "scale=paper"]
+    )
 
 
 def departures(published: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -295,5 +315,9 @@ def departures(published: Mapping[str, Any], config: Mapping[str, Any]) -> dict[
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(node, dict):
-        return {k: v for key, child in node.items() for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()}
+        return {
+            k: v
+            for key, child in node.items()
+            for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()
+        }
     return {prefix: node}

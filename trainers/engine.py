@@ -20,7 +20,6 @@ from gkl.distributed import rank, world_size, world_sum
 from trainers.command import Interrupted
 from trainers.folder import RunError, RunFolder
 
-
 SAVE = 1  # what a process asks for when a checkpoint is due; greater numbers are signals
 
 
@@ -104,7 +103,11 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
                     save(epoch, step + 1, sums)
                     if request != SAVE:
                         raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
-            row = {"epoch": epoch, **{name: value / steps for name, value in sums.items()}, **task.end_epoch(epoch)}
+            row = {
+                "epoch": epoch,
+                **{name: value / steps for name, value in sums.items()},
+                **task.end_epoch(epoch),
+            }
             row["seconds"] = round(time.monotonic() - started, 3)
             if rank() == 0:
                 folder.append_history(row)

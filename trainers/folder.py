@@ -15,7 +15,7 @@ class RunError(Exception):
     """Something the person who started the run can mend; the message is one line that says how."""
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: into a temporary neighbour, synced, then renamed over `path`.
 
     Raises RunError when the disk is full or the folder cannot be written; what was there before stays.
@@ -34,6 +34,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             f"cannot write {path}: {reason}; the files before it are intact. Free some space or choose another "
             "folder with GKL_OUTPUTS=..., then start the same command again"
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 class RunFolder:
@@ -81,7 +86,9 @@ class RunFolder:
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
             except Exception as error:  # whatever a damaged file makes torch.load raise
-                warn(f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); using the one before it")
+                warn(
+                    f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); using the one before it"
+                )
         return None
 
     def _checkpoints(self) -> tuple[Path, Path]:
@@ -109,5 +116,4 @@ class RunFolder:
     def truncate_history(self, before_epoch: int) -> None:
         """Keep the rows of epochs below `before_epoch`: those that the checkpoint to go on from knows of."""
         rows = [row for row in self.history() if row["epoch"] < before_epoch]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self.history_path, lambda path: path.write_text(text) and None)
+        write_text(self.history_path, "".join(json.dumps(row) + "\n" for row in rows))

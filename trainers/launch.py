@@ -36,7 +36,9 @@ def default_jobs(devices: int) -> int:
 
 def start(path: Path) -> subprocess.Popen[bytes]:
     """Start a run from its frozen configuration in the foreground, sharing this terminal."""
-    return subprocess.Popen([sys.executable, "-m", "trainers.run", str(path)], cwd=_root(), env=_environment())
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainers.run", str(path)], cwd=_root(), env=_environment()
+    )
 
 
 def wait(process: subprocess.Popen[bytes]) -> int:
@@ -61,23 +63,32 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
     waiting, running = list(cells), list[Job]()
     total, done = len(waiting), 0
     stop: list[int] = []
-    before = {s: signal.signal(s, lambda signum, _: stop.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        s: signal.signal(s, lambda signum, _: stop.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         while waiting or running:
             while waiting and len(running) < jobs and not stop:
                 slot = min(set(range(jobs)) - {job.slot for job in running})
                 running.append(_start(waiting.pop(0), slot, jobs))
-                print(f"[{done}/{total}] started {_name(running[-1].cell)}; log {running[-1].log}", flush=True)
+                print(
+                    f"[{done}/{total}] started {_name(running[-1].cell)}; log {running[-1].log}", flush=True
+                )
             time.sleep(0.2)
             for job in [job for job in running if job.process.poll() is not None]:
                 running.remove(job)
                 if job.process.returncode == 0:
                     done += 1
                     took = duration(time.monotonic() - job.started)
-                    print(f"[{done}/{total}] done {_name(job.cell)} in {took}: {_last_line(job.log)}", flush=True)
+                    print(
+                        f"[{done}/{total}] done {_name(job.cell)} in {took}: {_last_line(job.log)}",
+                        flush=True,
+                    )
                 elif not stop:
-                    raise RunError(f"row {job.cell.row}, seed {job.cell.config['seed']} failed: {_last_line(job.log)} "
-                                   f"(whole log: {job.log})")
+                    raise RunError(
+                        f"row {job.cell.row}, seed {job.cell.config['seed']} failed: {_last_line(job.log)} "
+                        f"(whole log: {job.log})"
+                    )
             if stop and not waiting and not running:
                 break
             if stop:
@@ -88,7 +99,9 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
                     job.process.wait()
                 raise Interrupted(
                     f"stopped by {signal.Signals(stop[0]).name} with {done} of {total} runs done; the others saved where "
-                    "they were. The same command goes on from there", stop[0])
+                    "they were. The same command goes on from there",
+                    stop[0],
+                )
     finally:
         for job in running:
             if job.process.poll() is None:
@@ -104,14 +117,21 @@ def _start(cell: Cell, slot: int, jobs: int) -> Job:
     environment = _environment()
     devices = cell.config["devices"]
     if torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        visible = os.environ.get(
+            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
+        ).split(",")
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * devices : (slot + 1) * devices])
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * devices))))
     with open(log, "ab") as output:
         # Its own session: a Ctrl-C at the terminal reaches this process alone, which then ends the runs in order.
         process = subprocess.Popen(
             [sys.executable, "-m", "trainers.run", str(path)],
-            cwd=_root(), env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True,
+            cwd=_root(),
+            env=environment,
+            stdout=output,
+            stderr=output,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
     return Job(cell, slot, process, log, time.monotonic())
 

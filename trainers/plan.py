@@ -21,7 +21,11 @@ SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
 # Per attacked test image, in forward passes: what AutoAttack takes to prove a survivor, and the share that survives.
 AUTOATTACK_FORWARDS, SURVIVORS = 9755, 0.35
 # Sizes that cannot be looked up without the data: name of the data function -> (train, test images, side, classes).
-SIZES = {"cifar10": (50_000, 10_000, 32, 10), "cifar100": (50_000, 10_000, 32, 100), "digits": (1_437, 360, 8, 10)}
+SIZES = {
+    "cifar10": (50_000, 10_000, 32, 10),
+    "cifar100": (50_000, 10_000, 32, 100),
+    "digits": (1_437, 360, 8, 10),
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Cell:
 
 def tables() -> dict[str, Path]:
     """The tables that can be made, by the number a person types: "3" -> configs/table/table03.yaml."""
-    return {str(int(p.stem.removeprefix("table"))): p for p in sorted((CONFIGS / "table").glob("table*.yaml"))}
+    return {
+        str(int(p.stem.removeprefix("table"))): p for p in sorted((CONFIGS / "table").glob("table*.yaml"))
+    }
 
 
 def load_table(number: str) -> dict[str, Any]:
@@ -61,7 +67,9 @@ def load_table(number: str) -> dict[str, Any]:
 
 def row_config(experiment: str, scale: str, protocol: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The configuration of a row at a scale, seed 0."""
-    return compose("train", [f"experiment={experiment}", f"scale={scale}", f"protocol={protocol}", *overrides])
+    return compose(
+        "train", [f"experiment={experiment}", f"scale={scale}", f"protocol={protocol}", *overrides]
+    )
 
 
 def cells(
@@ -120,7 +128,9 @@ def gpu_hours(config: Mapping[str, Any]) -> float | None:
     forwards = 0.0
     for epoch in range(1, epochs + 1):
         awp = 6 if method["awp_gamma"] > 0 and epoch >= method["awp_start_epoch"] else 0
-        forwards += train * len(method["view_weights"]) * (2 * attack.budget(epoch, epochs)["steps"] + 1 + awp + 6)
+        forwards += (
+            train * len(method["view_weights"]) * (2 * attack.budget(epoch, epochs)["steps"] + 1 + awp + 6)
+        )
     attacked = config["evaluation"]["images"] or test
     forwards += epochs * test + attacked * SURVIVORS * AUTOATTACK_FORWARDS
     return forwards * forward_flops(config, side, num_classes) / (TFLOPS * 1e12) / 3600
@@ -129,6 +139,9 @@ def gpu_hours(config: Mapping[str, Any]) -> float | None:
 def disk_bytes(config: Mapping[str, Any]) -> float:
     """Rough size of a run's folder: two checkpoints (weights, momentum, averages) and the exported weights."""
     with torch.device("meta"):
-        model = make(config["model"], num_classes=SIZES.get(config["data"]["_target_"].rpartition(".")[2], (0, 0, 0, 10))[3])
+        model = make(
+            config["model"],
+            num_classes=SIZES.get(config["data"]["_target_"].rpartition(".")[2], (0, 0, 0, 10))[3],
+        )
     networks = 1 + len(config["averages"])
     return 4.0 * sum(p.numel() for p in model.parameters()) * (2 * (networks + 1) + networks)

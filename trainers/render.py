@@ -6,7 +6,7 @@ from typing import Any
 
 from gkl.records import Record
 from gkl.tables import build, latex, markdown
-from trainers.folder import write_atomically
+from trainers.folder import write_text
 from trainers.plan import expected
 
 
@@ -16,7 +16,13 @@ def render(table: Mapping[str, Any], records: Sequence[Record], results: Path) -
     there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in experiments}
     sections = [("paper", "official"), *sorted(there - {("paper", "official")})]
     built = [
-        build(table, records, scale=scale, protocol=protocol, expected=expected(table, scale=scale, protocol=protocol))
+        build(
+            table,
+            records,
+            scale=scale,
+            protocol=protocol,
+            expected=expected(table, scale=scale, protocol=protocol),
+        )
         for scale, protocol in sections
     ]
     head = "<!-- Written by scripts/reproduce.py from configs/table and results/runs; do not edit. -->\n\n"
@@ -24,6 +30,6 @@ def render(table: Mapping[str, Any], records: Sequence[Record], results: Path) -
     paths = []
     for suffix, text in texts.items():
         path = results / "tables" / f"{table['name']}{suffix}"
-        write_atomically(path, lambda temporary, text=text: temporary.write_text(text) and None)
+        write_text(path, text)
         paths.append(path)
     return paths

@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -33,7 +33,10 @@ class Console:
             self.bar.update(done - self.bar.n)
         elif time.monotonic() - self.printed > LINES_EVERY_SECONDS:
             self.printed = time.monotonic()
-            print(f"{self.title}: epoch {epoch}/{epochs}, step {step}/{steps}{self._left(done, total)}", file=sys.stderr)
+            print(
+                f"{self.title}: epoch {epoch}/{epochs}, step {step}/{steps}{self._left(done, total)}",
+                file=sys.stderr,
+            )
 
     def epoch(self, row: dict[str, Any]) -> None:
         """An epoch's numbers in one line, and to the mirror."""
@@ -79,16 +82,35 @@ def duration(seconds: float) -> str:
 class Mirror:
     """A wandb run that repeats what history.jsonl and the record say. Its trouble never reaches the training."""
 
-    def __init__(self, *, mode: str, project: str, entity: str | None, name: str, group: str, run_id: str,
-                 config: dict[str, Any], folder: Path, warn: Any) -> None:
+    def __init__(
+        self,
+        *,
+        mode: Literal["online", "offline"],
+        project: str,
+        entity: str | None,
+        name: str,
+        group: str,
+        run_id: str,
+        config: dict[str, Any],
+        folder: Path,
+        warn: Any,
+    ) -> None:
         """run_id: derived from the run's identity, so that a resumed run continues the same wandb run."""
         self.warn, self.run = warn, None
         try:
             import wandb
 
             self.run = wandb.init(
-                mode=mode, project=project, entity=entity, name=name, group=group, id=run_id, resume="allow",
-                config=config, dir=folder, settings=wandb.Settings(silent=True, init_timeout=60),
+                mode=mode,
+                project=project,
+                entity=entity,
+                name=name,
+                group=group,
+                id=run_id,
+                resume="allow",
+                config=config,
+                dir=folder,
+                settings=wandb.Settings(silent=True, init_timeout=60),
             )
             self.run.define_metric("epoch")
             self.run.define_metric("*", step_metric="epoch")
@@ -114,5 +136,7 @@ class Mirror:
 
     def _give_up(self, error: Exception) -> None:
         self.run = None
-        self.warn(f"wandb is out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-                  "training goes on, history.jsonl has everything")
+        self.warn(
+            f"wandb is out ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "training goes on, history.jsonl has everything"
+        )

@@ -22,13 +22,23 @@ def clean_accuracy(model: nn.Module, data: ImageData, device: torch.device) -> f
     dtype = next(model.parameters()).dtype
     with eval_mode(model):
         correct = accuracy(
-            lambda x: model(x.to(dtype)), data.test_images[mine], data.test_labels[mine], batch_size=500, device=device
+            lambda x: model(x.to(dtype)),
+            data.test_images[mine],
+            data.test_labels[mine],
+            batch_size=500,
+            device=device,
         )
     return 100.0 * world_sum(correct.sum().double().to(device)).item() / len(data.test_labels)
 
 
 def autoattack(
-    model: nn.Module, data: ImageData, settings: Mapping[str, Any], *, folder: Path, device: torch.device, console: Console
+    model: nn.Module,
+    data: ImageData,
+    settings: Mapping[str, Any],
+    *,
+    folder: Path,
+    device: torch.device,
+    console: Console,
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and details of the attack named by a configs/evaluation file.
 

@@ -15,9 +15,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from trainers import configuration
 from trainers.command import run_main
 from trainers.configuration import ConfigError
 from trainers.engine import fit
-from trainers.folder import RunFolder, write_atomically
+from trainers.folder import RunFolder, write_atomically, write_text
 from trainers.report import Console, Mirror
 
 
@@ -44,7 +45,10 @@ def record_path(config: dict[str, Any]) -> Path:
     """Where a run's record is written."""
     return records.record_path(
         Path(config["paths"]["results"]) / "runs",
-        config["experiment"], config["scale"], records.identity(config), config["seed"],
+        config["experiment"],
+        config["scale"],
+        records.identity(config),
+        config["seed"],
     )
 
 
@@ -71,17 +75,27 @@ def run(config: dict[str, Any]) -> None:
         raise ConfigError(str(error)) from error
     if rank() == 0 and config["logger"]["mode"] != "off":
         console.mirror = Mirror(
-            **config["logger"], name=title, group=config["experiment"], folder=folder.path, warn=console.warn,
-            run_id=f"{records.identity(config)}-seed{config['seed']}", config=config,
+            **config["logger"],
+            name=title,
+            group=config["experiment"],
+            folder=folder.path,
+            warn=console.warn,
+            run_id=f"{records.identity(config)}-seed{config['seed']}",
+            config=config,
         )
     try:
-        seconds = fit(task, epochs=config["epochs"], folder=folder,
-                      checkpoint_minutes=config["checkpoint_minutes"], report=console)
+        seconds = fit(
+            task,
+            epochs=config["epochs"],
+            folder=folder,
+            checkpoint_minutes=config["checkpoint_minutes"],
+            report=console,
+        )
     finally:
         console.close()
     if rank() == 0:
         for name, state in task.weights().items():
-            write_atomically(folder.path / f"{name}.pt", lambda path, state=state: torch.save(state, path))
+            write_atomically(folder.path / f"{name}.pt", partial(torch.save, state))
     started = time.monotonic()
     metrics, evaluation = task.evaluate(
         headline=config["evaluate"], settings=config["evaluation"], folder=folder.path, console=console
@@ -96,14 +110,21 @@ def run(config: dict[str, Any]) -> None:
         print(f"{title}: {shown}; record {path}")
 
 
-def _record(config: dict[str, Any], folder: RunFolder, data: Any, metrics: dict[str, float],
-            evaluation: dict[str, Any], seconds: float, device: torch.device) -> dict[str, Any]:
+def _record(
+    config: dict[str, Any],
+    folder: RunFolder,
+    data: Any,
+    metrics: dict[str, float],
+    evaluation: dict[str, Any],
+    seconds: float,
+    device: torch.device,
+) -> dict[str, Any]:
     published = configuration.published(config)
     original = published["data"]["_target_"].rpartition(".")[2]
     checkpoint = folder.path / f"{config['evaluate']}.pt"
     path = record_path(config)
     history = path.with_suffix(".jsonl")
-    write_atomically(history, lambda temporary: temporary.write_bytes(folder.history_path.read_bytes()) and None)
+    write_text(history, folder.history_path.read_text())
     return {
         "schema": 1,
         "experiment": config["experiment"],
@@ -122,7 +143,9 @@ def _record(config: dict[str, Any], folder: RunFolder, data: Any, metrics: dict[
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         },
         "code": _code(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "timm", "pyautoattack", "numpy")}
+        "versions": {
+            name: version(name) for name in ("torch", "torchvision", "timm", "pyautoattack", "numpy")
+        }
         | {"python": sys.version.split()[0]},
         "hardware": {
             "device": device.type,
@@ -148,7 +171,9 @@ def _record(config: dict[str, Any], folder: RunFolder, data: Any, metrics: dict[
 def _code() -> dict[str, Any]:
     root = Path(__file__).resolve().parent.parent
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
         changed = ["git", "status", "--porcelain", "--", "gkl", "trainers", "configs", "scripts"]
         status = subprocess.run(changed, cwd=root, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -178,7 +203,9 @@ def device_of(config: dict[str, Any]) -> torch.device:
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ConfigError("device=cuda needs a GPU that torch can see, there is none; use device=cpu or device=auto")
+        raise ConfigError(
+            "device=cuda needs a GPU that torch can see, there is none; use device=cpu or device=auto"
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
@@ -205,8 +232,13 @@ def launch(path: Path, devices: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     launch_config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=devices, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-        run_id=path.parent.name, max_restarts=0,
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=devices,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=path.parent.name,
+        max_restarts=0,
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", "trainers.run", str(path))
@@ -220,10 +252,11 @@ def launch(path: Path, devices: int) -> int:
 def main(arguments: list[str]) -> int:
     """Command line of one run. Returns the exit code."""
     if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        raise ConfigError(f"usage: python -m trainers.run CONFIG.yaml, got {' '.join(arguments) or 'nothing'}")
+        raise ConfigError(
+            f"usage: python -m trainers.run CONFIG.yaml, got {' '.join(arguments) or 'nothing'}"
+        )
     path = Path(arguments[0])
-    config = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(config, dict)
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
     if "WORLD_SIZE" in os.environ:  # one of torchrun's processes
         with process_group(config):
             run(config)

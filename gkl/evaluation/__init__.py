@@ -1,11 +1,12 @@
 """Accuracy on clean and attacked images: per-image flags, so that shards and batches can be put together.
 
-    correct = accuracy(model, images, labels, batch_size=256, device=device)          # (N,) bool
-    robust = pgd_robust(model, images, labels, epsilon=8 / 255, steps=20, ...)        # (N,) bool
-    result = evaluate(model, images, labels, epsilon=8 / 255, folder=folder, ...)     # AutoAttack
+correct = accuracy(model, images, labels, batch_size=256, device=device)          # (N,) bool
+robust = pgd_robust(model, images, labels, epsilon=8 / 255, steps=20, ...)        # (N,) bool
+result = evaluate(model, images, labels, epsilon=8 / 255, folder=folder, ...)     # AutoAttack
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal
 
 import torch
@@ -22,7 +23,9 @@ LogitsFn = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def accuracy(logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device) -> Tensor:
+def accuracy(
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device
+) -> Tensor:
     """Which images are classified correctly, (N,) bool on the CPU. images: (N, 3, H, W), uint8 or float in [0, 1]."""
     correct = [
         (logits_fn(x).argmax(-1) == y).cpu() for x, y, _ in _batches(images, labels, batch_size, device)
@@ -52,13 +55,16 @@ def pgd_robust(
     robust = []
     for x, y, index in _batches(images, labels, batch_size, device):
         keys = sample_keys(seed, 0, index, "pgd_start")
-        noise = 2 * uniform(keys, x[0].numel()).view_as(x) - 1 if norm == "linf" else normal(keys, tuple(x.shape[1:]), x.dtype)
+        noise = (
+            2 * uniform(keys, x[0].numel()).view_as(x) - 1
+            if norm == "linf"
+            else normal(keys, tuple(x.shape[1:]), x.dtype)
+        )
         start = project(x + epsilon * noise, x, norm=norm, epsilon=epsilon)
-        objective = _cross_entropy if loss == "ce" else _margin
+        objective = partial(_cross_entropy if loss == "ce" else _margin, labels=y)
         x_adv = pgd(
-            logits_fn, x, lambda z, y=y: objective(z, y), norm=norm, epsilon=epsilon, step_size=step_size, steps=steps,
-            start=start,
-        )  # fmt: skip
+            logits_fn, x, objective, norm=norm, epsilon=epsilon, step_size=step_size, steps=steps, start=start
+        )
         with torch.no_grad():
             robust.append((logits_fn(x_adv).argmax(-1) == y).cpu())
     return torch.cat(robust) if robust else torch.zeros(0, dtype=torch.bool)

@@ -79,9 +79,13 @@ def evaluate(
     outside the ball or one it calls misclassified that is not.
     """
     if model.training:
-        raise ValueError("AutoAttack needs a model in eval mode, it is in training mode; call model.eval() first")
+        raise ValueError(
+            "AutoAttack needs a model in eval mode, it is in training mode; call model.eval() first"
+        )
     if version not in ATTACKS or norm not in ("linf", "l2"):
-        raise ValueError(f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}")
+        raise ValueError(
+            f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}"
+        )
     settings = {
         "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
         "weights": _digest(model.state_dict().values()), "data": _digest([images, labels]),
@@ -98,7 +102,9 @@ def evaluate(
                 x = images[batches[number]].to(device)
                 x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
                 y = labels[batches[number]].to(device)
-                _write(path, _attack(model, x.contiguous(), y, epsilon, norm, version, batch_size, seed, device))
+                _write(
+                    path, _attack(model, x.contiguous(), y, epsilon, norm, version, batch_size, seed, device)
+                )
             if on_progress:
                 on_progress(done, len(mine))
     return collect(folder, len(batches), settings) if _all_there(folder, len(batches)) else None
@@ -108,7 +114,9 @@ def collect(folder: Path, batches: int, settings: dict[str, Any]) -> AutoAttackR
     """Put the finished batches of a folder together. Raises FileNotFoundError naming the missing ones."""
     missing = [n for n in range(batches) if not (folder / f"batch_{n:05d}.npz").exists()]
     if missing:
-        raise FileNotFoundError(f"{folder} lacks the batches {missing}; run the evaluation again to attack them")
+        raise FileNotFoundError(
+            f"{folder} lacks the batches {missing}; run the evaluation again to attack them"
+        )
     parts = []
     for number in range(batches):
         with np.load(folder / f"batch_{number:05d}.npz", allow_pickle=False) as file:
@@ -122,7 +130,9 @@ def collect(folder: Path, batches: int, settings: dict[str, Any]) -> AutoAttackR
         robust=100.0 * robust.double().mean().item(),
         clean_flags=clean,
         robust_flags=robust,
-        after={a: 100.0 * float(n) / len(clean) for a, n in zip(ATTACKS[settings["version"]], after, strict=True)},
+        after={
+            a: 100.0 * float(n) / len(clean) for a, n in zip(ATTACKS[settings["version"]], after, strict=True)
+        },
         warnings=warnings,
         seconds=float(sum(p["seconds"] for p in parts)),
         versions={"pyautoattack": settings["pyautoattack"], "torch": torch.__version__},
@@ -142,7 +152,9 @@ def _attack(
     with torch.no_grad():
         logits = wrapped(x)
     if logits.shape[1] < 4:
-        raise ValueError(f"AutoAttack's targeted DLR loss needs at least 4 classes, the model has {logits.shape[1]}")
+        raise ValueError(
+            f"AutoAttack's targeted DLR loss needs at least 4 classes, the model has {logits.shape[1]}"
+        )
     clean = logits.argmax(-1) == y
     attacks = list(ATTACKS[version])
     adversary = AutoAttack(
@@ -166,7 +178,9 @@ def _attack(
         left = round(float(counts[attack.upper()]) / 100 * len(y)) if attack.upper() in counts else left
         after.append(left)
     if after[-1] != int(robust.sum()):
-        raise RuntimeError(f"AutoAttack counts {after[-1]} robust images of {len(y)}, its own images give {int(robust.sum())}")
+        raise RuntimeError(
+            f"AutoAttack counts {after[-1]} robust images of {len(y)}, its own images give {int(robust.sum())}"
+        )
     return {
         "clean": clean.cpu().numpy(),
         "robust": robust.cpu().numpy(),
@@ -182,7 +196,9 @@ def _check(x: Tensor, x_adv: Tensor, clean: Tensor, robust: Tensor, epsilon: flo
     delta = (x_adv - x).flatten(1)
     size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
     if not bool((size <= epsilon + TOLERANCE).all()):
-        raise RuntimeError(f"AutoAttack returned an image {size.max().item():.6f} away, epsilon is {epsilon:.6f}")
+        raise RuntimeError(
+            f"AutoAttack returned an image {size.max().item():.6f} away, epsilon is {epsilon:.6f}"
+        )
     if x_adv.isnan().any() or x_adv.min() < 0 or x_adv.max() > 1:
         raise RuntimeError("AutoAttack returned pixels outside [0, 1]")
     if bool((robust & ~clean).any()):
@@ -203,11 +219,11 @@ class _Contiguous(nn.Module):
 
 class _ContiguousGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.contiguous()
 
 

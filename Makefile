@@ -1,0 +1,66 @@
+# Everything here is a name for one documented python script; every target builds .venv first when it is missing or old.
+#   make table3 SCALE=smoke            make table3 PLAN=1            make table3 ROWS=kl_basic,gkl_basic SEEDS=0,1,2
+#   make table3 SCALE=small ARGS="data=image_folder data.root=pictures.zip loss.gamma=0.3"
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help tables test check eval doctor bench lock clean
+
+# --- what you may set -------------------------------------------------------------------------------------------------
+SCALE    ?= paper#      paper | small | smoke
+PROTOCOL ?= official#   official: as the authors' code runs | paper: as the text describes it
+SEEDS    ?=#            0,1,2      (default: three, at smoke scale one)
+ROWS     ?=#            row ids of the table (default: all)
+PLAN     ?=#            1: only say what is missing and what it costs
+DEVICES  ?= 1#          devices per run
+JOBS     ?= auto#       runs at the same time
+ARGS     ?=#            any further Hydra overrides
+PYTHON   ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+table%: $(STAMP) ## table3, table4: run what is missing of a table, print it (SCALE SEEDS ROWS PLAN PROTOCOL DEVICES ARGS)
+	@$(PY) scripts/reproduce.py table=$* scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) \
+	  devices=$(DEVICES) $(if $(SEEDS),'seeds=[$(SEEDS)]') \
+	  $(if $(ROWS),'rows=[$(ROWS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(ARGS)
+
+tables: table3 table4 ## every table there is
+
+test: $(STAMP) ## the tests: no network, no GPU, no downloads
+	@$(PY) -m pytest $(ARGS)
+
+check: $(STAMP) ## linter, formatter and type checker
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_10 DATA=cifar100
+	@$(PY) scripts/evaluate.py $(if $(CKPT),checkpoint=$(CKPT)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(ARGS)
+
+doctor: $(STAMP) ## this machine, its versions and data, and what each table still needs
+	@$(PY) scripts/doctor.py
+
+bench: $(STAMP) ## speed as ratios measured side by side: the losses, the augmentation
+	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+
+lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
+	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \
+	  --custom-compile-command "make lock" -q
+
+clean: ## remove .venv and caches; never outputs/, data/ or results/
+	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
+
+help: ## this list
+	@awk -F': .*## ' '/^[a-z%]+: .*## /{sub("%", "N", $$1); printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo; awk -F' *[?]= *|# +' '/^[A-Z]+ +[?]=.*# /{printf "  %-10s %-10s %s\n", $$1, $$2, $$3}' Makefile
+
+$(STAMP): pyproject.toml requirements.lock
+	@test -n "$(PYTHON)" || { echo "error: gkl needs Python 3.11, 3.12 or 3.13, none is on the PATH; name one with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@

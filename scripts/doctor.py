@@ -1,0 +1,110 @@
+"""What this machine has and what each table still needs: versions, devices, disk, data, runs.
+
+    python scripts/doctor.py
+
+Changes nothing and downloads nothing. Exit code 0, or 2 when an installed version is not one that pyproject.toml takes.
+"""
+
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from trainers.command import run_main
+from trainers.configuration import choices, compose, make
+from trainers.folder import RunError
+from trainers.launch import default_jobs
+from trainers.plan import cells, load_table, tables
+
+
+def main(arguments: list[str]) -> int:
+    """Print the report. Returns the exit code."""
+    wrong = report_versions()
+    report_devices()
+    report_folders()
+    report_data()
+    report_tables()
+    return 2 if wrong else 0
+
+
+def report_versions() -> list[str]:
+    """Installed versions against pyproject.toml's and the lock's; returns those that do not fit."""
+    root = Path(__file__).resolve().parent.parent
+    needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    lock = (root / "requirements.lock").read_text()
+    wrong = []
+    print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for requirement in map(Requirement, needed):
+        try:
+            found = version(requirement.name)
+        except PackageNotFoundError:
+            found = "missing"
+        fits = found != "missing" and requirement.specifier.contains(found.split("+")[0], prereleases=True)
+        pinned = f"{requirement.name}=={found.split('+')[0]}" in lock
+        note = "" if pinned else "; not what requirements.lock has"
+        print(
+            f"  {'ok' if fits else 'BAD':3} {requirement.name} {found} (needs {requirement.specifier}{note})"
+        )
+        if not fits:
+            wrong.append(requirement.name)
+    return wrong
+
+
+def report_devices() -> None:
+    """GPUs or CPU cores, and how many runs a table starts at once."""
+    for number in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(number)
+        print(f"GPU {number}: {card.name}, {card.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        print(
+            f"no GPU that torch {torch.__version__} sees; {os.cpu_count()} CPU cores carry scale=smoke, and scale=small with patience"
+        )
+    print(f"a table starts {default_jobs(1)} runs at a time (JOBS=...)")
+
+
+def report_folders() -> None:
+    """Where things go and the room there."""
+    config = compose("train", ["experiment=at/c100_basic_gkl"])
+    for name, folder in config["paths"].items():
+        path = Path(folder).resolve()
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        state = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE"
+        print(
+            f"{name}: {folder} ({state}, {shutil.disk_usage(existing).free / 1e9:.0f} GB free); move it with GKL_{name.upper()}"
+        )
+
+
+def report_data() -> None:
+    """Each data set that can be had without further settings, loaded and checked."""
+    for name in choices("data"):
+        if name == "image_folder":
+            print("data image_folder: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
+            continue
+        node = compose("train", ["experiment=at/c100_basic_gkl", f"data={name}"])["data"]
+        try:
+            data = make({**node, "download": False} if "download" in node else node)
+            print(f"data {name}: {len(data.train_labels)} train and {len(data.test_labels)} test images")
+        except RunError as error:
+            print(f"data {name}: {error}")
+
+
+def report_tables() -> None:
+    """Runs done and missing of each table at each scale."""
+    for number in tables():
+        table = load_table(number)
+        states = []
+        for scale in choices("scale"):
+            plan = cells(table, scale=scale, protocol="official")
+            states.append(f"{scale} {sum(cell.status == 'done' for cell in plan)}/{len(plan)} runs")
+        rows = sum(1 for row in table["rows"] if not row["experiment"])
+        print(f"table {number}: {', '.join(states)}; {rows} of {len(table['rows'])} rows not yet implemented")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, __doc__))
