@@ -62,12 +62,13 @@ def freeze(config: dict[str, Any]) -> Path:
 def run(config: dict[str, Any]) -> None:
     """Train, evaluate, record; on every process of the run. Raises RunError, Interrupted."""
     configuration.check(config, world_size())
-    device = device_of(config)
+    device, code = device_of(config), _code()  # as it is now: the files may change while the run goes on
     folder = run_folder(config)
     title = f"{config['experiment']} seed {config['seed']}"
     console = Console(title, enabled=rank() == 0)
     torch.manual_seed(config["seed"])
-    data = configuration.make(config["data"])
+    with one_process_a_node_first():
+        data = configuration.make(config["data"])
     model = configuration.make(config["model"], num_classes=data.num_classes)
     try:
         task = configuration.build(config, data=data, model=model, device=device)
@@ -102,7 +103,7 @@ def run(config: dict[str, Any]) -> None:
     )
     if rank() == 0:
         seconds += time.monotonic() - started
-        record = _record(config, folder, data, metrics, evaluation, seconds, device)
+        record = _record(config, folder, data, metrics, evaluation, seconds, device, code)
         path = records.write_record(Path(config["paths"]["results"]) / "runs", record)
         if console.mirror:
             console.mirror.close(metrics)
@@ -118,6 +119,7 @@ def _record(
     evaluation: dict[str, Any],
     seconds: float,
     device: torch.device,
+    code: dict[str, Any],
 ) -> dict[str, Any]:
     published = configuration.published(config)
     original = published["data"]["_target_"].rpartition(".")[2]
@@ -142,7 +144,7 @@ def _record(
             "path": str(checkpoint.relative_to(config["paths"]["outputs"])),
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         },
-        "code": _code(),
+        "code": code,
         "versions": {
             name: version(name) for name in ("torch", "torchvision", "timm", "pyautoattack", "numpy")
         }
@@ -209,6 +211,17 @@ def device_of(config: dict[str, Any]) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+@contextmanager
+def one_process_a_node_first() -> Iterator[None]:
+    """Inside, one process of each node is alone before the others enter: what it downloads, they find."""
+    alone = os.environ.get("LOCAL_RANK", "0") == "0"
+    if world_size() > 1 and not alone:
+        dist.barrier()
+    yield
+    if world_size() > 1 and alone:
+        dist.barrier()
 
 
 @contextmanager
