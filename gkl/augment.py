@@ -6,6 +6,7 @@
 Every draw comes from gkl.counter: a sample's views depend on (seed, epoch, index) and not on its batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -97,12 +98,9 @@ def apply(operation: str, images: Tensor, level: int, negative: bool) -> Tensor:
     sign = -1.0 if negative else 1.0
     amount = level / 9
     grey = [128.0, 128.0, 128.0]
-    if operation == "shear_x" or operation == "shear_y":
-        degrees = torch.rad2deg(torch.atan(torch.tensor(sign * 0.3 * amount))).item()
-        shear, centre = (
-            ([degrees, 0.0], [0.0, 0.0]) if operation == "shear_x" else ([0.0, degrees], [0.0, 0.0])
-        )
-        return TF.affine(images, 0.0, [0, 0], 1.0, shear, InterpolationMode.NEAREST, grey, centre)
+    if operation == "shear_y":
+        degrees = math.degrees(math.atan(sign * 0.3 * amount))
+        return TF.affine(images, 0.0, [0, 0], 1.0, [0.0, degrees], InterpolationMode.NEAREST, grey, [0, 0])
     if operation == "translate_x" or operation == "translate_y":
         by = int(sign * 150 / 331 * amount * (width if operation == "translate_x" else height))
         shift = [by, 0] if operation == "translate_x" else [0, by]

@@ -144,9 +144,12 @@ def gkl(
     total = smoothed.sum(-1)  # (B,)
     if pair_weight is None:
         pair_weight = total.square().mean()
-    per_example = _ClosedForm.apply(
-        student, teacher, smoothed, total, alpha / pair_weight, beta, temperature, break_asymmetry
-    )
+    with torch.autocast(
+        student.device.type, enabled=False
+    ):  # which would take the dot products to half precision
+        per_example = _ClosedForm.apply(
+            student, teacher, smoothed, total, alpha / pair_weight, beta, temperature, break_asymmetry
+        )
     return _reduce(per_example, reduction)
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -98,7 +99,7 @@ def evaluate(
     with _reproducible(model, device):
         for done, number in enumerate(mine, 1):
             path = folder / f"batch_{number:05d}.npz"
-            if not path.exists():
+            if _read(path) is None:
                 x = images[batches[number]].to(device)
                 x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
                 y = labels[batches[number]].to(device)
@@ -112,15 +113,13 @@ def evaluate(
 
 def collect(folder: Path, batches: int, settings: dict[str, Any]) -> AutoAttackResult:
     """Put the finished batches of a folder together. Raises FileNotFoundError naming the missing ones."""
-    missing = [n for n in range(batches) if not (folder / f"batch_{n:05d}.npz").exists()]
-    if missing:
+    read = [_read(folder / f"batch_{number:05d}.npz") for number in range(batches)]
+    parts = [part for part in read if part is not None]
+    if len(parts) < batches:
+        missing = [number for number, part in enumerate(read) if part is None]
         raise FileNotFoundError(
             f"{folder} lacks the batches {missing}; run the evaluation again to attack them"
         )
-    parts = []
-    for number in range(batches):
-        with np.load(folder / f"batch_{number:05d}.npz", allow_pickle=False) as file:
-            parts.append({name: file[name] for name in ("clean", "robust", "after", "seconds", "warnings")})
     clean = torch.from_numpy(np.concatenate([p["clean"] for p in parts]))
     robust = torch.from_numpy(np.concatenate([p["robust"] for p in parts]))
     after = np.sum([p["after"] for p in parts], axis=0)
@@ -141,6 +140,15 @@ def collect(folder: Path, batches: int, settings: dict[str, Any]) -> AutoAttackR
 
 def _all_there(folder: Path, batches: int) -> bool:
     return all((folder / f"batch_{number:05d}.npz").exists() for number in range(batches))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a finished batch says; None when it is missing or damaged, so that it is attacked again."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in ("clean", "robust", "after", "seconds", "warnings")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _attack(

@@ -1,0 +1,364 @@
+"""Random numbers, data sets and views: what a sample looks like depends on (seed, epoch, index) alone."""
+
+import hashlib
+import io
+import math
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import datasets
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+from gkl import data as gkl_data
+from gkl.augment import CIFAR10_POLICY, VIEWS, Views, apply, crop_flip, to_float
+from gkl.counter import integers, normal, sample_keys, uniform
+from gkl.data import ImageData, cifar10, cifar100, digits, image_folder
+
+INDEX = torch.arange(20_000)
+
+# --- counter ----------------------------------------------------------------------------------------------------------
+
+
+def splitmix64(x: int) -> int:
+    """The finaliser with Python's unbounded integers. Source: Steele, Lea, Flood 2014, Fig. 14 (mix variant 13)."""
+    mask = (1 << 64) - 1
+    x &= mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
+
+
+def test_numbers_are_splitmix64() -> None:
+    name = int.from_bytes(hashlib.sha256(b"3/7/crop").digest()[:8], "little", signed=True)
+    golden = 0x9E3779B97F4A7C15
+    for index in (0, 1, 12345):
+        key = splitmix64(splitmix64(index * golden + name) + name)
+        bits = [splitmix64(key + step * golden) for step in (1, 2, 3)]
+        keys = sample_keys(seed=3, epoch=7, index=torch.tensor([index]), stream="crop")
+        assert keys.item() % (1 << 64) == key
+        assert uniform(keys, 3).tolist() == [[(b >> 40) * 2.0**-24 for b in bits]]
+        assert integers(keys, 3, 9).tolist() == [[((b >> 20 & 0xFFFFFFFF) * 9) >> 32 for b in bits]]
+
+
+def test_numbers_depend_on_nothing_but_their_names() -> None:
+    whole = sample_keys(seed=0, epoch=1, index=INDEX, stream="a")
+    assert sample_keys(seed=0, epoch=1, index=INDEX[500:510], stream="a").equal(whole[500:510])
+    others = [(1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (0, 11, "a")]
+    assert all((sample_keys(seed=s, epoch=e, index=INDEX, stream=n) != whole).all() for s, e, n in others)
+    assert len(whole.unique()) == len(whole)
+
+
+def test_numbers_have_their_distributions() -> None:
+    keys = sample_keys(seed=0, epoch=1, index=INDEX, stream="a")
+    u = uniform(keys, 2)
+    assert 0 <= u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.002
+    counts = integers(keys, 1, 9).flatten().bincount(minlength=9)
+    assert len(counts) == 9 and (counts - 20_000 / 9).abs().max() < 5 * math.sqrt(20_000 / 9)
+    z = normal(keys, (2, 2), torch.float64)
+    assert z.shape == (20_000, 2, 2) and abs(z.mean()) < 0.01 and abs(z.var() - 1) < 0.02
+    assert abs((z**4).mean() - 3) < 0.15 and z.isfinite().all()
+    assert torch.corrcoef(z.flatten(1).T).fill_diagonal_(0).abs().max() < 0.03
+
+
+# --- data sets --------------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_the_bundled_scans() -> None:
+    bundle = digits()
+    assert len(bundle.train_labels) == 1437 and len(bundle.test_labels) == 360 and bundle.num_classes == 10
+    assert bundle.train_images.shape == (1437, 3, 8, 8) and bundle.train_images.dtype == torch.uint8
+    from sklearn.datasets import load_digits
+
+    assert (bundle.test_images[1, 0].numpy() == np.rint(load_digits().images[5] * 255 / 16)).all()
+    assert bundle.test_labels[1] == load_digits().target[5]
+    assert bundle.train_labels.bincount().min() > 100 and bundle.sha256 == digits().sha256
+
+
+def write_cifar(folder: Path, kind: type, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A whole small CIFAR archive in torchvision's layout, its checksums put in the place of the real ones."""
+    rng = np.random.default_rng(0)
+    hundred = kind is datasets.CIFAR100
+    key = "fine_labels" if hundred else "labels"
+    names = [f"class{i}" for i in range(100 if hundred else 10)]
+    pixels: dict[str, np.ndarray] = {}
+
+    def pickled(content: dict) -> tuple[bytes, str]:
+        blob = pickle.dumps(content)
+        return blob, hashlib.md5(blob).hexdigest()
+
+    files, lists = {}, {}
+    for which in ("train_list", "test_list"):
+        lists[which] = []
+        for name, _ in getattr(kind, which):
+            pixels[name] = rng.integers(0, 256, (6, 3072), dtype=np.uint8)
+            files[name], md5 = pickled({"data": pixels[name], key: [0, 1, 2, 3, 4, 9]})
+            lists[which].append([name, md5])
+    meta = dict(kind.meta)
+    files[meta["filename"]], meta["md5"] = pickled({meta["key"]: names})
+    archive = folder / kind.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, blob in files.items():
+            entry = tarfile.TarInfo(f"{kind.base_folder}/{name}")
+            entry.size = len(blob)
+            tar.addfile(entry, io.BytesIO(blob))
+    md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+    for name, value in {**lists, "meta": meta, "tgz_md5": md5, "url": "file:///nowhere/at/all"}.items():
+        monkeypatch.setattr(kind, name, value)
+    return pixels
+
+
+@pytest.mark.parametrize(("load", "kind"), [(cifar10, datasets.CIFAR10), (cifar100, datasets.CIFAR100)])
+def test_cifar_from_archive_mirror_and_folder(
+    load, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, root = tmp_path / "mirror", tmp_path / "root"
+    mirror.mkdir()
+    pixels = write_cifar(mirror, kind, monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"cannot be read.*data\.root=.*data\.mirror="):
+        load(str(root))
+    with pytest.raises(FileNotFoundError, match=f"no {kind.__name__} in .*put {kind.filename}"):
+        load(str(root), download=False)
+    assert not any(root.glob("*")) if root.exists() else True
+    loaded = load(str(root), mirror=str(mirror))
+    first = pixels[kind.train_list[0][0]][0].reshape(3, 32, 32)
+    assert (loaded.train_images[0].numpy() == first).all() and loaded.train_labels[5] == 9
+    assert len(loaded.test_labels) == 6 and loaded.num_classes == (100 if kind is datasets.CIFAR100 else 10)
+    again = load(str(root), download=False)  # the folder is there: neither archive nor network is touched
+    assert again.sha256 == loaded.sha256
+    (root / kind.filename).unlink()
+    assert load(str(root), download=False).sha256 == loaded.sha256
+
+    damaged = root / kind.base_folder / kind.test_list[0][0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=rf"{kind.test_list[0][0]} is damaged \(md5 must be .*delete"):
+        load(str(root))
+    damaged.unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        load(str(root))
+
+
+def test_cifar_archives_that_are_not_the_published_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror, root = tmp_path / "mirror", tmp_path / "root"
+    mirror.mkdir(), root.mkdir()
+    write_cifar(mirror, datasets.CIFAR10, monkeypatch)
+    archive = mirror / datasets.CIFAR10.filename
+    good = archive.read_bytes()
+    archive.write_bytes(good + b"x")
+    with pytest.raises(ValueError, match="no byte-identical copy of cifar-10-python.tar.gz"):
+        cifar10(str(root), mirror=f"file://{archive}")
+    assert list(root.iterdir()) == []  # nothing half-written
+    (root / archive.name).write_bytes(good[:100])
+    with pytest.raises(ValueError, match=r"is damaged \(md5 is not .*delete it and start again"):
+        cifar10(str(root))
+
+
+def write_pictures(root: Path, test: str = "test", size: int = 8) -> None:
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), (test, 2)):
+        for name in ("cat", "dog"):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(
+                    folder / f"{i}.png"
+                )
+
+
+def zipped(folder: Path, path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*.png")):
+            archive.write(file, Path("top") / file.relative_to(folder))
+    return path
+
+
+def test_image_folder_and_zip_are_the_same(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", test="val")
+    loaded = image_folder(str(tmp_path / "pictures"), image_size=8)
+    assert loaded.class_names == ("cat", "dog") and loaded.name == "pictures"
+    assert loaded.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and loaded.test_labels.tolist() == [0, 0, 1, 1]
+    pixels = np.asarray(Image.open(tmp_path / "pictures/train/dog/0.png")).transpose(2, 0, 1)
+    assert (loaded.train_images[3].numpy() == pixels).all()
+    archive = zipped(tmp_path / "pictures", tmp_path / "pictures.zip")
+    assert image_folder(str(archive), image_size=8).sha256 == loaded.sha256
+    few = image_folder(str(archive), image_size=4, name="few", train_per_class=1, test_per_class=1)
+    assert few.train_images.shape == (2, 3, 4, 4) and few.test_labels.tolist() == [0, 1] and few.name == "few"
+
+
+def test_image_folder_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no picture folder or zip archive at .*data\.root="):
+        image_folder(str(tmp_path / "absent"), image_size=8)
+    (tmp_path / "notes.txt").write_text("no archive")
+    with pytest.raises(ValueError, match="neither a folder nor a zip archive"):
+        image_folder(str(tmp_path / "notes.txt"), image_size=8)
+    with pytest.raises(ValueError, match=r"needs pictures in train/<class>/"):
+        image_folder(str(tmp_path), image_size=8)
+    write_pictures(tmp_path / "pictures")
+    (tmp_path / "pictures/test/dog").rename(tmp_path / "pictures/test/wolf")
+    with pytest.raises(ValueError, match="same classes; only one of them has dog, wolf"):
+        image_folder(str(tmp_path / "pictures"), image_size=8)
+    (tmp_path / "pictures/test/wolf").rename(tmp_path / "pictures/test/dog")
+    (tmp_path / "pictures/train/cat/1.png").write_bytes(b"\x89PNG cut short")
+    with pytest.raises(ValueError, match=r"picture train/cat/1\.png is damaged"):
+        image_folder(str(tmp_path / "pictures"), image_size=8)
+
+
+def test_image_data_is_checked() -> None:
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
+    good = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+    for change, message in (
+        ({"train_images": images.float()}, "uint8"),
+        ({"test_labels": torch.tensor([0, 2])}, r"labels must lie in 0\.\.1, got 0\.\.2"),
+        ({"test_images": images[:0], "test_labels": labels[:0]}, "no test images"),
+        ({"train_labels": labels[:1]}, "N labels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ImageData("x", 2, **{**good, **change}, class_names=("a", "b"))
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int = 400, size: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 256, (count, 3, size // 4, size // 4), generator=generator).float()
+    return torch.nn.functional.interpolate(coarse, size=size, mode="bilinear").round().to(torch.uint8)
+
+
+def test_crop_flip_is_pad_crop_mirror() -> None:
+    images = pictures(64)
+    keys = sample_keys(seed=0, epoch=1, index=torch.arange(64), stream="crop_flip/0")
+    out = crop_flip(images, keys, padding=4, flip=0.5)
+    offsets, mirrored = integers(keys, 2, 9), uniform(keys + 1, 1).squeeze(1) < 0.5
+    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
+    for i, (dy, dx) in enumerate(offsets.tolist()):
+        crop = padded[i, :, dy : dy + 32, dx : dx + 32]
+        assert out[i].equal(crop.flip(-1) if mirrored[i] else crop)
+    assert 20 < mirrored.sum() < 44 and len({tuple(o) for o in offsets.tolist()}) > 30
+    assert crop_flip(images, keys, padding=0, flip=0.0).equal(images)
+
+
+def test_a_view_depends_on_seed_epoch_and_index_alone() -> None:
+    images, index = pictures(100), torch.arange(100)
+    views = Views(["crop_flip", "autoaugment"])
+    whole = views(images, seed=1, epoch=2, index=index)
+    shuffled = torch.randperm(100)
+    for part in (shuffled[:1], shuffled[:37], shuffled):
+        for a, b in zip(views(images[part], seed=1, epoch=2, index=index[part]), whole, strict=True):
+            assert a.equal(b[part])
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert not views(images, seed=seed, epoch=epoch, index=index)[1].equal(whole[1])
+    assert whole[0].dtype == torch.uint8 and to_float(whole[0]).max() <= 1.0
+    # The strong view has crops of its own.
+    assert not Views(["crop_flip", "crop_flip"])(images, seed=1, epoch=2, index=index)[1].equal(whole[0])
+
+
+def test_policy_is_the_published_one() -> None:
+    published = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    spelling = {"sheary": "shear_y", "translatex": "translate_x", "translatey": "translate_y"}
+    theirs = tuple(
+        tuple((spelling.get(n.lower(), n.lower()), p, m or 0) for n, p, m in sub) for sub in published
+    )
+    ours = tuple(
+        tuple((n, p, 0 if n in ("autocontrast", "equalize", "invert") else m) for n, p, m in sub)
+        for sub in CIFAR10_POLICY
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("operation", sorted({op for sub in CIFAR10_POLICY for op, _, _ in sub}))
+@pytest.mark.parametrize("negative", [False, True])
+def test_operations_are_pillow_s(operation: str, negative: bool) -> None:
+    """Each operation against Pillow, the library the policy was published with."""
+    from PIL import ImageEnhance, ImageOps
+
+    level, sign = 7, -1.0 if negative else 1.0
+    images = pictures(40)
+    ours = apply(operation, images, level, negative).float()
+    amount = level / 9
+    grey = (128, 128, 128)
+    nearest = Image.Resampling.NEAREST
+    enhance = {
+        "brightness": ImageEnhance.Brightness, "color": ImageEnhance.Color, "contrast": ImageEnhance.Contrast,
+        "sharpness": ImageEnhance.Sharpness,
+    }  # fmt: skip
+
+    def pillow(picture: Image.Image) -> Image.Image:
+        def affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Image.Image:
+            return picture.transform(
+                picture.size, Image.Transform.AFFINE, (a, b, c, d, e, f), nearest, fillcolor=grey
+            )
+
+        match operation:
+            case "shear_y":
+                return affine(1, 0, 0, sign * 0.3 * amount, 1, 0)
+            case "translate_x":
+                return affine(1, 0, -int(sign * 150 / 331 * amount * 32), 0, 1, 0)
+            case "translate_y":
+                return affine(1, 0, 0, 0, 1, -int(sign * 150 / 331 * amount * 32))
+            case "rotate":
+                return picture.rotate(sign * 30 * amount, nearest, fillcolor=grey)
+            case "posterize":
+                return ImageOps.posterize(picture, 8 - round(4 * amount))
+            case "solarize":
+                return ImageOps.solarize(picture, round(256 * (1 - amount)))
+            case "autocontrast" | "equalize" | "invert":
+                return getattr(ImageOps, operation)(picture)
+            case _:
+                return enhance[operation](picture).enhance(1.0 + sign * 0.9 * amount)
+
+    theirs = torch.stack(
+        [
+            torch.from_numpy(np.array(pillow(Image.fromarray(i.permute(1, 2, 0).numpy())))).permute(2, 0, 1)
+            for i in images
+        ]
+    ).float()
+    # Nearest-neighbour geometry may pick another neighbour, rounding another level: most pixels are the same.
+    same = ((ours - theirs).abs() <= 2).float().mean()
+    assert same > 0.98, f"{operation}: {same:.3f} of the pixels agree"
+    moved = (theirs - images.float()).abs().mean()
+    assert moved < 1e-6 or (ours - images.float()).abs().mean() > 0.5 * moved
+
+
+def test_every_sub_policy_is_drawn_and_probabilities_hold() -> None:
+    """An image whose sub-policy's operations are both not drawn is unchanged: as often as the policy says."""
+    images = pictures(1).expand(5000, -1, -1, -1).contiguous()
+    keys = sample_keys(seed=0, epoch=1, index=torch.arange(5000), stream="autoaugment/0")
+    out = VIEWS["autoaugment"](images, keys)
+    drawn = integers(keys, 1, 25).squeeze(1)
+    unchanged = (out == images).flatten(1).all(1)
+    for number, sub in enumerate(CIFAR10_POLICY):
+        expected = math.prod(1 - p for _, p, _ in sub)
+        mine = unchanged[drawn == number].float()
+        assert len(mine) > 120
+        slack = 5 * math.sqrt(max(expected * (1 - expected), 0.01) / len(mine))
+        assert mine.mean() >= expected - slack, (number, mine.mean(), expected)
+
+
+def test_view_errors() -> None:
+    with pytest.raises(
+        ValueError, match=r"augment.views must name some of crop_flip, autoaugment, got \['cutout'\]"
+    ):
+        Views(["cutout"])
+    with pytest.raises(ValueError, match="got \\[\\]"):
+        Views([])
+    with pytest.raises(ValueError, match="flip in \\[0, 1\\], got 4 and 2"):
+        Views(flip=2)
+
+
+def test_extraction_cannot_leave_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / datasets.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as tar:
+        entry = tarfile.TarInfo("../outside")
+        tar.addfile(entry, io.BytesIO(b""))
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    with pytest.raises(tarfile.TarError):
+        gkl_data.cifar10(str(tmp_path), download=False)
+    assert not (tmp_path.parent / "outside").exists()

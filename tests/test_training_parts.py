@@ -1,0 +1,245 @@
+"""Attack, weight perturbation, averages, schedules: each against its definition."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from gkl.attacks import PGD, pgd, project
+from gkl.averaging import Average
+from gkl.awp import perturbable, perturbed
+from gkl.schedules import cosine
+
+EPSILON = 8 / 255
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)
+    ).double()
+
+
+def batch(seed: int = 0, count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.rand(count, 3, 8, 8, dtype=torch.float64, generator=generator),
+        torch.randint(5, (count,), generator=generator),
+    )
+
+
+# --- PGD --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_is_its_definition_image_by_image(norm: str) -> None:
+    model, (x, y) = network().eval(), batch()
+    start = x + 0.001 * torch.randn_like(x)
+    epsilon, size = (EPSILON, 2 / 255) if norm == "linf" else (0.5, 0.1)
+    ours = pgd(
+        model, x, lambda z: F.cross_entropy(z, y, reduction="none"), norm=norm, epsilon=epsilon, step_size=size,
+        steps=4, start=start,
+    )  # fmt: skip
+    for i in range(len(x)):
+        z = start[i].clone()
+        for _ in range(4):
+            z.requires_grad_()
+            (g,) = torch.autograd.grad(F.cross_entropy(model(z[None]), y[i : i + 1]), z)
+            z = z.detach()
+            if norm == "linf":
+                for c in range(3):
+                    z[c] = z[c] + size * g[c].sign()
+                z = torch.min(torch.max(z, x[i] - epsilon), x[i] + epsilon).clamp(0, 1)
+            else:
+                z = (z + size * g / g.square().sum().sqrt()).clamp(0, 1)
+                length = (z - x[i]).square().sum().sqrt()
+                if length > epsilon:
+                    z = x[i] + (z - x[i]) * epsilon / length
+        torch.testing.assert_close(ours[i], z, rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.sampled_from(["linf", "l2"]), st.floats(1e-3, 2.0), st.integers(0, 99), st.floats(0.01, 5.0))
+def test_projection_lands_in_the_ball_and_the_box_and_stays(
+    norm: str, epsilon: float, seed: int, far: float
+) -> None:
+    x, _ = batch(seed)
+    moved = project(x + far * torch.randn_like(x), x, norm=norm, epsilon=epsilon)
+    delta = (moved - x).flatten(1)
+    size = delta.abs().amax(1) if norm == "linf" else delta.norm(dim=1)
+    assert size.max() <= epsilon * (1 + 1e-12) and moved.min() >= 0 and moved.max() <= 1
+    torch.testing.assert_close(project(moved, x, norm=norm, epsilon=epsilon), moved, rtol=0, atol=1e-14)
+    assert project(x, x, norm=norm, epsilon=epsilon).equal(x)
+
+
+def test_an_attack_leaves_the_model_as_it_found_it() -> None:
+    model, (x, y) = network(), batch()
+    model.eval()
+    before = copy.deepcopy(model.state_dict())
+    adversarial = pgd(
+        model,
+        x,
+        lambda z: F.cross_entropy(z, y),
+        norm="linf",
+        epsilon=EPSILON,
+        step_size=0.01,
+        steps=3,
+        start=x,
+    )
+    assert all(before[k].equal(v) for k, v in model.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in model.parameters()) and not model.training
+    assert not adversarial.requires_grad
+    before_loss, after_loss = (F.cross_entropy(model(z), y) for z in (x, adversarial))
+    assert after_loss > before_loss + 0.01
+
+
+def test_attack_errors() -> None:
+    x, _ = batch()
+    with pytest.raises(ValueError, match="norm must be linf or l2, got 'l1'"):
+        project(x, x, norm="l1", epsilon=1.0)
+    with pytest.raises(ValueError, match=r"attack.norm must be linf or l2, got 'l0'"):
+        PGD(norm="l0", epsilon=EPSILON, ramp=True, phases="executed")
+    with pytest.raises(ValueError, match="attack.phases must be one of executed, intended, low, got 'high'"):
+        PGD(norm="linf", epsilon=EPSILON, ramp=True, phases="high")
+
+
+def published_budget(epoch: int, epochs: int, chain: bool) -> tuple[int, float]:
+    """The authors' "high" budget with its conditions as `if`s (as it runs) or as a chain (as it is meant)."""
+    steps, divisor, matched = 0, 0.0, False
+    for share, n, d in ((0.25, 2, 1.0), (0.5, 3, 1.5), (0.75, 4, 2.0), (1.0, 5, 2.0)):
+        if epoch <= int(share * epochs) and not (chain and matched):
+            steps, divisor, matched = n, d, True
+    return steps, divisor
+
+
+@pytest.mark.parametrize("epochs", [20, 110, 200])
+@pytest.mark.parametrize(("phases", "chain"), [("executed", False), ("intended", True)])
+def test_budget_of_every_epoch(phases: str, chain: bool, epochs: int) -> None:
+    attack = PGD(norm="linf", epsilon=EPSILON, ramp=True, phases=phases)
+    for epoch in range(1, epochs + 1):
+        steps, divisor = published_budget(epoch, epochs, chain)
+        budget = attack.budget(epoch, epochs)
+        assert budget["steps"] == steps
+        assert math.isclose(budget["epsilon"], EPSILON * epoch / epochs)
+        assert math.isclose(budget["step_size"], budget["epsilon"] / divisor)
+    steps = [attack.budget(e, 200)["steps"] for e in range(1, 201)]
+    assert sum(steps) / 200 == (3.5 if chain else 5)
+    flat = PGD(norm="linf", epsilon=EPSILON, ramp=False, phases="low").budget(1, 200)
+    assert flat == {"epsilon": EPSILON, "step_size": EPSILON, "steps": 2}
+
+
+# --- AWP --------------------------------------------------------------------------------------------------------------
+
+
+def test_awp_moves_each_layer_by_gamma_of_its_norm_along_the_gradient() -> None:
+    model, (x, y) = network(), batch()
+    names = [n for n, p in model.named_parameters() if any(p is q for q in perturbable(model))]
+    assert names == ["0.weight", "4.weight"]  # no bias, no batch norm
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    grads = dict(
+        zip(names, torch.autograd.grad(F.cross_entropy(model(x), y), perturbable(model)), strict=True)
+    )
+    with perturbed(model, lambda: F.cross_entropy(model(x), y), gamma=0.005):
+        for name, p in model.named_parameters():
+            if name in grads:
+                w, g = before[name], grads[name]
+                torch.testing.assert_close(
+                    p.detach(), w + 0.005 * w.norm() * g / g.norm(), rtol=1e-12, atol=1e-14
+                )
+            else:
+                assert p.equal(before[name])
+    assert all(p.equal(before[n]) for n, p in model.named_parameters())  # bit for bit
+
+
+def test_awp_keeps_what_the_optimizer_did_and_takes_itself_off() -> None:
+    model, (x, y) = network(), batch()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    with perturbed(model, lambda: F.cross_entropy(model(x), y), gamma=0.05):
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        steps = {n: -0.1 * p.grad for n, p in model.named_parameters()}
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] + steps[name], rtol=1e-12, atol=1e-14)
+
+
+def test_awp_restores_the_weights_when_the_step_raises() -> None:
+    model, (x, y) = network(), batch()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        perturbed(model, lambda: F.cross_entropy(model.eval()(x), y), gamma=0.05),
+    ):
+        for p in perturbable(model):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        raise KeyboardInterrupt
+    assert all(before[k].equal(v) for k, v in model.state_dict().items())
+
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+def test_epoch_average_is_the_published_average_over_a_folder_of_epoch_files() -> None:
+    """decay 0.9 over the files of epochs 1..n, batch-norm buffers with the weights, integer buffers the last."""
+    model, swa = network(), Average(decay=0.9, every="epoch")
+    files = []
+    for epoch in range(1, 6):
+        model(batch(epoch)[0])  # moves the running statistics
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        swa.after_step(model, epoch)
+        swa.after_epoch(model, epoch)
+        files.append(copy.deepcopy(model.state_dict()))
+    for key, value in swa.state.items():
+        if value.is_floating_point():
+            expected = files[0][key].clone()
+            for file in files[1:]:
+                expected = 0.9 * expected + 0.1 * file[key]
+            torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-14)
+        else:
+            assert value.equal(files[-1][key])
+    assert not any(swa.state[k].data_ptr() == v.data_ptr() for k, v in model.state_dict().items())
+
+
+def test_step_average_starts_at_its_epoch_as_a_copy_of_each_step() -> None:
+    model, ema = nn.Linear(1, 1, bias=False), Average(decay=0.5, every="step", start_epoch=2)
+    values = {1: [1.0, 2.0], 2: [3.0, 4.0], 3: [5.0, 6.0]}
+    for epoch, steps in values.items():
+        for value in steps:
+            nn.init.constant_(model.weight, value)
+            ema.after_step(model, epoch)
+        ema.after_epoch(model, epoch)
+    # a copy throughout epoch 2 (4.0 at its end), then 0.5 * 4 + 0.5 * 5 = 4.5, 0.5 * 4.5 + 0.5 * 6 = 5.25
+    assert ema.state["weight"].item() == 5.25
+    copied = Average(decay=0.5, every="step", start_epoch=2)
+    copied.load_state_dict(ema.state_dict(), torch.device("cpu"))
+    assert copied.state["weight"].equal(ema.state["weight"])
+
+
+def test_average_errors() -> None:
+    with pytest.raises(ValueError, match="decay in \\[0, 1\\) and every=epoch|step"):
+        Average(decay=1.0, every="epoch")
+    with pytest.raises(ValueError, match="every=epoch|step, got 0.9 and 'year'"):
+        Average(decay=0.9, every="year")
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_to_the_digit() -> None:
+    """The two formulas of the authors' scripts, written out for lr 0.2 and 200 epochs."""
+    for epoch in range(1, 201):
+        gkl_run = 0.2 * 0.5 * (1 + math.cos(epoch / 201 * math.pi))
+        baseline = 0.2 * 0.5 * (1 + math.cos((epoch - 1) / 200 * math.pi))
+        assert math.isclose(0.2 * cosine(epoch, 200, offset=0, length=1), gkl_run, rel_tol=1e-12)
+        assert math.isclose(0.2 * cosine(epoch, 200, offset=1, length=0), baseline, rel_tol=1e-12)
+    assert cosine(1, 200, offset=1) == 1.0
+    assert math.isclose(0.2 * cosine(200, 200, length=1), 1.2214e-5, rel_tol=1e-3)
