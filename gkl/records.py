@@ -97,7 +97,7 @@ def validate(record: Any) -> None:
     if record["status"] not in ("done", "failed"):
         raise ValueError(f"status must be done or failed, got {record['status']!r}")
     for name, value in record["metrics"].items():
-        if not isinstance(value, int | float) or not math.isfinite(value) or not 0.0 <= value <= 100.0:
+        if type(value) not in (int, float) or not math.isfinite(value) or not 0.0 <= value <= 100.0:
             raise ValueError(f"metric {name} must be a percentage, got {value!r}")
     if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"]):
         raise ValueError(f"finished must look like 2026-01-31T12:00:00Z, got {record['finished']!r}")

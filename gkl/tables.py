@@ -97,9 +97,9 @@ def _row(
     elif not runs:
         status = f"missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
     elif stand_in:
-        status = f"stand-in: {runs[0]['data']['name']} for {stand_in}"
+        status = f"stand-in: {runs[0]['data']['name']} for {stand_in}{_other_network(runs[0])}"
     else:
-        status = "done" if scale == "paper" else f"scale {scale}"
+        status = "done" if scale == "paper" else f"scale {scale}{_other_network(runs[0])}"
     ours = {
         metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
     }
@@ -107,6 +107,12 @@ def _row(
         bool(runs) and scale == "paper" and not stand_in and not any(r.get("departures") for r in runs)
     )
     return Row(label, row["paper"], ours, status, comparable, row.get("note"), runs)
+
+
+def _other_network(run: Record) -> str:
+    """ ", wrn_10_1" where a run has another network than the published one."""
+    changed = run.get("departures", {}).get("model.name")
+    return f", {changed[1]}" if changed else ""
 
 
 def _changes(run: Record, regular: Sequence[Record]) -> str:
@@ -167,11 +173,10 @@ def markdown(table: Table) -> str:
                 notes.append(row.note)
             status += f" [{notes.index(row.note) + 1}]"
         lines.append("| " + " | ".join([*row.label, *_cells(table, row), status]) + " |")
-    lines += [
-        "",
-        "Percent. Ours: mean ± sample standard deviation (seeds). Paper: the paper's printed value.",
-        "",
-    ]
+    legend = "Percent. Ours: mean ± sample standard deviation (seeds). Paper: the paper's printed value."
+    if any(row.status.startswith("stand-in") for row in table.rows):
+        legend += " A stand-in ran on other data than the paper's: compare it with other stand-ins alone."
+    lines += ["", legend, ""]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += [f"- {remark}" for remark in table.remarks]
     if any(row.records for row in table.rows):

@@ -14,11 +14,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gkl.records import read_records
+from gkl.tables import markdown
 from trainers.command import run_main
 from trainers.configuration import CONFIGS, ConfigError, check, check_machine, choices, unknown
 from trainers.launch import default_jobs, run_all
-from trainers.plan import TFLOPS, Cell, cells, disk_bytes, gpu_hours, load_table, tables
-from trainers.render import render
+from trainers.plan import cells, load_table, summary, tables
+from trainers.render import render, section
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
         overrides=overrides,
     )
     missing = [cell for cell in plan if cell.status != "done"]
-    print_plan(table, settings["scale"], plan)
+    print(summary(table["title"], settings["scale"], plan), flush=True)
     if settings["plan"]:
         return 0
     for cell in missing:
@@ -44,10 +45,9 @@ def main(arguments: list[str]) -> int:
         jobs = default_jobs(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
         run_all(missing, jobs)
     results = Path(plan[0].config["paths"]["results"])
-    for path in render(table, read_records(results / "runs"), results):
-        print(f"wrote {path}")
-        if path.suffix == ".md":
-            print(path.read_text())
+    records = read_records(results / "runs")
+    print("\n" + markdown(section(table, records, settings["scale"], settings["protocol"])))
+    print("wrote " + " and ".join(map(str, render(table, records, results))))
     return 0
 
 
@@ -75,39 +75,6 @@ def read_settings(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     if settings["jobs"] != "auto" and not (type(settings["jobs"]) is int and settings["jobs"] > 0):
         raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
     return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
-
-
-def print_plan(table: dict[str, object], scale: str, plan: list[Cell]) -> None:
-    """The runs with their state, and what is left to pay for."""
-    print(
-        f"{table['title']}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"
-    )
-    total = 0.0
-    for cell in plan:
-        hours = gpu_hours(cell.config)
-        cost = (
-            ""
-            if cell.status == "done"
-            else f"  {_hours(hours)}, {disk_bytes(cell.config) / 1e9:.2g} GB on disk"
-        )
-        total += 0.0 if cell.status == "done" else hours or 0.0
-        print(
-            f"  {cell.status:8} {cell.row:16} seed {cell.config['seed']}  {cell.config['experiment']}{cost}"
-        )
-    if any(c.status != "done" for c in plan):
-        print(f"  missing: {_hours(total)}, assuming {TFLOPS:g} TFLOP/s sustained by a card", flush=True)
-
-
-def _hours(hours: float | None) -> str:
-    if hours is None:
-        return "cost unknown for this data"
-    return (
-        "under 0.01 GPU-hours"
-        if hours < 0.01
-        else f"about {hours:,.0f} GPU-hours"
-        if hours >= 10
-        else f"about {hours:.2g} GPU-hours"
-    )
 
 
 if __name__ == "__main__":

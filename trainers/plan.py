@@ -17,6 +17,7 @@ from trainers.configuration import CONFIGS, ConfigError, compose, make, unknown
 from trainers.run import record_path, run_folder
 
 TFLOPS = 10.0  # sustained by one 3090-class card in float32; an assumption, said wherever hours are printed
+STATES = ("done", "failed", "started", "missing")
 SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
 # Per attacked test image, in forward passes: what AutoAttack takes to prove a survivor, and the share that survives.
 AUTOATTACK_FORWARDS, SURVIVORS = 9755, 0.35
@@ -102,6 +103,41 @@ def expected(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str
         for row in table["rows"]
         if row["experiment"]
     }
+
+
+def summary(title: str, scale: str, plan: Sequence[Cell]) -> str:
+    """Lines for a person: each row's runs by state, and what the missing ones cost."""
+    lines = [f"{title}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"]
+    total: float | None = 0.0
+    for row in dict.fromkeys(cell.row for cell in plan):
+        mine = [cell for cell in plan if cell.row == row]
+        states = {state: [c.config["seed"] for c in mine if c.status == state] for state in STATES}
+        line = f"  {row:16} {mine[0].config['experiment']:22} "
+        line += ", ".join(
+            f"{state}: seed {' '.join(map(str, seeds))}" for state, seeds in states.items() if seeds
+        )
+        if left := sum(len(seeds) for state, seeds in states.items() if state != "done"):
+            hours = gpu_hours(mine[0].config)
+            total = None if hours is None or total is None else total + left * hours
+            line += f"; each {_hours(hours)}, {disk_bytes(mine[0].config) / 1e9:.1g} GB on disk"
+        lines.append(line)
+    if any(cell.status != "done" for cell in plan):
+        lines.append(
+            f"  to do: {_hours(total)}, at an assumed {TFLOPS:g} TFLOP/s sustained by a 3090-class card"
+        )
+    return "\n".join(lines)
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "an unknown number of GPU-hours for this data"
+    return (
+        "under 0.01 GPU-hours"
+        if hours < 0.01
+        else f"about {hours:,.0f} GPU-hours"
+        if hours >= 10
+        else f"about {hours:.2g} GPU-hours"
+    )
 
 
 def forward_flops(config: Mapping[str, Any], side: int, num_classes: int) -> float:

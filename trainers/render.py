@@ -5,26 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from gkl.records import Record
-from gkl.tables import build, latex, markdown
+from gkl.tables import Table, build, latex, markdown
 from trainers.folder import write_text
 from trainers.plan import expected
+
+
+def section(table: Mapping[str, Any], records: Sequence[Record], scale: str, protocol: str) -> Table:
+    """The table of one scale and protocol."""
+    identities = expected(table, scale=scale, protocol=protocol)
+    return build(table, records, scale=scale, protocol=protocol, expected=identities)
 
 
 def render(table: Mapping[str, Any], records: Sequence[Record], results: Path) -> list[Path]:
     """Write <results>/tables/<name>.md and .tex; returns their paths."""
     experiments = {row["experiment"] for row in table["rows"]}
     there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in experiments}
-    sections = [("paper", "official"), *sorted(there - {("paper", "official")})]
-    built = [
-        build(
-            table,
-            records,
-            scale=scale,
-            protocol=protocol,
-            expected=expected(table, scale=scale, protocol=protocol),
-        )
-        for scale, protocol in sections
-    ]
+    order = [("paper", "official"), *sorted(there - {("paper", "official")})]
+    built = [section(table, records, scale, protocol) for scale, protocol in order]
     head = "<!-- Written by scripts/reproduce.py from configs/table and results/runs; do not edit. -->\n\n"
     texts = {".md": head + "\n".join(map(markdown, built)), ".tex": "\n".join(map(latex, built))}
     paths = []

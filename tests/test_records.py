@@ -1,0 +1,263 @@
+"""Records, tables and plans: what was run is never lost, mixed up or dressed up."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+
+from gkl.records import (
+    identity,
+    read_record,
+    read_records,
+    record_path,
+    validate,
+    without_excluded,
+    write_record,
+)
+from gkl.tables import build, latex, markdown
+from trainers.configuration import check, compose, departures, published
+from trainers.plan import cells, disk_bytes, expected, forward_flops, gpu_hours, load_table, summary, tables
+from trainers.render import render
+
+
+def config(*overrides: str) -> dict:
+    return compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", *overrides])
+
+
+def record(
+    aa: float, seed: int = 0, scale: str = "smoke", overrides: tuple[str, ...] = (), **change: object
+) -> dict:
+    resolved = compose(
+        "train", ["experiment=at/c100_basic_gkl", f"scale={scale}", f"seed={seed}", *overrides]
+    )
+    stand_in = None if scale == "paper" else "cifar100"
+    made = {
+        "schema": 1,
+        "experiment": "at/c100_basic_gkl",
+        "scale": scale,
+        "protocol": "official",
+        "seed": seed,
+        "identity": identity(resolved),
+        "config": without_excluded(resolved),
+        "departures": departures(published(resolved), resolved),
+        "status": "done",
+        "metrics": {"clean": 60.0, "aa": aa},
+        "evaluation": {"n": 120},
+        "history": "seed0.jsonl",
+        "checkpoint": {"path": "x", "sha256": "0"},
+        "code": {"commit": "0123456789abcdef", "dirty": False},
+        "versions": {},
+        "hardware": {"device": "cpu", "count": 1, "name": "a processor"},
+        "data": {"name": "digits" if stand_in else "cifar100", "stand_in_for": stand_in, "sha256": "0",
+                 "train": 1437, "test": 360},
+        "cost": {"seconds": 1.0, "device_hours": 0.5, "peak_memory_bytes": 1},
+        "finished": "2026-01-31T12:00:00Z",
+    }  # fmt: skip
+    return {**made, **change}
+
+
+# --- identity ---------------------------------------------------------------------------------------------------------
+
+
+def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
+    base = identity(config())
+    for same in (
+        "seed=3",
+        "device=cpu",
+        "devices=2",
+        "logger=off",
+        "checkpoint_minutes=1",
+        "paths.outputs=/elsewhere",
+    ):
+        assert identity(config(same)) == base, same
+    assert identity(config("loss.alpha=20")) == base  # 20 and 20.0
+    for other in (
+        "loss.alpha=21",
+        "epochs=19",
+        "precision=bf16",
+        "loss.break_asymmetry=false",
+        "method.awp_gamma=0",
+    ):
+        assert identity(config(other)) != base, other
+    data = config("data=image_folder", "data.root=a")
+    assert identity(data) == identity(config("data=image_folder", "data.root=b"))
+    assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
+
+
+def test_a_setting_that_is_null_leaves_earlier_runs_their_identity() -> None:
+    base = config()
+    later = copy.deepcopy(base)
+    later["method"]["something_new"] = None
+    assert identity(later) == identity(base)
+
+
+# --- records ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_written_once_and_read_back(tmp_path: Path) -> None:
+    made = record(30.0)
+    path = write_record(tmp_path, made)
+    assert path == record_path(tmp_path, "at/c100_basic_gkl", "smoke", made["identity"], 0)
+    assert read_record(path) == json.loads(json.dumps(made)) and write_record(tmp_path, made) == path
+    with pytest.raises(
+        FileExistsError, match="holds another record of the same run; records are never changed"
+    ):
+        write_record(tmp_path, record(31.0))
+    assert read_record(path)["metrics"]["aa"] == 30.0 and list(path.parent.iterdir()) == [path]
+    write_record(tmp_path, record(31.0, seed=1))
+    assert [r["seed"] for r in read_records(tmp_path)] == [0, 1]
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(ValueError, match=r"record .*seed0\.json is damaged"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema 2 is not 1"),
+        ({"seed": "0"}, r"needs seed \(int\), got '0'"),
+        ({"status": "nearly"}, "done or failed, got 'nearly'"),
+        ({"metrics": {"aa": 101.0}}, "metric aa must be a percentage, got 101.0"),
+        ({"metrics": {"aa": float("nan")}}, "percentage, got nan"),
+        ({"metrics": {"aa": True}}, "percentage, got True"),
+        ({"finished": "yesterday"}, "finished must look like"),
+        ({"history": "/tmp/h.jsonl"}, "relative path"),
+        ({"data": {"name": "digits"}}, "name and stand_in_for"),
+        ({"identity": "0" * 12}, "is not that of the record's config"),
+    ],
+)
+def test_records_are_checked(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        validate(record(30.0, **change))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+TABLE = {
+    "title": "A table",
+    "target": "table3",
+    "labels": {"method": "Method"},
+    "metrics": {"aa": "AA"},
+    "rows": [
+        {"id": "other", "method": "Other", "experiment": None, "paper": {"aa": 28.86}, "note": "Copied."},
+        {"id": "gkl", "method": "GKL_AT", "experiment": "at/c100_basic_gkl", "paper": {"aa": 31.91}},
+    ],
+}
+
+
+def drawn(records: list[dict], scale: str) -> list[str]:
+    records = [
+        {**r, "path": f"{r['experiment']}/{r['scale']}/{r['identity']}/seed{r['seed']}.json"} for r in records
+    ]
+    ids = {"gkl": identity(compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"]))}
+    built = build(TABLE, records, scale=scale, protocol="official", expected=ids)
+    latex(built)
+    return markdown(built).splitlines()
+
+
+def test_a_table_without_records_says_what_is_missing() -> None:
+    lines = drawn([], "smoke")
+    assert "| Other | 28.86 | – | – | not yet [1] |" in lines and "1. Copied." in lines
+    assert "| GKL_AT | 31.91 | – | – | missing: make table3 SCALE=smoke ROWS=gkl |" in lines
+
+
+def test_mean_spread_and_number_of_seeds() -> None:
+    lines = drawn([record(30.0, 0), record(32.0, 1), record(34.0, 2)], "smoke")
+    assert "| GKL_AT | 31.91 | 32.00 ± 2.00 (3) | – | stand-in: digits for cifar100, wrn_10_1 |" in lines
+    assert any("code 012345678;" in line and "120 attacked" in line for line in lines)
+    assert any("compare it with other stand-ins alone" in line for line in lines)
+
+
+def test_only_the_published_run_on_its_own_data_is_compared_with_the_paper() -> None:
+    assert "| GKL_AT | 31.91 | 30.00 (1) | -1.91 | done |" in drawn([record(30.0, scale="paper")], "paper")
+    stand_in = record(30.0, scale="paper", data={**record(0.0)["data"]})
+    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100 |" in drawn([stand_in], "paper")
+
+
+def test_different_runs_are_never_averaged() -> None:
+    lines = drawn([record(30.0), record(40.0, overrides=("epochs=3",)), record(0.0, scale="small")], "smoke")
+    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, wrn_10_1 |" in lines
+    (other,) = (line for line in lines if "epochs=3" in line)
+    assert "40.00 (1)" in other and "31.91" not in other and not any("20.00" in line for line in lines)
+    failed = drawn([record(30.0, status="failed")], "smoke")
+    assert any("missing" in line for line in failed)
+
+
+def test_latex_is_escaped() -> None:
+    built = build(TABLE, [], scale="smoke", protocol="official", expected={})
+    text = latex(built)
+    assert "GKL\\_AT & 31.91 & -- & -- & missing: make table3 SCALE{=}smoke ROWS{=}gkl \\\\" in text
+    assert text.count("\\toprule") == text.count("\\bottomrule") == 1
+
+
+def test_every_table_renders_and_its_paper_values_are_the_printed_ones(tmp_path: Path) -> None:
+    """Against the numbers of the paper, typed in here once more from its pages."""
+    printed = {
+        "3": {
+            "AWP": (60.38, 28.86),
+            "LBGAT": (60.64, 29.33),
+            "LAS-AT": (64.89, 30.77),
+            "DM-AT": (72.58, 38.83),
+        },
+        "4": {
+            "Rice et al.": (85.34, 53.42),
+            "LBGAT": (88.70, 53.57),
+            "AWP": (85.36, 56.17),
+            "DM-AT": (92.44, 67.31),
+        },
+    }
+    both = {
+        "3": [(65.76, 31.91), (66.08, 32.53), (73.65, 39.37)],
+        "4": [(84.80, 57.09), (85.20, 57.62), (92.16, 67.75)],
+    }
+    for number in tables():
+        table = load_table(number)
+        rows = {row["method"]: (row["paper"].get("clean"), row["paper"].get("aa")) for row in table["rows"]}
+        assert printed[number].items() <= rows.items()
+        pairs = [(row["paper"].get("clean"), row["paper"].get("aa")) for row in table["rows"]]
+        assert all(pair in pairs for pair in both[number])
+        assert len({row["id"] for row in table["rows"]}) == len(table["rows"])
+        for path in render(table, [], tmp_path):
+            assert table["title"].split(":")[0] in path.read_text()
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> None:
+    table = load_table("3")
+    folders = [f"paths.results={tmp_path}", f"paths.outputs={tmp_path}"]
+    plan = cells(
+        table, scale="smoke", protocol="official", seeds=[0, 1], rows=["gkl_basic"], overrides=folders
+    )
+    assert [(c.row, c.config["seed"], c.status) for c in plan] == [
+        ("gkl_basic", 0, "missing"),
+        ("gkl_basic", 1, "missing"),
+    ]
+    write_record(tmp_path / "runs", record(30.0))
+    assert [c.status for c in plan] == ["done", "missing"]
+    text = summary(table["title"], "smoke", plan)
+    assert "1 of 2 runs done" in text and "done: seed 0, missing: seed 1" in text
+    for cell in cells(table, scale="paper", protocol="official"):
+        check(cell.config, 1)
+    assert expected(table, scale="smoke", protocol="official")["gkl_basic"] == record(30.0)["identity"]
+
+
+def test_costs_are_counted() -> None:
+    """WRN-34-10: 5.24 GMAC a 32x32 image (the sum over its convolutions), hours from 23 forwards a sample and AWP."""
+    base = compose("train", ["experiment=at/c100_basic_gkl"])
+    flops = forward_flops(base, 32, 100)
+    widths, macs = [(16, 160, 32), (160, 320, 16), (320, 640, 8)], 9 * 3 * 16 * 32**2
+    for came, width, side in widths:
+        macs += (9 * came * width + 9 * width * width + came * width + 8 * 9 * width * width) * side**2
+    assert abs(flops / 2 - macs - 640 * 100) < 1e-3 * macs
+    hours = gpu_hours(base)
+    with_awp, without = 191, 9
+    forwards = 50_000 * (with_awp * 23 + without * 17) + 200 * 10_000 + 10_000 * 0.35 * 9755
+    assert hours is not None and abs(hours - forwards * flops / 1e13 / 3600) < 0.01 * hours
+    assert 1.5e9 < disk_bytes(base) < 3e9
+    assert (
+        gpu_hours(compose("train", ["experiment=at/c100_basic_gkl", "data=image_folder", "data.root=x"]))
+        is None
+    )
