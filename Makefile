@@ -30,7 +30,7 @@ table%: $(STAMP) ## table3, table4: run what is missing of a table, print it (SC
 tables: table3 table4 ## every table there is
 
 test: $(STAMP) ## the tests: no network, no GPU, no downloads
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 check: $(STAMP) ## linter, formatter and type checker
 	@$(PY) -m ruff check .

@@ -6,13 +6,13 @@
 Stopped at any moment (Ctrl-C, SIGTERM, SIGKILL) and started again with the same command, it goes on where it was.
 """
 
+import os
 import sys
 
 from omegaconf import OmegaConf
 
 from trainers.command import run_main
 from trainers.configuration import check, check_machine, compose
-from trainers.launch import start, wait
 from trainers.run import freeze, record_path, run_folder
 
 
@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> int:
         return 0
     with run_folder(config).locked():
         path = freeze(config)
-    return wait(start(path))
+    os.execv(
+        sys.executable, [sys.executable, "-m", "trainers.run", str(path)]
+    )  # the run takes this process's place
 
 
 if __name__ == "__main__":

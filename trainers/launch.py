@@ -34,27 +34,6 @@ def default_jobs(devices: int) -> int:
     return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // devices)
 
 
-def start(path: Path) -> subprocess.Popen[bytes]:
-    """Start a run from its frozen configuration in the foreground, sharing this terminal."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "trainers.run", str(path)], cwd=_root(), env=_environment()
-    )
-
-
-def wait(process: subprocess.Popen[bytes]) -> int:
-    """The run's exit code; SIGTERM is passed on to it, Ctrl-C reaches it by itself."""
-    before = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
-    }
-    try:
-        code = process.wait()
-        return code if code >= 0 else 128 - code
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
 def run_all(cells: Sequence[Cell], jobs: int) -> None:
     """Run every cell; raises RunError naming the row of the first one that fails, after stopping the others.
 
@@ -114,7 +93,7 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
 def _start(cell: Cell, slot: int, jobs: int) -> Job:
     path = freeze(cell.config)
     log = run_folder(cell.config).path / "run.log"
-    environment = _environment()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     devices = cell.config["devices"]
     if torch.cuda.is_available():
         visible = os.environ.get(
@@ -126,7 +105,6 @@ def _start(cell: Cell, slot: int, jobs: int) -> Job:
         # Its own session: a Ctrl-C at the terminal reaches this process alone, which then ends the runs in order.
         process = subprocess.Popen(
             [sys.executable, "-m", "trainers.run", str(path)],
-            cwd=_root(),
             env=environment,
             stdout=output,
             stderr=output,
@@ -134,14 +112,6 @@ def _start(cell: Cell, slot: int, jobs: int) -> Job:
             start_new_session=True,
         )
     return Job(cell, slot, process, log, time.monotonic())
-
-
-def _environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONUNBUFFERED": "1"}
-
-
-def _root() -> Path:
-    return Path(__file__).resolve().parent.parent
 
 
 def _name(cell: Cell) -> str:
