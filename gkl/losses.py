@@ -11,6 +11,7 @@ This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
 """
 
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -141,14 +142,10 @@ def gkl(
             "pass softmax(teacher) or prior[labels]"
         )
     smoothed = smooth(weights.detach().to(student.dtype), gamma, validate=validate)
-    total = smoothed.sum(-1)  # (B,)
-    if pair_weight is None:
-        pair_weight = total.square().mean()
-    with torch.autocast(
-        student.device.type, enabled=False
-    ):  # which would take the dot products to half precision
+    half = torch.is_autocast_enabled(student.device.type)  # it would take the dot products to half precision
+    with torch.autocast(student.device.type, enabled=False) if half else nullcontext():
         per_example = _ClosedForm.apply(
-            student, teacher, smoothed, total, alpha / pair_weight, beta, temperature, break_asymmetry
+            student, teacher, smoothed, pair_weight, alpha, beta, temperature, break_asymmetry
         )
     return _reduce(per_example, reduction)
 
@@ -181,10 +178,10 @@ def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
 
 
 class _ClosedForm(torch.autograd.Function):
-    """(B,) values of wmse_scale * wMSE + beta * CE with their gradients in closed form.
+    """(B,) values of alpha * wMSE + beta * CE with their gradients in closed form.
 
-    The logits enter through log_softmax alone: wMSE does not see a shift of the logits, and log_softmax removes
-    the shift before anything is rounded, so logits with a common offset of 1e4 lose nothing in float32.
+    wMSE does not see a shift of the logits. Each row is first shifted by its largest entry, before anything is
+    rounded, so logits with an offset of 1e4 lose nothing in float32.
     """
 
     @staticmethod
@@ -193,29 +190,38 @@ class _ClosedForm(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         smoothed: Tensor,
-        total: Tensor,
-        wmse_scale: float | Tensor,
+        pair_weight: float | Tensor | None,
+        alpha: float,
         beta: float,
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
         scaled = temperature != 1.0
-        log_student = F.log_softmax(student / temperature if scaled else student, dim=-1)
-        log_teacher = F.log_softmax(teacher / temperature if scaled else teacher, dim=-1)
-        teacher_probs = log_teacher.exp()
-        log_likelihood = torch.linalg.vecdot(teacher_probs, log_student)  # (B,) minus the cross-entropy
-
-        difference = log_teacher.sub_(log_student)  # (B, C) teacher - student, up to a shift per row
+        student_probs = F.softmax(student / temperature if scaled else student, dim=-1)
+        teacher_probs = F.softmax(teacher / temperature if scaled else teacher, dim=-1)
+        shifted = student - student.amax(-1, keepdim=True)
+        # log p_j = shifted_j / T + log max p, since the largest entry has shifted_j = 0.
+        log_likelihood = torch.linalg.vecdot(teacher_probs, shifted)  # (B,) minus the cross-entropy
         if scaled:
-            difference *= temperature
-        difference -= (torch.linalg.vecdot(smoothed, difference) / total).unsqueeze(-1)
-        pull = smoothed * difference  # (B, C) gradient of wMSE with respect to the teacher, but for its scale
-        scale = total * wmse_scale  # (B,)
-        value = torch.linalg.vecdot(pull, difference).mul_(scale).mul_(0.5).sub_(log_likelihood, alpha=beta)
+            log_likelihood /= temperature
+        log_likelihood += student_probs.amax(-1).log_()
+
+        difference = teacher - teacher.amax(-1, keepdim=True)
+        difference -= shifted  # (B, C) teacher - student, up to a shift per row
+        total = smoothed.sum(-1, keepdim=True)  # (B, 1)
+        difference -= torch.linalg.vecdot(smoothed, difference).unsqueeze(-1) / total
+        # (B, C) gradient of wMSE with respect to the teacher, but for its scale; `shifted` has done its work.
+        pull = torch.mul(smoothed, difference, out=shifted)
+        total = total.squeeze(-1)
+        if pair_weight is None:
+            scale = (total * (alpha * len(total))).div_(torch.linalg.vecdot(total, total))
+        else:
+            scale = total * (alpha / pair_weight)
+        value = log_likelihood.mul_(-beta).addcmul_(torch.linalg.vecdot(pull, difference), scale, value=0.5)
 
         ctx.asymmetric, ctx.beta = not break_asymmetry, beta / temperature
         needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        to_student = log_student.exp_().sub_(teacher_probs) if needs_student else None
+        to_student = student_probs.sub_(teacher_probs) if needs_student else None
         ctx.save_for_backward(pull if needs_teacher or break_asymmetry else None, scale, to_student)
         return value
 

@@ -49,11 +49,14 @@ class ClassPrior(nn.Module):
 
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
-        self._check(labels)
         table = self._smoothed.get(gamma)
         if table is None or table.device != self.probs.device or table.dtype != self.probs.dtype:
             table = self._smoothed[gamma] = smooth(self.probs, gamma)
-        return table[labels]
+        try:
+            return F.embedding(labels, table)  # a plain index would take a label of -1 for the last class
+        except IndexError:
+            self._check(labels)
+            raise
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
