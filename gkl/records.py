@@ -80,6 +80,24 @@ def identity(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def differences(usual: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Every setting that changes the result and differs: its dotted name -> [usual value, this configuration's]."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {
+            k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}".lstrip(".")).items()
+        }
+
+    one, other = (flat(without_excluded(c)) for c in (usual, config))
+    return {
+        key: [one.get(key), other.get(key)]
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    }
+
+
 def record_path(root: Path, experiment: str, scale: str, identity: str, seed: int) -> Path:
     """<root>/<experiment>/<scale>/<identity>/seed<k>.json"""
     return root / experiment / scale / identity / f"seed{seed}.json"

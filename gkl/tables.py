@@ -1,6 +1,6 @@
 """Tables as a pure function of their configuration and the records.
 
-    table = build(config, records, scale="smoke", protocol="official", expected={"gkl_basic": "0f3a..."})
+    table = build(config, records, scale="smoke", protocol="official", expected={"gkl_basic": config_of_the_run})
     print(markdown(table))
 
 A cell shows the paper's value, ours as mean ± standard deviation (number of seeds) and, when it was run on the paper's
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gkl.records import Record
+from gkl.records import Record, differences, identity
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ def build(
     *,
     scale: str,
     protocol: str,
-    expected: Mapping[str, str],
+    expected: Mapping[str, Mapping[str, Any]],
 ) -> Table:
     """The table of one scale and protocol.
 
-    config: a file of configs/table. expected: row id -> identity that its run has at this scale without overrides.
+    config: a file of configs/table. expected: row id -> resolved configuration that its run has at this scale without overrides.
     Records of the row's experiment with another identity (another data set, a subset) become lines of their own,
     labelled by what they change; different runs are never averaged.
     """
@@ -63,21 +63,13 @@ def build(
             if r["experiment"] == row["experiment"] and r["scale"] == scale and r["protocol"] == protocol
             and r["status"] == "done"
         ]  # fmt: skip
-        regular = [r for r in mine if r["identity"] == expected.get(row["id"])]
+        usual = expected.get(row["id"], {})
+        regular = [r for r in mine if r["identity"] == identity(usual)]
         rows.append(_row(config, row, label, regular, scale))
-        others = sorted({r["identity"] for r in mine} - {expected.get(row["id"])})
-        for other in others:
+        for other in sorted({r["identity"] for r in mine} - {identity(usual)}):
             runs = [r for r in mine if r["identity"] == other]
-            changed = _changes(runs[0], regular)
-            rows.append(
-                _row(
-                    config,
-                    {**row, "paper": {}, "note": None},
-                    [f"— {changed}", *[""] * (len(label) - 1)],
-                    runs,
-                    scale,
-                )
-            )
+            line = [f"— {_changes(runs[0], usual)}", *[""] * (len(label) - 1)]
+            rows.append(_row(config, {**row, "paper": {}, "note": None}, line, runs, scale))
     return Table(
         title=config["title"], scale=scale, protocol=protocol, labels=list(config["labels"].values()),
         metrics=config["metrics"], rows=rows, remarks=config.get("remarks", []),
@@ -100,6 +92,9 @@ def _row(
         status = f"stand-in: {runs[0]['data']['name']} for {stand_in}{_other_network(runs[0])}"
     else:
         status = "done" if scale == "paper" else f"scale {scale}{_other_network(runs[0])}"
+    attacked = {(r["evaluation"]["n"], r["data"]["test"]) for r in runs if "n" in r.get("evaluation", {})}
+    if any(n < test for n, test in attacked):
+        status += f", {min(n for n, _ in attacked)} images attacked"
     ours = {
         metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
     }
@@ -115,18 +110,12 @@ def _other_network(run: Record) -> str:
     return f", {changed[1]}" if changed else ""
 
 
-def _changes(run: Record, regular: Sequence[Record]) -> str:
-    """What a run changes against the row's regular run (or the published one), without what the scale changes."""
-    usual = regular[0]["departures"] if regular else {}
-    changed = {k: v[1] for k, v in run.get("departures", {}).items() if k not in usual or usual[k][1] != v[1]}
-    shown = {
-        k: v for k, v in changed.items() if not k.startswith("data.") and not k.startswith("evaluation.")
-    }
-    parts = [
-        f"{run['data']['train']:,} training images of {run['data']['name']}",
-        *(f"{k}={v}" for k, v in shown.items()),
-    ]
-    return ", ".join(parts)
+def _changes(run: Record, usual: Mapping[str, Any]) -> str:
+    """What a run changes against its row's usual one, without what its status says anyway."""
+    told = ("data.", "evaluation.images", "model.name")
+    changed = {k: v[1] for k, v in differences(usual, run["config"]).items() if not k.startswith(told)}
+    parts = [f"{run['data']['train']:,} training images of {run['data']['name']}"]
+    return ", ".join([*parts, *(f"{key}={value}" for key, value in changed.items())])
 
 
 def _number(values: Sequence[float]) -> tuple[str, str]:

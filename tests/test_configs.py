@@ -2,7 +2,8 @@
 
 import pytest
 
-from trainers.configuration import ConfigError, check, choices, compose, departures, published
+from gkl.records import differences
+from trainers.configuration import ConfigError, check, choices, compose, published
 
 EXPERIMENTS = choices("experiment")
 
@@ -121,14 +122,14 @@ def test_paper_scale_is_the_recipe(experiment: str, number: int, protocol: str) 
 def test_every_experiment_checks_at_every_scale(experiment: str, scale: str) -> None:
     config = compose("train", [f"experiment={experiment}", f"scale={scale}"])
     check(config, 1)
-    changed = departures(published(config), config)
+    changed = differences(published(config), config)
     assert ("data._target_" in changed) == (scale == "smoke")
     assert bool(changed) == (scale != "paper")
 
 
 def test_a_departure_is_named() -> None:
     config = compose("train", ["experiment=at/c100_basic_gkl", "scale=paper", "loss.gamma=0.3", "seed=2"])
-    assert departures(published(config), config) == {"loss.gamma": [0.4, 0.3]}
+    assert differences(published(config), config) == {"loss.gamma": [0.4, 0.3]}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gkl.records import (
+    differences,
     identity,
     read_record,
     read_records,
@@ -16,7 +17,7 @@ from gkl.records import (
     write_record,
 )
 from gkl.tables import build, latex, markdown
-from trainers.configuration import check, compose, departures, published
+from trainers.configuration import check, compose, published
 from trainers.plan import cells, disk_bytes, expected, forward_flops, gpu_hours, load_table, summary, tables
 from trainers.render import render
 
@@ -40,10 +41,10 @@ def record(
         "seed": seed,
         "identity": identity(resolved),
         "config": without_excluded(resolved),
-        "departures": departures(published(resolved), resolved),
+        "departures": differences(published(resolved), resolved),
         "status": "done",
         "metrics": {"clean": 60.0, "aa": aa},
-        "evaluation": {"n": 120},
+        "evaluation": {"n": 120 if stand_in else 360},
         "history": "seed0.jsonl",
         "checkpoint": {"path": "x", "sha256": "0"},
         "code": {"commit": "0123456789abcdef", "dirty": False},
@@ -150,8 +151,8 @@ def drawn(records: list[dict], scale: str) -> list[str]:
     records = [
         {**r, "path": f"{r['experiment']}/{r['scale']}/{r['identity']}/seed{r['seed']}.json"} for r in records
     ]
-    ids = {"gkl": identity(compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"]))}
-    built = build(TABLE, records, scale=scale, protocol="official", expected=ids)
+    usual = {"gkl": compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"])}
+    built = build(TABLE, records, scale=scale, protocol="official", expected=usual)
     latex(built)
     return markdown(built).splitlines()
 
@@ -164,20 +165,28 @@ def test_a_table_without_records_says_what_is_missing() -> None:
 
 def test_mean_spread_and_number_of_seeds() -> None:
     lines = drawn([record(30.0, 0), record(32.0, 1), record(34.0, 2)], "smoke")
-    assert "| GKL_AT | 31.91 | 32.00 ± 2.00 (3) | – | stand-in: digits for cifar100, wrn_10_1 |" in lines
+    assert (
+        "| GKL_AT | 31.91 | 32.00 ± 2.00 (3) | – | stand-in: digits for cifar100, wrn_10_1, 120 images attacked |"
+        in lines
+    )
     assert any("code 012345678;" in line and "120 attacked" in line for line in lines)
     assert any("compare it with other stand-ins alone" in line for line in lines)
 
 
 def test_only_the_published_run_on_its_own_data_is_compared_with_the_paper() -> None:
     assert "| GKL_AT | 31.91 | 30.00 (1) | -1.91 | done |" in drawn([record(30.0, scale="paper")], "paper")
-    stand_in = record(30.0, scale="paper", data={**record(0.0)["data"]})
-    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100 |" in drawn([stand_in], "paper")
+    stand_in = record(30.0, scale="paper", data=record(0.0)["data"], evaluation={"n": 120})
+    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, 120 images attacked |" in drawn(
+        [stand_in], "paper"
+    )
 
 
 def test_different_runs_are_never_averaged() -> None:
     lines = drawn([record(30.0), record(40.0, overrides=("epochs=3",)), record(0.0, scale="small")], "smoke")
-    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, wrn_10_1 |" in lines
+    assert (
+        "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, wrn_10_1, 120 images attacked |"
+        in lines
+    )
     (other,) = (line for line in lines if "epochs=3" in line)
     assert "40.00 (1)" in other and "31.91" not in other and not any("20.00" in line for line in lines)
     failed = drawn([record(30.0, status="failed")], "smoke")
@@ -241,7 +250,9 @@ def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> No
     assert "1 of 2 runs done" in text and "done: seed 0, missing: seed 1" in text
     for cell in cells(table, scale="paper", protocol="official"):
         check(cell.config, 1)
-    assert expected(table, scale="smoke", protocol="official")["gkl_basic"] == record(30.0)["identity"]
+    assert (
+        identity(expected(table, scale="smoke", protocol="official")["gkl_basic"]) == record(30.0)["identity"]
+    )
 
 
 def test_costs_are_counted() -> None:

@@ -24,7 +24,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from gkl.records import without_excluded
 from trainers.folder import RunError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -304,20 +303,3 @@ def published(config: Mapping[str, Any]) -> dict[str, Any]:
     return compose(
         "train", [f"experiment={config['experiment']}", f"protocol={config['protocol']}", "scale=paper"]
     )
-
-
-def departures(published: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Every setting that changes the result and differs from the published run: key -> [published, this run's]."""
-    one, other = (_flat(without_excluded(dict(c))) for c in (published, config))
-    keys = [key for key in sorted({*one, *other}) if key not in ("scale", "experiment")]
-    return {key: [one.get(key), other.get(key)] for key in keys if one.get(key) != other.get(key)}
-
-
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(node, dict):
-        return {
-            k: v
-            for key, child in node.items()
-            for k, v in _flat(child, f"{prefix}.{key}".lstrip(".")).items()
-        }
-    return {prefix: node}

@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from gkl.records import identity, read_record
+from gkl.records import read_record
 from trainers.configuration import CONFIGS, ConfigError, compose, make, unknown
 from trainers.run import record_path, run_folder
 
@@ -96,10 +96,10 @@ def cells(
     return list(found.values())
 
 
-def expected(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, str]:
-    """For each row with an experiment, the identity its records have at this scale without overrides."""
+def expected(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
+    """For each row with an experiment, the configuration its runs have at this scale without overrides."""
     return {
-        row["id"]: identity(row_config(row["experiment"], scale, protocol))
+        row["id"]: row_config(row["experiment"], scale, protocol)
         for row in table["rows"]
         if row["experiment"]
     }

@@ -135,7 +135,7 @@ def _record(
         "seed": config["seed"],
         "identity": records.identity(config),
         "config": records.without_excluded(config),
-        "departures": configuration.departures(published, config),
+        "departures": records.differences(published, config),
         "status": "done",
         "metrics": metrics,
         "evaluation": evaluation,
