@@ -4,7 +4,7 @@ The few places where the mathematics of a step couples samples (normaliser, clas
 so that N processes holding slices of a batch compute what one process holding all of it would.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -32,20 +32,15 @@ def world_sum(tensor: Tensor) -> Tensor:
 
 def world_sum_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one message per dtype."""
-    if world_size() == 1:
-        return
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for group in by_dtype.values():
-        flat = torch.cat([t.detach().reshape(-1) for t in group])
-        dist.all_reduce(flat)
-        for tensor, total in zip(group, flat.split([t.numel() for t in group]), strict=True):
-            tensor.detach().copy_(total.view_as(tensor))
+    _in_one_message(tensors, dist.all_reduce)
 
 
 def broadcast_(tensors: Iterable[Tensor], source: int = 0) -> None:
     """Replace each tensor by process `source`'s, in one message per dtype."""
+    _in_one_message(tensors, lambda flat: dist.broadcast(flat, source))
+
+
+def _in_one_message(tensors: Iterable[Tensor], exchange: Callable[[Tensor], object]) -> None:
     if world_size() == 1:
         return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -53,6 +48,6 @@ def broadcast_(tensors: Iterable[Tensor], source: int = 0) -> None:
         by_dtype.setdefault(tensor.dtype, []).append(tensor)
     for group in by_dtype.values():
         flat = torch.cat([t.detach().reshape(-1) for t in group])
-        dist.broadcast(flat, source)
+        exchange(flat)
         for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
             tensor.detach().copy_(part.view_as(tensor))
