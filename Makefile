@@ -18,6 +18,11 @@ ARGS     ?=#            any further Hydra overrides
 PYTHON   ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
+# A smoke run tries this machine: it trains anew and keeps its records to itself. results/ holds the committed ones.
+ifeq ($(SCALE),smoke)
+export GKL_RESULTS ?= outputs/smoke
+endif
+
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed

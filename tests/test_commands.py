@@ -1,5 +1,6 @@
 """What a person can get wrong: one line saying what came and what to do, exit code 2, nothing half-written."""
 
+import errno
 import importlib.util
 import os
 import re
@@ -229,6 +230,23 @@ def test_plan_help_and_printed_configuration(command: Command, tmp_path: Path) -
         code, out, _ = command(script, "--help")
         assert code == 0 and f"scripts/{script}.py" in out
     assert written(tmp_path) == [] and default_jobs(10**6) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.ENOENT, None)])
+def test_a_disk_that_fails_is_one_line_and_a_bug_is_not(
+    number: int, code: int | None, command: Command, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: list[str]) -> int:
+        raise OSError(number, os.strerror(number), "history.jsonl")
+
+    if code is None:
+        with pytest.raises(OSError):
+            run_main(fail)
+        return
+    assert run_main(fail) == code
+    assert (
+        f"error: {os.strerror(number)} at history.jsonl; what was finished is kept" in capfd.readouterr().err
+    )
 
 
 def test_doctor(command: Command) -> None:

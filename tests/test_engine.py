@@ -114,7 +114,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(
-            RunError, match=r"cannot write .*last\.pt.*files before it are intact.*GKL_OUTPUTS"
+            RunError,
+            match=r"cannot write .*last\.pt: File too large; the files before it are intact.*GKL_OUTPUTS",
         ) as error:
             folder.save_checkpoint({"epoch": 2, "weights": torch.zeros(100_000)})
     finally:

@@ -1,5 +1,6 @@
 """The border between a script and the shell."""
 
+import errno
 import os
 import signal
 import sys
@@ -7,6 +8,14 @@ from collections.abc import Callable
 from types import FrameType
 
 from trainers.folder import RunError
+
+DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+)  # a person's to mend, and no bug of ours
 
 
 class Interrupted(RunError):
@@ -39,6 +48,14 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
         return 128 + error.signum
     except RunError as error:
         _say(f"error: {error}")
+        return 2
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        _say(
+            f"error: {error.strerror} at {error.filename or 'a file of this run'}; what was finished is kept. Mend it, "
+            "then start the same command again"
+        )
         return 2
 
 

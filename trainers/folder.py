@@ -27,10 +27,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save wraps the file's own error into a RuntimeError
         with suppress(OSError):
             temporary.unlink()
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        origin = error.__context__ if isinstance(error.__context__, OSError) else error
+        reason = getattr(origin, "strerror", None) or str(origin).splitlines()[0]
         raise RunError(
             f"cannot write {path}: {reason}; the files before it are intact. Free some space or choose another "
             "folder with GKL_OUTPUTS=..., then start the same command again"
@@ -40,6 +41,16 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values with torch.save, whole or not at all."""
+    write_atomically(path, lambda temporary: _save(temporary, state))
+
+
+def _save(path: Path, state: dict[str, Any]) -> None:
+    with open(path, "wb") as file:  # by a path, torch would not say why a write failed
+        torch.save(state, file)
 
 
 class RunFolder:
@@ -73,7 +84,7 @@ class RunFolder:
         last, previous = self._checkpoints()
 
         def write(path: Path) -> None:
-            torch.save(state, path)
+            _save(path, state)
             if last.exists():
                 os.replace(last, previous)  # between the two renames `previous` is the one to go on from
 

@@ -15,7 +15,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +29,7 @@ from trainers import configuration
 from trainers.command import run_main
 from trainers.configuration import ConfigError
 from trainers.engine import fit
-from trainers.folder import RunFolder, write_atomically, write_text
+from trainers.folder import RunFolder, save_state, write_atomically, write_text
 from trainers.report import Console, Mirror
 
 
@@ -96,7 +95,7 @@ def run(config: dict[str, Any]) -> None:
         console.close()
     if rank() == 0:
         for name, state in task.weights().items():
-            write_atomically(folder.path / f"{name}.pt", partial(torch.save, state))
+            save_state(folder.path / f"{name}.pt", state)
     started = time.monotonic()
     metrics, evaluation = task.evaluate(
         headline=config["evaluate"], settings=config["evaluation"], folder=folder.path, console=console
