@@ -3,12 +3,15 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+GRACE_SECONDS = 10.0  # that a run which was told to stop has for its last checkpoint
 
 
 class RunError(Exception):
@@ -71,12 +74,17 @@ class RunFolder:
                 f"cannot write in the output folder {self.path}: {error.strerror}; choose another with GKL_OUTPUTS=..."
             ) from error
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(
-                    f"another process is running in {self.path}; wait for it, or stop it, or change the seed"
-                ) from None
+            deadline = time.monotonic() + GRACE_SECONDS
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise RunError(
+                            f"another process is running in {self.path}; wait for it, or stop it, or change the seed"
+                        ) from None
+                    time.sleep(0.2)
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:

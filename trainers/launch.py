@@ -1,5 +1,6 @@
 """Runs the missing cells of a plan: a process each, a pool over the devices, fail fast, nothing lost when killed."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -110,8 +111,14 @@ def _start(cell: Cell, slot: int, jobs: int) -> Job:
             stderr=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
     return Job(cell, slot, process, log, time.monotonic())
+
+
+def _end_with_parent() -> None:
+    """In the child: be sent SIGTERM when the parent dies, so that a killed table leaves no run behind."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def _name(cell: Cell) -> str:
