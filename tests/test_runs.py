@@ -220,3 +220,24 @@ def test_wandb_in_trouble_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.
     code, _, err = finish(tmp_path, "logger=online", "epochs=1")
     assert code == 0, err
     assert "wandb is out" in err and "training goes on, history.jsonl has everything" in err
+
+
+def test_a_killed_table_leaves_no_run_behind_and_goes_on(tmp_path: Path) -> None:
+    """SIGKILL to the command alone: its runs save and stop, and the same command finds them ready."""
+    arguments = [a for a in SMALL if not a.startswith(("experiment", "epochs"))]
+    command = [
+        sys.executable, str(ROOT / "scripts/reproduce.py"), "table=3", "rows=[gkl_basic]", "epochs=40", *arguments,
+        f"data.root={os.environ['GKL_TEST_SCANS']}",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: stamp(tmp_path) > 0, process)
+    process.kill()
+    process.communicate()
+    (log,) = tmp_path.glob("outputs/**/run.log")
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "started: seed 0" in done.stdout and "[1/1] done gkl_basic seed 0" in done.stdout
+    assert (
+        "stopped by SIGTERM before epoch" in log.read_text()
+        and len(read_records(tmp_path / "results/runs")) == 1
+    )
