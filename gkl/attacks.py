@@ -15,6 +15,8 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+from gkl.counter import normal, uniform
+
 Norm = Literal["linf", "l2"]
 
 
@@ -24,29 +26,41 @@ def pgd(
     loss_fn: Callable[[Tensor], Tensor],
     *,
     norm: Norm,
-    epsilon: float,
-    step_size: float,
-    steps: int,
+    epsilon: float | Tensor,
+    step_size: float | Tensor,
+    steps: int | Tensor,
     start: Tensor,
 ) -> Tensor:
     """Images within epsilon of x (in `norm`) and in [0, 1] that raise loss_fn(logits_fn(.)), detached.
 
     x, start: (B, ...) images, x in [0, 1]; start may lie outside, it is projected after the first step.
     loss_fn: logits to any number of values, their sum is maximised. epsilon, step_size: pixel units (8/255).
+    epsilon, step_size, steps may be (B, 1, 1, 1): each image its own budget.
     linf takes steps of the gradient's sign, l2 of the normalised gradient; projection as each norm needs.
     """
     x_adv = start.detach()
-    for _ in range(steps):
+    for number in range(int(steps.max()) if isinstance(steps, Tensor) else steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
             loss = loss_fn(logits_fn(x_adv)).sum()
             (grad,) = torch.autograd.grad(loss, x_adv)
         ascent = grad.sign() if norm == "linf" else grad / _norms(grad).clamp_min(1e-12)
-        x_adv = project(x_adv.detach() + step_size * ascent, x, norm=norm, epsilon=epsilon)
+        x_adv = x_adv.detach()
+        moved = project(x_adv + step_size * ascent, x, norm=norm, epsilon=epsilon)
+        x_adv = torch.where(number < steps, moved, x_adv) if isinstance(steps, Tensor) else moved
     return x_adv.detach()
 
 
-def project(x_adv: Tensor, x: Tensor, *, norm: Norm, epsilon: float) -> Tensor:
+def random_start(x: Tensor, keys: Tensor, *, norm: Norm, epsilon: float) -> Tensor:
+    """A point of the epsilon-ball around x and of [0, 1]: uniform (linf), on its sphere (l2). keys: (B,), gkl.counter."""
+    if norm == "linf":
+        noise = 2 * uniform(keys, x[0].numel()).view_as(x).to(x.dtype) - 1
+    else:
+        noise = normal(keys, tuple(x.shape[1:]), x.dtype)
+    return project(x + epsilon * noise, x, norm=norm, epsilon=epsilon)
+
+
+def project(x_adv: Tensor, x: Tensor, *, norm: Norm, epsilon: float | Tensor) -> Tensor:
     """The images moved into the epsilon-ball around x and into [0, 1]. x_adv, x: (B, ...)."""
     if norm == "linf":
         return torch.clamp(x_adv, x - epsilon, x + epsilon).clamp(0.0, 1.0)
@@ -90,6 +104,8 @@ PHASES: dict[str, tuple[Phase, ...]] = {
         Phase(1.0, steps=5, step_size=1 / 2),
     ),
     "low": (Phase(1.0, steps=2, step_size=1.0),),
+    "ten": (Phase(1.0, steps=10, step_size=1 / 4),),  # 2/255 in a ball of 8/255
+    "lbgat": (Phase(1.0, steps=10, step_size=0.007 / 0.031),),
 }
 
 
@@ -98,24 +114,36 @@ class PGD:
     """The training attack: threat model, start, and the budget of each epoch.
 
     epsilon: pixel units, reached in the last epoch when `ramp`, from the first otherwise.
-    start_std: standard deviation of the Gaussian start around x, in pixel units (TRADES: 0.001).
+    start_std: standard deviation of the Gaussian start around x, in pixel units (TRADES: 0.001); None starts anywhere
+    in the ball.
     phases: a name in PHASES.
+    mode: what the attacked network's batch norm does. eval: running statistics; frozen: normalises by the batch and
+    leaves its running statistics alone (DM-AT); train: they follow the attack's images (Rice et al., AT-AWP).
     """
 
     norm: Norm
     epsilon: float
     ramp: bool
     phases: str
-    start_std: float = 0.001
+    start_std: float | None = 0.001
+    mode: Literal["eval", "frozen", "train"] = "eval"
 
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"attack.norm must be linf or l2, got {self.norm!r}")
         if self.phases not in PHASES:
             raise ValueError(f"attack.phases must be one of {', '.join(PHASES)}, got {self.phases!r}")
+        if self.mode not in ("eval", "frozen", "train"):
+            raise ValueError(f"attack.mode must be eval, frozen or train, got {self.mode!r}")
 
     def budget(self, epoch: int, epochs: int) -> Budget:
         """The budget of epoch 1..epochs. A phase ends with the last epoch <= int(until * epochs)."""
         epsilon = self.epsilon * (epoch / epochs if self.ramp else 1.0)
         phase = next(phase for phase in PHASES[self.phases] if epoch <= int(phase.until * epochs))
         return Budget(epsilon=epsilon, step_size=phase.step_size * epsilon, steps=phase.steps)
+
+    def start(self, x: Tensor, keys: Tensor) -> Tensor:
+        """Where the ascent from x begins. keys: (B,) from gkl.counter."""
+        if self.start_std is None:
+            return random_start(x, keys, norm=self.norm, epsilon=self.epsilon)
+        return x + self.start_std * normal(keys, tuple(x.shape[1:]), x.dtype)

@@ -8,8 +8,10 @@ Every draw comes from gkl.counter: a sample's views depend on (seed, epoch, inde
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
@@ -20,24 +22,36 @@ from gkl.counter import integers, sample_keys, uniform
 class Views:
     """One or more independently drawn views of each image.
 
-    views: names in VIEWS. padding: pixels of black border a crop may reach into. flip: probability of mirroring.
+    views: names in VIEWS. padding: pixels of border a crop may reach into. flip: probability of mirroring.
+    border: what lies there, black or the picture's reflection.
     """
 
-    def __init__(self, views: Sequence[str] = ("crop_flip",), padding: int = 4, flip: float = 0.5) -> None:
+    def __init__(
+        self,
+        views: Sequence[str] = ("crop_flip",),
+        padding: int = 4,
+        flip: float = 0.5,
+        border: Literal["black", "reflect"] = "black",
+    ) -> None:
         unknown = [view for view in views if view not in VIEWS]
         if unknown or not views:
             raise ValueError(f"augment.views must name some of {', '.join(VIEWS)}, got {list(views)}")
         if padding < 0 or not 0.0 <= flip <= 1.0:
             raise ValueError(f"augment needs padding >= 0 and flip in [0, 1], got {padding} and {flip}")
-        self.views, self.padding, self.flip = tuple(views), padding, flip
+        self.views, self.padding, self.flip, self.border = tuple(views), padding, flip, border
 
     def __call__(self, images: Tensor, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
         """images: (B, 3, H, W) uint8. index: (B,) places in the data set. One tensor like images per view."""
         made = []
         for number, view in enumerate(self.views):
-            keys = sample_keys(seed, epoch, index, f"crop_flip/{number}")
-            out = crop_flip(images, keys, padding=self.padding, flip=self.flip)
-            made.append(VIEWS[view](out, sample_keys(seed, epoch, index, f"{view}/{number}")))
+            out = images
+            for operation in VIEWS[view]:
+                keys = sample_keys(seed, epoch, index, f"{operation}/{number}")
+                if operation == "crop_flip":
+                    out = crop_flip(out, keys, padding=self.padding, flip=self.flip, border=self.border)
+                else:
+                    out = OPERATIONS[operation](out, keys)
+            made.append(out)
         return tuple(made)
 
 
@@ -46,8 +60,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255.0)
 
 
-def crop_flip(images: Tensor, keys: Tensor, *, padding: int, flip: float) -> Tensor:
-    """Random crop of the zero-padded image to its own size, mirrored with probability `flip`.
+def crop_flip(
+    images: Tensor, keys: Tensor, *, padding: int, flip: float, border: Literal["black", "reflect"] = "black"
+) -> Tensor:
+    """Random crop of the padded image to its own size, mirrored with probability `flip`.
 
     images: (B, C, H, W), any dtype. keys: (B,) from gkl.counter. Uniform over the (2 padding + 1)^2 offsets.
     """
@@ -59,6 +75,9 @@ def crop_flip(images: Tensor, keys: Tensor, *, padding: int, flip: float) -> Ten
     columns = draws[:, 1:] + torch.arange(width, device=images.device) - padding
     mirrored = uniform(keys + 1, 1) < flip
     columns = torch.where(mirrored, columns.flip(1), columns)
+    if border == "reflect":  # -1 is 1 and H is H - 2, as numpy's pad has it
+        rows = (height - 1) - ((height - 1) - rows.abs()).abs()
+        columns = (width - 1) - ((width - 1) - columns.abs()).abs()
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     source = (
         rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
@@ -66,6 +85,22 @@ def crop_flip(images: Tensor, keys: Tensor, *, padding: int, flip: float) -> Ten
     source = source.view(batch, 1, height * width).expand(-1, images.shape[1], -1)
     out = images.flatten(2).gather(2, source).view_as(images)
     return out * inside[:, None]
+
+
+def rotate15(images: Tensor, keys: Tensor) -> Tensor:
+    """Turned by an angle uniform in [-15, 15] degrees, nearest neighbour, black corners. (B, 3, H, W) uint8; keys: (B,).
+
+    What torchvision's RandomRotation(15) does, each picture of the batch by its own angle.
+    """
+    angle = (uniform(keys, 1).squeeze(1).to(torch.float64) * 30 - 15) * (math.pi / 180)
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    height, width = images.shape[-2:]
+    theta = torch.stack([cos, sin * (height / width), zero, -sin * (width / height), cos, zero], dim=1).view(
+        -1, 2, 3
+    )  # from output to source, in units of half a picture
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    turned = F.grid_sample(images.to(torch.float64), grid, mode="nearest", align_corners=False)
+    return turned.to(images.dtype)
 
 
 def autoaugment(images: Tensor, keys: Tensor) -> Tensor:
@@ -127,9 +162,13 @@ PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "equalize": TF.equalize,
     "invert": TF.invert,
 }
-VIEWS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "crop_flip": lambda images, keys: images,
-    "autoaugment": autoaugment,
+OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"autoaugment": autoaugment, "rotate15": rotate15}
+# A view is these operations in turn.
+VIEWS: dict[str, tuple[str, ...]] = {
+    "crop_flip": ("crop_flip",),
+    "crop_flip_rotate": ("crop_flip", "rotate15"),
+    "autoaugment": ("crop_flip", "autoaugment"),
+    "autoaugment_first": ("autoaugment", "crop_flip"),
 }
 
 # (operation, probability, level) twice per sub-policy; Cubuk et al. 2019, Table 7.

@@ -30,6 +30,9 @@ class Average:
         self.decay, self.every, self.start_epoch = decay, every, start_epoch
         self.state: dict[str, Tensor] = {}
 
+    def prepare(self, steps: int) -> None:
+        """Told once how many steps the training has."""
+
     def after_step(self, model: nn.Module, epoch: int) -> None:
         """Call after every optimizer step of epoch 1, 2, ..."""
         if self.every == "step":
@@ -63,3 +66,49 @@ class Average:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Go on from a checkpoint's average."""
         self.state = {key: value.to(device) for key, value in state["state"].items()}
+
+
+class RampedAverage(Average):
+    """The average of DM-AT: parameters alone, its decay rising with the steps taken after a warm-up.
+
+    Until `warmup` of all steps it is the model; t steps later its decay is min(decay, (1 + t) / (10 + t)). Batch-norm
+    statistics are the model's at the end of each epoch. Source: Gowal et al. 2020, as DM-AT's trainer has it.
+    """
+
+    def __init__(self, decay: float, warmup: float = 0.025) -> None:
+        """warmup: share of all steps."""
+        super().__init__(decay, every="step")
+        self.warmup, self.steps, self.taken = warmup, 0, 0
+
+    def prepare(self, steps: int) -> None:
+        """Told once how many steps the training has."""
+        self.steps = steps
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, epoch: int) -> None:
+        """Call after every optimizer step."""
+        self.taken += 1
+        since = self.taken - self.warmup * self.steps
+        decay = min(self.decay, (1.0 + since) / (10.0 + since)) if since >= 0 else 0.0
+        if not self.state:
+            self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
+        parameters = dict(model.named_parameters())
+        torch._foreach_lerp_(
+            [self.state[name] for name in parameters], list(parameters.values()), 1.0 - decay
+        )
+
+    @torch.no_grad()
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        """Call after the last step of each epoch."""
+        for name, value in model.named_buffers():
+            if name in self.state:
+                self.state[name].copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"state": self.state, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from a checkpoint's average."""
+        super().load_state_dict(state, device)
+        self.taken = state["taken"]

@@ -2,12 +2,27 @@
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def sgd(
-    model: nn.Module, *, lr: float, momentum: float = 0.9, weight_decay: float = 0.0, nesterov: bool = False
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    decay_batch_norm: bool | None = None,
 ) -> torch.optim.Optimizer:
-    """SGD on all parameters; weight decay reaches biases and batch norm too, as in the published runs."""
-    return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov
-    )
+    """SGD; weight decay reaches all parameters, biases too, as in the published runs.
+
+    decay_batch_norm: False keeps it from batch norm's own (DM-AT); None and True do not.
+    """
+    groups: list[dict[str, object]] = [{"params": list(model.parameters())}]
+    if decay_batch_norm is False:
+        own = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) not in own]},
+            {"params": [p for p in model.parameters() if id(p) in own], "weight_decay": 0.0},
+        ]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)

@@ -1,24 +1,32 @@
 """Tables as a pure function of their configuration and the records.
 
-    table = build(config, records, scale="smoke", protocol="official", expected={"gkl_basic": config_of_the_run})
+    table = build(config, records, scale="smoke", protocol="official", usual={"at/c100_basic_gkl": its_config}, claims=claims)
     print(markdown(table))
 
-A cell shows the paper's value, ours as mean ± standard deviation (number of seeds) and, when it was run on the paper's
-own data at paper scale, their difference. A stand-in never shows one.
+A cell shows the paper's value, ours as mean ± standard deviation with standard error (number of seeds) and, when it was run
+on the paper's own data at paper scale, their difference. A stand-in never shows one.
 """
 
+import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gkl.records import Record, differences, identity
+from scipy.stats import t as student_t
+
+from gkl.records import Record, differences
+
+Overrides = Mapping[str, Any]  # dotted setting -> value
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Row:
     """A printed line: fixed texts, a cell per metric, and where its numbers come from."""
 
+    id: str
     label: Sequence[str]
     paper: Mapping[str, float | None]
     ours: Mapping[str, Sequence[float]]
@@ -30,14 +38,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """What both renderings print."""
+    """What both renderings print. setting: what all its runs change against the scale's own configuration."""
 
     title: str
     scale: str
     protocol: str
+    setting: str
     labels: Sequence[str]
     metrics: Mapping[str, str]
     rows: Sequence[Row]
+    comparisons: Sequence[str] = field(default_factory=list)
     remarks: Sequence[str] = field(default_factory=list)
 
 
@@ -47,83 +57,162 @@ def build(
     *,
     scale: str,
     protocol: str,
-    expected: Mapping[str, Mapping[str, Any]],
+    usual: Mapping[str, Mapping[str, Any]],
+    claims: Mapping[str, Sequence[Overrides]],
+    setting: Overrides | None = None,
 ) -> Table:
-    """The table of one scale and protocol.
+    """The table of one scale, protocol and setting.
 
-    config: a file of configs/table. expected: row id -> resolved configuration that its run has at this scale without overrides.
-    Records of the row's experiment with another identity (another data set, a subset) become lines of their own,
-    labelled by what they change; different runs are never averaged.
+    config: a file of configs/table. usual: experiment -> resolved configuration that its run has at this scale. claims:
+    experiment -> the overrides of every row of every table, so that a sweep's runs stand in the sweep's table alone.
+    setting: what the runs shown change on top of their row's own overrides ({}: nothing).
     """
-    rows: list[Row] = []
-    for row in config["rows"]:
-        label = [str(row[name]) for name in config["labels"]]
-        mine = [
-            r for r in records
-            if r["experiment"] == row["experiment"] and r["scale"] == scale and r["protocol"] == protocol
-            and r["status"] == "done"
-        ]  # fmt: skip
-        usual = expected.get(row["id"], {})
-        regular = [r for r in mine if r["identity"] == identity(usual)]
-        rows.append(_row(config, row, label, regular, scale))
-        for other in sorted({r["identity"] for r in mine} - {identity(usual)}):
-            runs = [r for r in mine if r["identity"] == other]
-            line = [f"— {_changes(runs[0], usual)}", *[""] * (len(label) - 1)]
-            rows.append(_row(config, {**row, "paper": {}, "note": None}, line, runs, scale))
+    setting = setting or {}
+    placed = place(config, records, scale=scale, protocol=protocol, usual=usual, claims=claims)
+    mine: dict[str, list[Record]] = {
+        row["id"]: [r for r, own in placed.get(row["id"], []) if own == setting] for row in config["rows"]
+    }
+    rows = [_row(config, row, mine[row["id"]], scale) for row in config["rows"]]
+    named = {row.id: " ".join(part for part in row.label if part) for row in rows}
+    comparisons = [
+        _comparison(config["metrics"], named, mine, ours, other) for ours, other in config.get("compare", [])
+    ]
+    shown = next((r for runs in mine.values() for r in runs), None)
     return Table(
-        title=config["title"], scale=scale, protocol=protocol, labels=list(config["labels"].values()),
-        metrics=config["metrics"], rows=rows, remarks=config.get("remarks", []),
+        title=config["title"], scale=scale, protocol=protocol, setting=_told(setting, shown),
+        labels=list(config["labels"].values()), metrics=config["metrics"], rows=rows,
+        comparisons=[line for line in comparisons if line], remarks=config.get("remarks", []),
     )  # fmt: skip
 
 
-def _row(
+def place(
     config: Mapping[str, Any],
-    row: Mapping[str, Any],
-    label: Sequence[str],
-    runs: Sequence[Record],
+    records: Sequence[Record],
+    *,
     scale: str,
-) -> Row:
+    protocol: str,
+    usual: Mapping[str, Mapping[str, Any]],
+    claims: Mapping[str, Sequence[Overrides]],
+) -> dict[str, list[tuple[Record, Overrides]]]:
+    """Row id -> its records, each with its setting: what it changes beside the row's own overrides.
+
+    A record belongs to the rows whose overrides explain most of what it changes; different settings are never averaged.
+    """
+    found: dict[str, list[tuple[Record, Overrides]]] = {}
+    for record in records:
+        experiment = record["experiment"]
+        if (
+            experiment not in usual
+            or record["status"] != "done"
+            or (record["scale"], record["protocol"]) != (scale, protocol)
+        ):
+            continue
+        changed = {k: v[1] for k, v in differences(usual[experiment], record["config"]).items()}
+        most = max((len(o) for o in claims.get(experiment, ()) if _within(o, changed)), default=0)
+        for row in config["rows"]:
+            own = row.get("overrides") or {}
+            if row["experiment"] == experiment and _within(own, changed) and len(own) == most:
+                rest = {k: v for k, v in changed.items() if k not in own}
+                found.setdefault(row["id"], []).append((record, rest))
+    return found
+
+
+def settings(placed: Mapping[str, Sequence[tuple[Record, Overrides]]]) -> list[Overrides]:
+    """The different settings among a table's placed records, the scale's own ({}) left out."""
+    every = {json.dumps(own, sort_keys=True): own for runs in placed.values() for _, own in runs if own}
+    return [every[key] for key in sorted(every)]
+
+
+def _within(overrides: Overrides, changed: Mapping[str, Any]) -> bool:
+    return all(key in changed and changed[key] == value for key, value in overrides.items())
+
+
+def _told(setting: Overrides, run: Record | None) -> str:
+    """A setting for the reader: the data in words, the rest as it is typed."""
+    if not setting or run is None:
+        return ""
+    data = [f"{run['data']['train']:,} training images of {run['data']['name']}"]
+    rest = [f"{key}={value}" for key, value in setting.items() if not key.startswith("data.")]
+    return ", ".join([*(data if any(key.startswith("data.") for key in setting) else []), *rest])
+
+
+def _comparison(
+    metrics: Mapping[str, str],
+    named: Mapping[str, str],
+    mine: Mapping[str, Sequence[Record]],
+    ours: str,
+    other: str,
+) -> str:
+    """One row minus another over the seeds both have, with a Student interval; empty below two seeds."""
+    one, two = ({r["seed"]: r["metrics"] for r in mine[row]} for row in (ours, other))
+    parts = []
+    seeds: list[int] = []
+    for metric, title in metrics.items():
+        seeds = [s for s in sorted(set(one) & set(two)) if metric in one[s] and metric in two[s]]
+        if len(seeds) < 2:
+            return ""
+        values = [one[s][metric] - two[s][metric] for s in seeds]
+        half = paired_half_width(values)
+        parts.append(f"{title} {statistics.mean(values):+.2f} ± {half:.2f}")
+    return (
+        f"{named[ours]} minus {named[other]}, paired over {len(seeds)} seeds, mean ± half-width of the "
+        f"{100 * CONFIDENCE:.0f} % interval: {', '.join(parts)} points."
+    )
+
+
+def paired_half_width(values: Sequence[float]) -> float:
+    """Half-width of the Student interval of the mean of at least two paired differences."""
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+
+
+def _row(config: Mapping[str, Any], row: Mapping[str, Any], runs: Sequence[Record], scale: str) -> Row:
+    label = [str(row[name]) for name in config["labels"]]
     stand_in = next((r["data"]["stand_in_for"] for r in runs if r["data"]["stand_in_for"]), None)
+    ours = {
+        metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
+    }
     if not row["experiment"]:
         status = "not yet"
-    elif not runs:
+    elif not any(ours.values()):
         status = f"missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
     elif stand_in:
         status = f"stand-in: {runs[0]['data']['name']} for {stand_in}{_other_network(runs[0])}"
     else:
         status = "done" if scale == "paper" else f"scale {scale}{_other_network(runs[0])}"
+    if runs and any(not values for values in ours.values()):
+        status += f"; some columns missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
     attacked = {(r["evaluation"]["n"], r["data"]["test"]) for r in runs if "n" in r.get("evaluation", {})}
     if any(n < test for n, test in attacked):
         status += f", {min(n for n, _ in attacked)} images attacked"
-    ours = {
-        metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
-    }
+    known = set(row.get("overrides") or {})
     comparable = (
-        bool(runs) and scale == "paper" and not stand_in and not any(r.get("departures") for r in runs)
+        bool(runs)
+        and scale == "paper"
+        and not stand_in
+        and all(set(r.get("departures", {})) <= known for r in runs)
     )
-    return Row(label, row["paper"], ours, status, comparable, row.get("note"), runs)
+    return Row(row["id"], label, row["paper"], ours, status, comparable, row.get("note"), runs)
 
 
 def _other_network(run: Record) -> str:
-    """ ", wrn_10_1" where a run has another network than the published one."""
-    changed = run.get("departures", {}).get("model.name")
-    return f", {changed[1]}" if changed else ""
-
-
-def _changes(run: Record, usual: Mapping[str, Any]) -> str:
-    """What a run changes against its row's usual one, without what its status says anyway."""
-    told = ("data.", "evaluation.images", "model.name")
-    changed = {k: v[1] for k, v in differences(usual, run["config"]).items() if not k.startswith(told)}
-    parts = [f"{run['data']['train']:,} training images of {run['data']['name']}"]
-    return ", ".join([*parts, *(f"{key}={value}" for key, value in changed.items())])
+    """ ", wrn_10_1" where a run has another network than the published one, and whose generated pictures it has."""
+    departures = run.get("departures", {})
+    changed = [
+        departures[key][1] for key in ("model.name", "generated.source") if departures.get(key, [0, 0])[1]
+    ]
+    return "".join(f", {name}" for name in changed)
 
 
 def _number(values: Sequence[float]) -> tuple[str, str]:
-    """mean ± sample standard deviation, and the number of seeds."""
+    """mean ± sample standard deviation with the mean's standard error, and the number of seeds."""
     if not values:
         return "", ""
     mean = f"{statistics.mean(values):.2f}"
-    return (f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean), f"({len(values)})"
+    if len(values) > 1:
+        spread = statistics.stdev(values)
+        mean += f" ± {spread:.2f}, se {spread / math.sqrt(len(values)):.2f}"
+    return mean, f"({len(values)})"
 
 
 def _cells(table: Table, row: Row) -> list[str]:
@@ -131,25 +220,31 @@ def _cells(table: Table, row: Row) -> list[str]:
     for metric in table.metrics:
         paper, ours = row.paper.get(metric), row.ours[metric]
         value, count = _number(ours)
-        cells += [f"{paper:.2f}" if paper is not None else "–", f"{value} {count}" if value else "–"]
-        cells.append(f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and paper is not None else "–")
+        printed, own = f"{paper:.2f}" if paper is not None else "–", f"{value} {count}" if value else "–"
+        difference = f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and paper is not None else "–"
+        cells += [f"{printed} / {own}"] if _wide(table) else [printed, own, difference]
     return cells
 
 
+def _wide(table: Table) -> bool:
+    """Whether a table has so many metrics that paper and ours share a column."""
+    return len(table.metrics) > 3
+
+
 def _header(table: Table) -> list[str]:
-    return [
-        *table.labels,
-        *(f"{name}: {what}" for name in table.metrics.values() for what in ("paper", "ours", "diff.")),
-        "status",
-    ]
+    columns = [f"{name}: {what}" for name in table.metrics.values() for what in ("paper", "ours", "diff.")]
+    if _wide(table):
+        columns = [f"{name}: paper / ours" for name in table.metrics.values()]
+    return [*table.labels, *columns, "status"]
 
 
 def markdown(table: Table) -> str:
     """The table with its notes and the provenance of every number."""
     header = _header(table)
-    numbers = 3 * len(table.metrics)
+    numbers = len(header) - len(table.labels) - 1
+    setting = f", {table.setting}" if table.setting else ""
     lines = [
-        f"## {table.title} — scale `{table.scale}`, protocol `{table.protocol}`",
+        f"## {table.title} — scale `{table.scale}`, protocol `{table.protocol}`{setting}",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(table.labels) + "---:|" * numbers + "---|",
@@ -162,10 +257,15 @@ def markdown(table: Table) -> str:
                 notes.append(row.note)
             status += f" [{notes.index(row.note) + 1}]"
         lines.append("| " + " | ".join([*row.label, *_cells(table, row), status]) + " |")
-    legend = "Percent. Ours: mean ± sample standard deviation (seeds). Paper: the paper's printed value."
+    legend = (
+        "Percent. Ours: mean ± sample standard deviation, se: standard error of the mean (seeds). "
+        "Paper: the paper's printed value."
+    )
     if any(row.status.startswith("stand-in") for row in table.rows):
         legend += " A stand-in ran on other data than the paper's: compare it with other stand-ins alone."
     lines += ["", legend, ""]
+    if table.comparisons:
+        lines += [*table.comparisons, ""]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += [f"- {remark}" for remark in table.remarks]
     if any(row.records for row in table.rows):
@@ -193,7 +293,7 @@ def _provenance(r: Record) -> str:
 
 def latex(table: Table) -> str:
     """A booktabs tabular of the same cells, without notes."""
-    columns = "l" * len(table.labels) + "r" * (3 * len(table.metrics)) + "l"
+    columns = "l" * len(table.labels) + "r" * (len(_header(table)) - len(table.labels) - 1) + "l"
     lines = [
         f"% {table.title}; scale {table.scale}, protocol {table.protocol}",
         f"\\begin{{tabular}}{{{columns}}}",

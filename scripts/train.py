@@ -1,6 +1,7 @@
 """Train one run, evaluate it, write its record.
 
     python scripts/train.py experiment=at/c100_basic_gkl scale=smoke seed=0 [loss.gamma=0.3 devices=4 ...]
+    python scripts/train.py experiment=... assessment=epsilons        # and measure more on its weights: epsilons, attacks, structure
     python scripts/train.py experiment=... --cfg      # only print the resolved configuration
 
 Stopped at any moment (Ctrl-C, SIGTERM, SIGKILL) and started again with the same command, it goes on where it was.
@@ -13,7 +14,8 @@ from omegaconf import OmegaConf
 
 from trainers.command import run_main
 from trainers.configuration import check, check_machine, compose
-from trainers.run import freeze, record_path, run_folder
+from trainers.plan import Cell
+from trainers.run import freeze, run_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -24,8 +26,9 @@ def main(arguments: list[str]) -> int:
         return 0
     check(config, config["devices"])
     check_machine(config)
-    if record_path(config).exists():
-        print(f"this run is done: {record_path(config)}")
+    record = Cell(config["experiment"], config).record
+    if record.exists():
+        print(f"this run is done: {record}")
         return 0
     with run_folder(config).locked():
         path = freeze(config)

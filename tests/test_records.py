@@ -18,7 +18,16 @@ from gkl.records import (
 )
 from gkl.tables import build, latex, markdown
 from trainers.configuration import check, compose, published
-from trainers.plan import cells, disk_bytes, expected, forward_flops, gpu_hours, load_table, summary, tables
+from trainers.plan import (
+    Cell,
+    cells,
+    disk_bytes,
+    forward_flops,
+    gpu_hours,
+    load_table,
+    summary,
+    usual,
+)
 from trainers.render import render
 
 
@@ -44,7 +53,7 @@ def record(
         "departures": differences(published(resolved), resolved),
         "status": "done",
         "metrics": {"clean": 60.0, "aa": aa},
-        "evaluation": {"n": 120 if stand_in else 360},
+        "evaluation": {"n": 60 if stand_in else 360},
         "history": "seed0.jsonl",
         "checkpoint": {"path": "x", "sha256": "0"},
         "code": {"commit": "0123456789abcdef", "dirty": False},
@@ -75,7 +84,7 @@ def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
     assert identity(config("loss.alpha=20")) == base  # 20 and 20.0
     for other in (
         "loss.alpha=21",
-        "epochs=19",
+        "epochs=11",
         "precision=bf16",
         "loss.break_asymmetry=false",
         "method.awp_gamma=0",
@@ -147,12 +156,12 @@ TABLE = {
 }
 
 
-def drawn(records: list[dict], scale: str) -> list[str]:
+def drawn(records: list[dict], scale: str, setting: dict | None = None) -> list[str]:
     records = [
         {**r, "path": f"{r['experiment']}/{r['scale']}/{r['identity']}/seed{r['seed']}.json"} for r in records
     ]
-    usual = {"gkl": compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"])}
-    built = build(TABLE, records, scale=scale, protocol="official", expected=usual)
+    known = {"at/c100_basic_gkl": compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"])}
+    built = build(TABLE, records, scale=scale, protocol="official", usual=known, claims={}, setting=setting)
     latex(built)
     return markdown(built).splitlines()
 
@@ -166,17 +175,17 @@ def test_a_table_without_records_says_what_is_missing() -> None:
 def test_mean_spread_and_number_of_seeds() -> None:
     lines = drawn([record(30.0, 0), record(32.0, 1), record(34.0, 2)], "smoke")
     assert (
-        "| GKL_AT | 31.91 | 32.00 ± 2.00 (3) | – | stand-in: digits for cifar100, wrn_10_1, 120 images attacked |"
+        "| GKL_AT | 31.91 | 32.00 ± 2.00, se 1.15 (3) | – | stand-in: digits for cifar100, wrn_10_1, 60 images attacked |"
         in lines
     )
-    assert any("code 012345678;" in line and "120 attacked" in line for line in lines)
+    assert any("code 012345678;" in line and "60 attacked" in line for line in lines)
     assert any("compare it with other stand-ins alone" in line for line in lines)
 
 
 def test_only_the_published_run_on_its_own_data_is_compared_with_the_paper() -> None:
     assert "| GKL_AT | 31.91 | 30.00 (1) | -1.91 | done |" in drawn([record(30.0, scale="paper")], "paper")
-    stand_in = record(30.0, scale="paper", data=record(0.0)["data"], evaluation={"n": 120})
-    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, 120 images attacked |" in drawn(
+    stand_in = record(30.0, scale="paper", data=record(0.0)["data"], evaluation={"n": 60})
+    assert "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, 60 images attacked |" in drawn(
         [stand_in], "paper"
     )
 
@@ -184,17 +193,22 @@ def test_only_the_published_run_on_its_own_data_is_compared_with_the_paper() -> 
 def test_different_runs_are_never_averaged() -> None:
     lines = drawn([record(30.0), record(40.0, overrides=("epochs=3",)), record(0.0, scale="small")], "smoke")
     assert (
-        "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, wrn_10_1, 120 images attacked |"
+        "| GKL_AT | 31.91 | 30.00 (1) | – | stand-in: digits for cifar100, wrn_10_1, 60 images attacked |"
         in lines
     )
-    (other,) = (line for line in lines if "epochs=3" in line)
-    assert "40.00 (1)" in other and "31.91" not in other and not any("20.00" in line for line in lines)
+    assert not any("40.00" in line or "35.00" in line or "20.00" in line for line in lines)
+    two = [record(30.0), record(40.0, overrides=("epochs=3",))]
+    other = drawn(two, "smoke", {"epochs": 3, "averages.ema.start_epoch": 2, "method.awp_start_epoch": 1})
+    assert "averages.ema.start_epoch=2" not in other[0] or "epochs=3" in other[0]
+    assert any("| 40.00 (1) |" in line for line in other) and not any(
+        "| 30.00 (1) |" in line for line in other
+    )
     failed = drawn([record(30.0, status="failed")], "smoke")
     assert any("missing" in line for line in failed)
 
 
 def test_latex_is_escaped() -> None:
-    built = build(TABLE, [], scale="smoke", protocol="official", expected={})
+    built = build(TABLE, [], scale="smoke", protocol="official", usual={}, claims={})
     text = latex(built)
     assert "GKL\\_AT & 31.91 & -- & -- & missing: make table3 SCALE{=}smoke ROWS{=}gkl \\\\" in text
     assert text.count("\\toprule") == text.count("\\bottomrule") == 1
@@ -220,7 +234,7 @@ def test_every_table_renders_and_its_paper_values_are_the_printed_ones(tmp_path:
         "3": [(65.76, 31.91), (66.08, 32.53), (73.65, 39.37)],
         "4": [(84.80, 57.09), (85.20, 57.62), (92.16, 67.75)],
     }
-    for number in tables():
+    for number in printed:
         table = load_table(number)
         rows = {row["method"]: (row["paper"].get("clean"), row["paper"].get("aa")) for row in table["rows"]}
         assert printed[number].items() <= rows.items()
@@ -250,25 +264,23 @@ def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> No
     assert "1 of 2 runs done" in text and "done: seed 0, missing: seed 1" in text
     for cell in cells(table, scale="paper", protocol="official"):
         check(cell.config, 1)
-    assert (
-        identity(expected(table, scale="smoke", protocol="official")["gkl_basic"]) == record(30.0)["identity"]
-    )
+    own = usual(table, scale="smoke", protocol="official")["at/c100_basic_gkl"]
+    assert identity(own) == record(30.0)["identity"]
 
 
 def test_costs_are_counted() -> None:
     """WRN-34-10: 5.24 GMAC a 32x32 image (the sum over its convolutions), hours from 23 forwards a sample and AWP."""
     base = compose("train", ["experiment=at/c100_basic_gkl"])
-    flops = forward_flops(base, 32, 100)
+    flops = forward_flops(base["model"], 32, 100)
     widths, macs = [(16, 160, 32), (160, 320, 16), (320, 640, 8)], 9 * 3 * 16 * 32**2
     for came, width, side in widths:
         macs += (9 * came * width + 9 * width * width + came * width + 8 * 9 * width * width) * side**2
     assert abs(flops / 2 - macs - 640 * 100) < 1e-3 * macs
-    hours = gpu_hours(base)
+    hours = gpu_hours(Cell("gkl", base))
     with_awp, without = 191, 9
     forwards = 50_000 * (with_awp * 23 + without * 17) + 200 * 10_000 + 10_000 * 0.35 * 9755
     assert hours is not None and abs(hours - forwards * flops / 1e13 / 3600) < 0.01 * hours
     assert 1.5e9 < disk_bytes(base) < 3e9
-    assert (
-        gpu_hours(compose("train", ["experiment=at/c100_basic_gkl", "data=image_folder", "data.root=x"]))
-        is None
-    )
+    pictures = compose("train", ["experiment=at/c100_basic_gkl", "data=image_folder", "data.root=x"])
+    assert gpu_hours(Cell("gkl", pictures)) is None
+    assert gpu_hours(Cell("gkl", base), tflops=20.0) == pytest.approx(hours / 2)

@@ -39,6 +39,9 @@ SETTINGS: dict[str, Any] = {
     "channels_last": bool,
     "compile": bool,
     "evaluate": str,
+    "generated_share": float | None,
+    "held_out": float | None,
+    "held_out_by_class": bool | None,
     "checkpoint_minutes": float,
     "devices": int,
     "device": typing.Literal["auto", "cpu", "cuda"],
@@ -50,13 +53,13 @@ class ConfigError(RunError):
 
 
 def register_resolvers() -> None:
-    """The three interpolations our YAML files use."""
+    """The interpolations our YAML files use, but for at_scale, which each composition sets."""
 
     def by_protocol(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         return choices[_root_.protocol]
 
-    def scaled(epoch_of_200: int, *, _root_: DictConfig) -> int:
-        return max(1, round(epoch_of_200 * _root_.epochs / 200))
+    def scaled(epoch: int, of: int = 200, *, _root_: DictConfig) -> int:
+        return max(1, round(epoch * _root_.epochs / of))
 
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
@@ -80,6 +83,9 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = hydra.compose(entry, list(overrides), return_hydra_config=True)
         chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+        assert isinstance(chosen, dict)
+        scale = chosen.get("scale", "paper")
+        OmegaConf.register_new_resolver("at_scale", lambda choices: choices[scale], replace=True)
         for name, annotation in SETTINGS.items():
             plain = (
                 name in config
@@ -95,7 +101,7 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
         ValueError,
     ) as error:  # ValueError: a group set to a number
         raise ConfigError(_explain(entry, str(error), overrides)) from None
-    assert isinstance(resolved, dict) and isinstance(chosen, dict)
+    assert isinstance(resolved, dict)
     return {**{key: chosen[key] for key in ("experiment", "scale") if key in chosen}, **resolved}
 
 
@@ -170,9 +176,16 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
             f"bn_groups={groups} must be a multiple of devices={world_size} and divide batch_size={batch_size}: "
             f"each process normalises whole groups; set bn_groups={world_size} to give each device its own batch norm"
         )
-    known = ["last", *config["averages"]]
+    known = ["last", *config["averages"], *(["best"] if config["selection"] else [])]
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
+    if config["selection"] and config["selection"].get("weights", "last") not in (
+        "last",
+        *config["averages"],
+    ):
+        raise ConfigError(
+            unknown("selection.weights", config["selection"]["weights"], ["last", *config["averages"]])
+        )
 
 
 def check_machine(config: Mapping[str, Any]) -> None:
@@ -198,8 +211,7 @@ def _check_targets(node: Any, where: str) -> None:
         return
     if "_target_" in node:
         target = locate(node["_target_"], where)
-        parameters = inspect.signature(target).parameters
-        hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        parameters, hints = parameters_of(target)
         for key, value in node.items():
             if key in ("_target_", "_partial_"):
                 continue
@@ -213,6 +225,24 @@ def _check_targets(node: Any, where: str) -> None:
                 raise ConfigError(_mistyped(f"{where}.{key}", hints[key], value))
     for key, child in node.items():
         _check_targets(child, f"{where}.{key}")
+
+
+def parameters_of(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Parameters of a function or class by name, and their types; `**common` stands for the base class's own."""
+    functions = [target]
+    if inspect.isclass(target):
+        functions = [vars(c)["__init__"] for c in target.__mro__[:-1] if "__init__" in vars(c)]
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for function in functions:
+        signature = inspect.signature(function).parameters
+        hints = {**typing.get_type_hints(function), **hints}
+        named = {n: p for n, p in signature.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        parameters = {**named, **parameters}
+        if len(named) == len(signature):
+            break
+    parameters.pop("self", None)
+    return parameters, hints
 
 
 def locate(target: str, where: str = "_target_") -> Callable[..., Any]:
@@ -258,13 +288,22 @@ def _mistyped(name: str, annotation: Any, value: Any) -> str:
 
 def parts(config: Mapping[str, Any]) -> dict[str, Any]:
     """The top-level entries that the method's constructor asks for by name."""
-    parameters = inspect.signature(locate(config["method"]["_target_"])).parameters
+    parameters, _ = parameters_of(locate(config["method"]["_target_"]))
     return {name: node for name, node in config.items() if name in parameters}
 
 
 def _check_parts(config: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(locate(config["method"]["_target_"], "method")).parameters
+    parameters, _ = parameters_of(locate(config["method"]["_target_"], "method"))
     given = {*config, *config["method"], "device"}
+    idle = [
+        n
+        for n, node in config.items()
+        if isinstance(node, dict) and "_target_" in node and n not in parameters
+    ]
+    if idle := [n for n in idle if n not in ("method", "assessment")]:
+        raise ConfigError(
+            f"{config['method']['_target_']} takes no {idle[0]}; leave it out or set {idle[0]}: null"
+        )
     missing = [n for n, p in parameters.items() if n not in given and p.default is inspect.Parameter.empty]
     if missing:
         raise ConfigError(

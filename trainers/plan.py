@@ -1,10 +1,12 @@
-"""Which runs a table needs, which of them are done, and what the missing ones cost.
+"""Which runs a table or figure needs, which of them are done, and what the missing ones cost.
 
 Forward-equivalents follow from the recipe, FLOPs of one forward from the network, hours from an assumed rate.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,9 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from gkl.records import read_record
-from trainers.configuration import CONFIGS, ConfigError, compose, make, unknown
+from gkl.records import assessment_path, read_record
+from gkl.tables import Overrides
+from trainers.configuration import CONFIGS, ConfigError, compose, locate, make, unknown
 from trainers.run import record_path, run_folder
 
 TFLOPS = 10.0  # sustained by one 3090-class card in float32; an assumption, said wherever hours are printed
@@ -31,46 +34,67 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a table: a row and a seed."""
+    """One run of a table or figure: a row and a seed, and the assessment its configuration may name."""
 
     row: str
     config: dict[str, Any]
 
     @property
     def record(self) -> Path:
-        """Where its record is or will be."""
-        return record_path(self.config)
+        """Where the file that completes it is or will be."""
+        record = record_path(self.config)
+        return assessment_path(record, self.assessment) if self.assessment else record
+
+    @property
+    def assessment(self) -> str | None:
+        """What is measured on the run's weights beside the record's own metrics."""
+        return self.config["assessment"]["name"] if self.config.get("assessment") else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run itself has its record."""
+        return record_path(self.config).exists()
 
     @property
     def status(self) -> str:
         """done, failed, started (there is a checkpoint) or missing."""
-        if self.record.exists():
+        if self.trained and self.assessment:
+            return "done" if self.record.exists() else "started"
+        if self.trained:
             return str(read_record(self.record)["status"])
         return "started" if (run_folder(self.config).path / "checkpoints").exists() else "missing"
 
 
-def tables() -> dict[str, Path]:
-    """The tables that can be made, by the number a person types: "3" -> configs/table/table03.yaml."""
-    return {
-        str(int(p.stem.removeprefix("table"))): p for p in sorted((CONFIGS / "table").glob("table*.yaml"))
-    }
+def tables(kind: str = "table") -> dict[str, Path]:
+    """The tables (or figures) that can be made, by the number a person types: "3" -> configs/table/table03.yaml."""
+    return {str(int(p.stem.removeprefix(kind))): p for p in sorted((CONFIGS / kind).glob(f"{kind}*.yaml"))}
 
 
-def load_table(number: str) -> dict[str, Any]:
-    """The table's configuration. Raises ConfigError for one that does not exist."""
-    known = tables()
+def load_table(number: str, kind: str = "table") -> dict[str, Any]:
+    """The configuration of a table or figure. Raises ConfigError for one that does not exist."""
+    known = tables(kind)
     if str(number) not in known:
-        raise ConfigError(unknown("table", str(number), list(known)))
+        raise ConfigError(unknown(kind, str(number), list(known)))
     table = OmegaConf.to_container(OmegaConf.load(known[str(number)]))
     assert isinstance(table, dict)
+    if "rows_of" in table:
+        source = load_table(str(int(table.pop("rows_of").removeprefix("table"))))
+        table = {**{key: source[key] for key in ("labels", "metrics", "rows")}, **table}
     return {str(key): value for key, value in table.items()} | {"name": known[str(number)].stem}
 
 
-def row_config(experiment: str, scale: str, protocol: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration of a row at a scale, seed 0."""
-    return compose(
-        "train", [f"experiment={experiment}", f"scale={scale}", f"protocol={protocol}", *overrides]
-    )
+def row_config(
+    row: Mapping[str, Any],
+    scale: str,
+    protocol: str,
+    overrides: Sequence[str] = (),
+    assessment: str | None = None,
+) -> dict[str, Any]:
+    """The configuration of a row's run at a scale, seed 0: its experiment, its own overrides, then the person's."""
+    own = [f"{key}={json.dumps(value)}" for key, value in (row.get("overrides") or {}).items()]
+    asked = [f"assessment={assessment}"] if assessment else []
+    names = [f"experiment={row['experiment']}", f"scale={scale}", f"protocol={protocol}"]
+    return compose("train", [*names, *asked, *own, *overrides])
 
 
 def cells(
@@ -83,30 +107,37 @@ def cells(
     overrides: Sequence[str] = (),
 ) -> list[Cell]:
     """Every run the chosen rows need, each once, seeds of a row together. Raises ConfigError for an unknown row."""
-    runnable = {row["id"]: row["experiment"] for row in table["rows"] if row["experiment"]}
+    runnable = {row["id"]: row for row in table["rows"] if row["experiment"]}
     for row in rows or ():
         if row not in runnable:
             raise ConfigError(unknown(f"row of {table['name']}", row, list(runnable)))
     found: dict[Path, Cell] = {}
-    for row in rows or runnable:
-        config = row_config(runnable[row], scale, protocol, overrides)
+    for name in rows or runnable:
+        config = row_config(runnable[name], scale, protocol, overrides, table.get("assessment"))
         for seed in seeds if seeds is not None else SEEDS[scale]:
-            cell = Cell(row, {**config, "seed": seed})
+            cell = Cell(name, {**config, "seed": seed})
             found.setdefault(cell.record, cell)
     return list(found.values())
 
 
-def expected(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
-    """For each row with an experiment, the configuration its runs have at this scale without overrides."""
-    return {
-        row["id"]: row_config(row["experiment"], scale, protocol)
-        for row in table["rows"]
-        if row["experiment"]
-    }
+def usual(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
+    """For each experiment of the rows, the configuration its run has at this scale without any override."""
+    experiments = dict.fromkeys(row["experiment"] for row in table["rows"] if row["experiment"])
+    return {name: row_config({"experiment": name}, scale, protocol) for name in experiments}
 
 
-def summary(title: str, scale: str, plan: Sequence[Cell]) -> str:
-    """Lines for a person: each row's runs by state, and what the missing ones cost."""
+def claims() -> dict[str, list[Overrides]]:
+    """For each experiment, the overrides of every row of every table and figure."""
+    found: dict[str, list[Overrides]] = {}
+    for kind in ("table", "figure"):
+        for number in tables(kind):
+            for row in load_table(number, kind)["rows"]:
+                found.setdefault(row["experiment"], []).append(row.get("overrides") or {})
+    return found
+
+
+def summary(title: str, scale: str, plan: Sequence[Cell], tflops: float = TFLOPS) -> str:
+    """Lines for a person: each row's runs by state, and what the missing ones cost at `tflops` sustained."""
     lines = [f"{title}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"]
     total: float | None = 0.0
     for row in dict.fromkeys(cell.row for cell in plan):
@@ -116,14 +147,16 @@ def summary(title: str, scale: str, plan: Sequence[Cell]) -> str:
         line += ", ".join(
             f"{state}: seed {' '.join(map(str, seeds))}" for state, seeds in states.items() if seeds
         )
-        if left := sum(len(seeds) for state, seeds in states.items() if state != "done"):
-            hours = gpu_hours(mine[0].config)
-            total = None if hours is None or total is None else total + left * hours
-            line += f"; each {_hours(hours)}, {disk_bytes(mine[0].config) / 1e9:.1g} GB on disk"
+        if left := [cell for cell in mine if cell.status != "done"]:
+            hours = [gpu_hours(cell, tflops) for cell in left]
+            mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
+            total = None if mean is None or total is None else total + mean * len(left)
+            line += f"; each {_hours(mean)}, {disk_bytes(mine[0].config) / 1e9:.1g} GB on disk"
         lines.append(line)
     if any(cell.status != "done" for cell in plan):
         lines.append(
-            f"  to do: {_hours(total)}, at an assumed {TFLOPS:g} TFLOP/s sustained by a 3090-class card"
+            f"  to do: {_hours(total)}, at {'an assumed ' if tflops == TFLOPS else ''}{tflops:g} TFLOP/s sustained"
+            f"{' by a 3090-class card (tflops=... for yours)' if tflops == TFLOPS else ''}"
         )
     return "\n".join(lines)
 
@@ -140,36 +173,51 @@ def _hours(hours: float | None) -> str:
     )
 
 
-def forward_flops(config: Mapping[str, Any], side: int, num_classes: int) -> float:
+def forward_flops(network: Mapping[str, Any], side: int, num_classes: int) -> float:
     """FLOPs (two per multiply-add) of one image's forward pass, counted on the network itself without computing it."""
+    return _flops(json.dumps(network, sort_keys=True), side, num_classes)
+
+
+@cache
+def _flops(text: str, side: int, num_classes: int) -> float:
+    network = json.loads(text)
     with torch.device("meta"):
-        model = make(config["model"], num_classes=num_classes).eval()
+        model = make({k: v for k, v in network.items() if k != "_partial_"}, num_classes=num_classes).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, 3, side, side))
     return float(counter.get_total_flops())
 
 
-def gpu_hours(config: Mapping[str, Any]) -> float | None:
-    """Hours of one card at TFLOPS for training and AutoAttack; None for data whose size is not known beforehand.
+def gpu_hours(cell: Cell, tflops: float = TFLOPS) -> float | None:
+    """Hours of one card that sustains `tflops` for what is missing of a cell; None for data whose size is not known beforehand.
 
-    In forwards F of one image (backward to the input 1 F, to everything 2 F), K attack steps: attack 2K + 1, AWP 6,
-    the step itself 6.
+    Training: what the method's `forwards` counts for each image and epoch, the selection and the clean test accuracy
+    after each. Then AutoAttack, once for the record and as often as the assessment asks.
     """
+    config = cell.config
     size = SIZES.get(config["data"]["_target_"].rpartition(".")[2])
     if size is None:
         return None
     train, test, side, num_classes = size
-    epochs, method = config["epochs"], config["method"]
-    attack = make(config["attack"])
-    forwards = 0.0
-    for epoch in range(1, epochs + 1):
-        awp = 6 if method["awp_gamma"] > 0 and epoch >= method["awp_start_epoch"] else 0
-        forwards += (
-            train * len(method["view_weights"]) * (2 * attack.budget(epoch, epochs)["steps"] + 1 + awp + 6)
-        )
     attacked = config["evaluation"]["images"] or test
-    forwards += epochs * test + attacked * SURVIVORS * AUTOATTACK_FORWARDS
-    return forwards * forward_flops(config, side, num_classes) / (TFLOPS * 1e12) / 3600
+    autoattack = attacked * SURVIVORS * AUTOATTACK_FORWARDS
+    forwards = {"model": 0.0}
+    if cell.assessment:
+        forwards["model"] += autoattack * len(config["assessment"].get("eighths", ()))
+    if not cell.trained:
+        epochs, attack = config["epochs"], make(config["attack"])
+        count = locate(config["method"]["_target_"]).forwards  # type: ignore[attr-defined]
+        selection = config["selection"]
+        chosen = 0.0
+        if selection:
+            images = test if selection["images"] == "test" else train * config["held_out"]
+            chosen = images * (2 * selection["steps"] + 1)
+        for epoch in range(1, epochs + 1):
+            for network, each in count(config, epoch, attack.budget(epoch, epochs)["steps"]).items():
+                forwards[network] = forwards.get(network, 0.0) + train * each
+        forwards["model"] += epochs * (test + chosen) + autoattack
+    flops = sum(n * forward_flops(config[network], side, num_classes) for network, n in forwards.items())
+    return flops / (tflops * 1e12) / 3600
 
 
 def disk_bytes(config: Mapping[str, Any]) -> float:

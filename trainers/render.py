@@ -1,27 +1,83 @@
-"""A table's files from its configuration and the records: a section per scale that has any, the paper's own first."""
+"""Files of tables and figures from their configuration and the records: a section per scale and setting that has any."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gkl.figures import draw
 from gkl.records import Record
-from gkl.tables import Table, build, latex, markdown
-from trainers.folder import write_text
-from trainers.plan import expected
+from gkl.tables import Overrides, Table, build, latex, markdown, place, settings
+from trainers.folder import write_atomically, write_text
+from trainers.plan import claims, usual
 
 
-def section(table: Mapping[str, Any], records: Sequence[Record], scale: str, protocol: str) -> Table:
-    """The table of one scale and protocol."""
-    identities = expected(table, scale=scale, protocol=protocol)
-    return build(table, records, scale=scale, protocol=protocol, expected=identities)
+def section(
+    table: Mapping[str, Any],
+    records: Sequence[Record],
+    scale: str,
+    protocol: str,
+    setting: Overrides | None = None,
+) -> Table:
+    """The table of one scale, protocol and setting."""
+    return build(
+        table, records, scale=scale, protocol=protocol, setting=setting,
+        usual=usual(table, scale=scale, protocol=protocol), claims=claims(),
+    )  # fmt: skip
+
+
+def sections(table: Mapping[str, Any], records: Sequence[Record]) -> list[Table]:
+    """The paper's own scale, then every scale, protocol and setting of which there are records."""
+    experiments = {row["experiment"] for row in table["rows"]}
+    there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in experiments}
+    order = [("paper", "official"), *sorted(there - {("paper", "official")})]
+    made, claimed = [], claims()
+    for scale, protocol in order:
+        known = usual(table, scale=scale, protocol=protocol)
+        placed = place(table, records, scale=scale, protocol=protocol, usual=known, claims=claimed)
+        plain = any(not own for runs in placed.values() for _, own in runs) or scale == "paper"
+        for setting in [*([{}] if plain else []), *settings(placed)]:
+            made.append(
+                build(
+                    table,
+                    records,
+                    scale=scale,
+                    protocol=protocol,
+                    setting=setting,
+                    usual=known,
+                    claims=claimed,
+                )
+            )
+    return made
+
+
+def render_figure(figure: Mapping[str, Any], records: Sequence[Record], results: Path) -> list[Path]:
+    """Write <results>/figures/<name>-<scale>.png and .pdf for every section that can be drawn; returns their paths."""
+    paths = []
+    count: dict[str, int] = {}
+    for built in sections(figure, records):
+        drawn = draw(figure["draw"], built)
+        if drawn is None:
+            continue
+        stem = f"{figure['name']}-{built.scale}" + (
+            "" if built.protocol == "official" else f"-{built.protocol}"
+        )
+        count[stem] = count.get(stem, 0) + 1
+        formats: list[tuple[str, dict[str, Any]]] = [
+            (".png", {"dpi": 160}),
+            (".pdf", {"metadata": {"CreationDate": None}}),  # the same records give the same bytes
+        ]
+        for suffix, options in formats:
+            path = results / "figures" / (stem + ("" if count[stem] == 1 else f"-{count[stem]}") + suffix)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, partial(drawn.savefig, format=suffix[1:], **options))
+            paths.append(path)
+    return paths
 
 
 def render(table: Mapping[str, Any], records: Sequence[Record], results: Path) -> list[Path]:
     """Write <results>/tables/<name>.md and .tex; returns their paths."""
-    experiments = {row["experiment"] for row in table["rows"]}
-    there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in experiments}
-    order = [("paper", "official"), *sorted(there - {("paper", "official")})]
-    built = [section(table, records, scale, protocol) for scale, protocol in order]
+    built = sections(table, records)
     head = "<!-- Written by scripts/reproduce.py from configs/table and results/runs; do not edit. -->\n\n"
     texts = {".md": head + "\n".join(map(markdown, built)), ".tex": "\n".join(map(latex, built))}
     paths = []

@@ -7,11 +7,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from gkl.data import ImageData
 from gkl.distributed import rank, world_size, world_sum
-from gkl.evaluation import accuracy, evaluate, first_of_each_class
+from gkl.evaluation import (
+    AutoAttackResult,
+    LogitsFn,
+    accuracy,
+    evaluate,
+    first_of_each_class,
+    pgd_robust,
+)
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console, duration
 
@@ -31,6 +38,17 @@ def clean_accuracy(model: nn.Module, data: ImageData, device: torch.device) -> f
     return 100.0 * world_sum(correct.sum().double().to(device)).item() / len(data.test_labels)
 
 
+def pgd_accuracy(
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, device: torch.device, **attack: Any
+) -> float:
+    """Accuracy under PGD, percent, each image on one process. attack: what gkl.evaluation.pgd_robust takes."""
+    mine = torch.arange(len(labels)).tensor_split(world_size())[rank()]
+    robust = pgd_robust(
+        logits_fn, images[mine], labels[mine], numbers=mine, batch_size=500, device=device, **attack
+    )
+    return 100.0 * world_sum(robust.sum().double().to(device)).item() / len(labels)
+
+
 def autoattack(
     model: nn.Module,
     data: ImageData,
@@ -45,6 +63,42 @@ def autoattack(
     Metrics: `aa` (standard) or `screen`, percent. Details: images attacked, clean accuracy on them, what was left after
     each attack, AutoAttack's warnings, versions. Finished batches are kept in folder.
     """
+    result = _attacked(model, data, settings, folder, device, console)
+    name = "aa" if settings["version"] == "standard" else "screen"
+    details = {
+        "attack": f"AutoAttack {settings['version']}" if name == "aa" else "screen (APGD-CE, APGD-T)",
+        "n": result.n,
+        "clean_on_attacked": result.clean,
+        "after": result.after,
+        "epsilon": settings["epsilon"],
+        "norm": settings["norm"],
+        "warnings": result.warnings,
+        "versions": result.versions,
+    }
+    return {name: result.robust}, details
+
+
+def autoattack_flags(
+    model: nn.Module,
+    data: ImageData,
+    settings: Mapping[str, Any],
+    *,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> Tensor:
+    """Which of the attacked images withstand the attack, (n,) bool; arguments as `autoattack`, finished batches are shared."""
+    return _attacked(model, data, settings, folder, device, console).robust_flags
+
+
+def _attacked(
+    model: nn.Module,
+    data: ImageData,
+    settings: Mapping[str, Any],
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> AutoAttackResult:
     chosen = first_of_each_class(data.test_labels, settings["images"])
     started = time.monotonic()
 
@@ -63,15 +117,4 @@ def autoattack(
             dist.barrier()
             result = result or evaluate(model, images, labels, **arguments)
     assert result is not None
-    name = "aa" if settings["version"] == "standard" else "screen"
-    details = {
-        "attack": f"AutoAttack {settings['version']}" if name == "aa" else "screen (APGD-CE, APGD-T)",
-        "n": result.n,
-        "clean_on_attacked": result.clean,
-        "after": result.after,
-        "epsilon": settings["epsilon"],
-        "norm": settings["norm"],
-        "warnings": result.warnings,
-        "versions": result.versions,
-    }
-    return {name: result.robust}, details
+    return result

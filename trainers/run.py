@@ -25,11 +25,11 @@ from omegaconf import OmegaConf
 
 from gkl import records
 from gkl.distributed import rank, world_size
-from trainers import configuration
+from trainers import assess, configuration
 from trainers.command import run_main
 from trainers.configuration import ConfigError
 from trainers.engine import fit
-from trainers.folder import RunFolder, save_state, write_atomically, write_text
+from trainers.folder import RunError, RunFolder, save_state, write_atomically, write_text
 from trainers.report import Console, Mirror
 
 
@@ -59,20 +59,40 @@ def freeze(config: dict[str, Any]) -> Path:
 
 
 def run(config: dict[str, Any]) -> None:
-    """Train, evaluate, record; on every process of the run. Raises RunError, Interrupted."""
+    """Train, evaluate, record, and make the assessment asked for; what has its record already is not done again.
+
+    On every process of the run. Raises RunError, Interrupted.
+    """
     configuration.check(config, world_size())
     device, code = device_of(config), _code()  # as it is now: the files may change while the run goes on
     folder = run_folder(config)
     title = f"{config['experiment']} seed {config['seed']}"
     console = Console(title, enabled=rank() == 0)
     torch.manual_seed(config["seed"])
+    done = record_path(config).exists()
+    if world_size() > 1:
+        dist.barrier()  # none may write the record before all have looked for it
     with one_process_a_node_first():
         data = configuration.make(config["data"])
-    model = configuration.make(config["model"], num_classes=data.num_classes)
-    try:
-        task = configuration.build(config, data=data, model=model, device=device)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+        model = configuration.make(config["model"], num_classes=data.num_classes)
+        try:
+            task = configuration.build(config, data=data, model=model, device=device)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+    if not done:
+        _train(config, task, folder, console, code, title)
+    if config.get("assessment"):
+        _assess(config, task, folder, console, code)
+
+
+def _train(
+    config: dict[str, Any],
+    task: Any,
+    folder: RunFolder,
+    console: Console,
+    code: dict[str, Any],
+    title: str,
+) -> None:
     if rank() == 0 and config["logger"]["mode"] != "off":
         console.mirror = Mirror(
             **config["logger"],
@@ -102,7 +122,7 @@ def run(config: dict[str, Any]) -> None:
     )
     if rank() == 0:
         seconds += time.monotonic() - started
-        record = _record(config, folder, data, metrics, evaluation, seconds, device, code)
+        record = _record(config, folder, task, metrics, evaluation, seconds, code)
         path = records.write_record(Path(config["paths"]["results"]) / "runs", record)
         if console.mirror:
             console.mirror.close(metrics)
@@ -110,16 +130,53 @@ def run(config: dict[str, Any]) -> None:
         print(f"{title}: {shown}; record {path}")
 
 
+def _assess(
+    config: dict[str, Any], task: Any, folder: RunFolder, console: Console, code: dict[str, Any]
+) -> None:
+    """Measure more on the weights of the run's record; they must be the very ones."""
+    measure = configuration.make(config["assessment"])
+    path, weights = record_path(config), folder.path / f"{config['evaluate']}.pt"
+    if world_size() > 1:
+        dist.barrier()  # process 0 has just written the record
+    target = records.assessment_path(path, measure.name)
+    if target.exists():
+        return
+    wanted = records.read_record(path)["checkpoint"]["sha256"]
+    if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != wanted:
+        state = "are not those of" if weights.is_file() else "are missing for"
+        raise RunError(
+            f"the weights {weights} {state} the record {path}; bring them back (GKL_OUTPUTS), or move the record away to train anew"
+        )
+    task.model.load_state_dict(torch.load(weights, map_location=task.device, weights_only=True))
+    task.model.float()
+    started = time.monotonic()
+    metrics, details = measure(
+        assess.Subject(task.model, task.data, config["evaluation"], folder.path, task.device, console)
+    )
+    if rank() == 0:
+        made = {
+            "assessment": measure.name,
+            "settings": {k: v for k, v in config["assessment"].items() if k not in ("_target_", "name")},
+            "checkpoint": wanted,
+            "metrics": metrics,
+            "details": details,
+            **_provenance(task.device, code, time.monotonic() - started),
+        }
+        written = records.write_assessment(path, made)
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()) or "measured"
+        print(f"{console.title}, {measure.name}: {shown}; {written}")
+
+
 def _record(
     config: dict[str, Any],
     folder: RunFolder,
-    data: Any,
+    task: Any,
     metrics: dict[str, float],
     evaluation: dict[str, Any],
     seconds: float,
-    device: torch.device,
     code: dict[str, Any],
 ) -> dict[str, Any]:
+    data, made = task.data, task.generated
     published = configuration.published(config)
     original = published["data"]["_target_"].rpartition(".")[2]
     checkpoint = folder.path / f"{config['evaluate']}.pt"
@@ -143,6 +200,23 @@ def _record(
             "path": str(checkpoint.relative_to(config["paths"]["outputs"])),
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
         },
+        "data": {
+            "name": data.name,
+            "stand_in_for": None if data.name == original else original,
+            "sha256": data.sha256,
+            "train": len(data.train_labels),
+            "test": len(data.test_labels),
+            **(
+                {"generated": {"name": made.name, "sha256": made.sha256, "images": len(made)}} if made else {}
+            ),
+        },
+        **_provenance(task.device, code, seconds),
+    }
+
+
+def _provenance(device: torch.device, code: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Which code, packages and machine made a record, what it cost, and when it was finished."""
+    return {
         "code": code,
         "versions": {
             name: version(name) for name in ("torch", "torchvision", "timm", "pyautoattack", "numpy")
@@ -152,13 +226,6 @@ def _record(
             "device": device.type,
             "count": world_size(),
             "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        },
-        "data": {
-            "name": data.name,
-            "stand_in_for": None if data.name == original else original,
-            "sha256": data.sha256,
-            "train": len(data.train_labels),
-            "test": len(data.test_labels),
         },
         "cost": {
             "seconds": round(seconds, 1),

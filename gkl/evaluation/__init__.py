@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.attacks import Norm, pgd, project
-from gkl.counter import normal, sample_keys, uniform
+from gkl.attacks import Norm, pgd, random_start
+from gkl.counter import sample_keys
 from gkl.evaluation.autoattack import AutoAttackResult, collect, evaluate
 
 __all__ = ["AutoAttackResult", "accuracy", "collect", "evaluate", "first_of_each_class", "pgd_robust"]
@@ -44,23 +44,21 @@ def pgd_robust(
     norm: Norm = "linf",
     loss: Literal["ce", "cw"] = "ce",
     seed: int = 0,
+    numbers: Tensor | None = None,
     batch_size: int,
     device: torch.device,
 ) -> Tensor:
     """Which images withstand PGD-`steps` from one random start in the epsilon-ball, (N,) bool on the CPU.
 
     loss: "ce" climbs the cross-entropy (PGD), "cw" the margin max_{k != y} z_k - z_y (CW). epsilon, step_size: pixel
-    units. The start depends on (seed, image number) alone. logits_fn: in eval mode. Source: Table XV.
+    units. The start depends on (seed, image number) alone; numbers: the images' where they are part of a set, else
+    0..N-1. logits_fn: in eval mode. Source: Table XV.
     """
     robust = []
     for x, y, index in _batches(images, labels, batch_size, device):
-        keys = sample_keys(seed, 0, index, "pgd_start")
-        noise = (
-            2 * uniform(keys, x[0].numel()).view_as(x) - 1
-            if norm == "linf"
-            else normal(keys, tuple(x.shape[1:]), x.dtype)
-        )
-        start = project(x + epsilon * noise, x, norm=norm, epsilon=epsilon)
+        number = index if numbers is None else numbers.to(device)[index]
+        keys = sample_keys(seed, 0, number, "pgd_start")
+        start = random_start(x, keys, norm=norm, epsilon=epsilon)
         objective = partial(_cross_entropy if loss == "ce" else _margin, labels=y)
         x_adv = pgd(
             logits_fn, x, objective, norm=norm, epsilon=epsilon, step_size=step_size, steps=steps, start=start

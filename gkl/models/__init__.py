@@ -10,16 +10,17 @@ from typing import Any
 import timm
 from torch import nn
 
-from gkl.models import preact_resnet, wide_resnet  # noqa: F401  (importing registers their networks with timm)
+from gkl.models import preact_resnet, resnet, wide_resnet  # noqa: F401  (importing registers their networks with timm)
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
 
 __all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]
 
 
-def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+def create(name: str, num_classes: int, normalisation: str | None = None, **options: Any) -> nn.Module:
     """A freshly initialised network: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
 
-    name: any of timm's or ours. options: what else that network takes, as `normalisation` of wrn_28_10_swish.
+    name: any of timm's or ours. normalisation: whose statistics our wide residual networks shift and scale images by.
+    options: what else that network takes.
     Raises ValueError for an unknown name, naming the closest ones, and for fewer than two classes.
     """
     if not timm.is_model(name):
@@ -28,4 +29,6 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         raise ValueError(f"no network is called {name!r}; the closest names are {', '.join(closest)}")
     if num_classes < 2:
         raise ValueError(f"a classifier needs num_classes >= 2, got {num_classes}")
+    if normalisation is not None:
+        options["normalisation"] = normalisation
     return timm.create_model(name, num_classes=num_classes, **options)

@@ -5,8 +5,11 @@ with eval_mode(model):
     x_adv = attack(model, x)
 with frozen_statistics(model):
     loss(model(x_adv)).backward()  # normalised by the batch, running statistics untouched
+with auxiliary_batch_norm(split_batch_norm(model)):
+    model(strongly_augmented)  # its own batch norm
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +43,42 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return torch.cat(normalised)
 
 
+class SplitBatchNorm2d(GroupBatchNorm2d):
+    """Batch norm with a second set of weights and statistics, used inside `auxiliary_batch_norm`.
+
+    The first set keeps the names and the state of the batch norm it was made from. Source: Xie et al. 2020; DAJAT.
+    """
+
+    auxiliary: GroupBatchNorm2d
+    divert: bool = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        return self.auxiliary(x) if self.divert else super().forward(x)
+
+
+def split_batch_norm(model: nn.Module) -> nn.Module:
+    """Give every batch norm a second set of weights and statistics, initially equal; in place, returns the model."""
+    group_batch_norm(model, 1)
+    for module in [m for m in model.modules() if type(m) is GroupBatchNorm2d]:
+        module.add_module("auxiliary", copy.deepcopy(module))
+        module.__class__ = SplitBatchNorm2d
+    return model
+
+
+@contextmanager
+def auxiliary_batch_norm(model: nn.Module, divert: bool = True) -> Iterator[None]:
+    """Inside, the model's split batch norms use their second set; divert=False leaves them as they are."""
+    split = [m for m in model.modules() if isinstance(m, SplitBatchNorm2d)]
+    for module in split:
+        module.divert = divert
+    try:
+        yield
+    finally:
+        for module in split:
+            module.divert = False
+
+
 def group_batch_norm(model: nn.Module, groups: int) -> nn.Module:
     """Make every BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
 
@@ -49,11 +88,15 @@ def group_batch_norm(model: nn.Module, groups: int) -> nn.Module:
     if groups < 1:
         raise ValueError(f"batch norm needs groups >= 1, got {groups}; 1 normalises the whole batch together")
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and type(module) not in (nn.BatchNorm2d, GroupBatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and type(module) not in (
+            nn.BatchNorm2d,
+            GroupBatchNorm2d,
+            SplitBatchNorm2d,
+        ):
             kind = type(module).__name__
             raise ValueError(f"only a plain BatchNorm2d can be grouped, got {kind} at {name}; use groups=1")
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if type(module) is nn.BatchNorm2d:
             module.__class__ = GroupBatchNorm2d  # in place of a copy: parameters, buffers and hooks stay
         if isinstance(module, GroupBatchNorm2d):
             module.groups = groups

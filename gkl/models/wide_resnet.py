@@ -14,6 +14,31 @@ from torch import Tensor, nn
 
 from gkl.models.classifier import Classifier, without_timm_bookkeeping
 
+STATISTICS = {  # mean and standard deviation of the training pictures' channels, as DM-AT has them
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
+class Normalise(nn.Module):
+    """Shift and scale of the channels; no part of the state dict, since published files do not hold them."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, statistics: str) -> None:
+        """statistics: a name in STATISTICS."""
+        super().__init__()
+        if statistics not in STATISTICS:
+            raise ValueError(f"normalisation must be one of {', '.join(STATISTICS)}, got {statistics}")
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[statistics])
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] -> the same shape."""
+        return (x - self.mean) / self.std
+
 
 class Block(nn.Module):
     """Pre-activation basic block; a 1x1 convolution on the shortcut where the width changes."""
@@ -52,10 +77,16 @@ class WideResNet(Classifier):
 
     classifier_name = "fc"
 
-    def __init__(self, depth: int, width: int, num_classes: int = 10) -> None:
-        """depth: 6 n + 4, n blocks in each of three stages. width: times 16, 32 and 64 channels in them."""
+    def __init__(
+        self, depth: int, width: int, num_classes: int = 10, normalisation: str | None = None
+    ) -> None:
+        """depth: 6 n + 4, n blocks in each of three stages. width: times 16, 32 and 64 channels in them.
+
+        normalisation: None takes images as they are; a name in STATISTICS shifts and scales them first.
+        """
         super().__init__(num_classes, num_features=64 * width)
         blocks = _blocks(depth)
+        self.normalise = Normalise(normalisation) if normalisation else nn.Identity()
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = Stage(blocks, 16, 16 * width, 1)
         self.block2 = Stage(blocks, 16 * width, 32 * width, 2)
@@ -66,7 +97,8 @@ class WideResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 64 * width, H / 4, W / 4)."""
-        return F.relu(self.bn1(self.block3(self.block2(self.block1(self.conv1(x))))))
+        x = self.conv1(self.normalise(x))
+        return F.relu(self.bn1(self.block3(self.block2(self.block1(x)))))
 
 
 class SwishBlock(nn.Module):
@@ -102,12 +134,6 @@ class SwishStage(nn.Module):
         return self.block(x)
 
 
-STATISTICS = {  # mean and standard deviation of the training pictures' channels, as DM-AT has them
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-
 class SwishWideResNet(Classifier):
     """WRN-depth-width with SiLU and the data set's normalisation inside.
 
@@ -115,26 +141,18 @@ class SwishWideResNet(Classifier):
     """
 
     classifier_name = "logits"
-    mean: Tensor
-    std: Tensor
 
     def __init__(
         self, depth: int, width: int, num_classes: int = 10, normalisation: str | None = None
     ) -> None:
-        """depth, width: as in WideResNet. normalisation: of STATISTICS; None: the one of as many classes.
-
-        The statistics are no part of the state dict: published files do not hold them.
-        """
+        """depth, width: as in WideResNet. normalisation: of STATISTICS; None: the one of as many classes."""
         super().__init__(num_classes, num_features=64 * width)
-        normalisation = normalisation or f"cifar{num_classes}"
-        if normalisation not in STATISTICS:
+        try:
+            self.normalise = Normalise(normalisation or f"cifar{num_classes}")
+        except ValueError as error:
             raise ValueError(
-                f"normalisation must be one of {', '.join(STATISTICS)}, got {normalisation}; "
-                f"with {num_classes} classes say which, as in normalisation=cifar10"
-            )
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[normalisation])
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+                f"{error}; with {num_classes} classes say which, as in normalisation=cifar10"
+            ) from None
         blocks = _blocks(depth)
         self.init_conv = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.layer = nn.Sequential(
@@ -148,7 +166,7 @@ class SwishWideResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 64 * width, H / 4, W / 4)."""
-        return F.silu(self.batchnorm(self.layer(self.init_conv((x - self.mean) / self.std))))
+        return F.silu(self.batchnorm(self.layer(self.init_conv(self.normalise(x)))))
 
 
 def _blocks(depth: int) -> int:
@@ -200,3 +218,15 @@ def wrn_10_1(**options: Any) -> WideResNet:
 def wrn_28_10_swish(**options: Any) -> SwishWideResNet:
     """The runs with generated data: 36.5 million parameters."""
     return SwishWideResNet(28, 10, **without_timm_bookkeeping(options))
+
+
+@register_model
+def wrn_16_2_swish(**options: Any) -> SwishWideResNet:
+    """Small: 0.7 million parameters; the scale `small` of the runs with generated data."""
+    return SwishWideResNet(16, 2, **without_timm_bookkeeping(options))
+
+
+@register_model
+def wrn_10_1_swish(**options: Any) -> SwishWideResNet:
+    """Tiny: 0.08 million parameters; the scale `smoke` of the runs with generated data."""
+    return SwishWideResNet(10, 1, **without_timm_bookkeeping(options))

@@ -1,0 +1,153 @@
+"""The paper's figures from the same rows and records as its tables.
+
+    figure = draw("clean_against_aa", table)        # table: gkl.tables.build(...)
+    figure.savefig("figure1.pdf")
+
+Colours are told apart in print, too: by marker and position as well as by hue (Okabe & Ito's palette).
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from gkl.tables import Row, Table
+
+matplotlib.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "pdf.fonttype": 42,
+        "svg.fonttype": "none",
+    }
+)
+BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"
+CLASS_COLOURS = "tab20"
+
+
+def draw(name: str, table: Table) -> Figure | None:
+    """The figure of that name in DRAWINGS, or None where the table's rows have no records it could be drawn from."""
+    if name not in DRAWINGS:
+        raise ValueError(f"figures are {', '.join(DRAWINGS)}, got {name!r}")
+    return DRAWINGS[name](table)
+
+
+def clean_against_aa(table: Table) -> Figure | None:
+    """Figure 1: clean accuracy against AutoAttack, the paper's values beside ours. Stars are GKL-AT."""
+    if not any(row.records for row in table.rows):
+        return None
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    printed = [(row, row.paper["clean"], row.paper["aa"]) for row in table.rows if len(row.paper) >= 2]
+    ours = [
+        (row, statistics.mean(row.ours["clean"]), statistics.mean(row.ours["aa"]))
+        for row in table.rows
+        if row.ours["clean"] and row.ours["aa"]
+    ]
+    _scatter(left, printed, "the paper's values")
+    _scatter(right, ours, _provenance(table))
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=colour, label=label)
+        for marker, colour, label in (
+            ("*", "grey", "GKL-AT"),
+            ("o", "grey", "other methods"),
+            ("s", BLACK, "basic augmentation"),
+            ("s", BLUE, "AutoAugment"),
+            ("s", RED, "generated data"),
+        )
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
+    figure.suptitle(table.title)
+    return figure
+
+
+def _scatter(axes: Any, points: Sequence[tuple[Row, Any, Any]], title: str) -> None:
+    seen: dict[tuple[float, float], str] = {}
+    for row, clean, aa in points:
+        method, kind = row.label[0], row.label[-1]
+        colour = BLUE if "AutoAug" in kind else RED if "enerated" in kind else BLACK
+        star = method.startswith("GKL")
+        axes.plot(
+            clean, aa, marker="*" if star else "o", ms=11 if star else 6, color=colour, ls="", alpha=0.9
+        )
+        place = (round(clean, 2), round(aa, 2))
+        seen[place] = f"{seen[place]},\n{method}" if place in seen else method
+    low, high = min((p[1] for p in seen), default=0), max((p[1] for p in seen), default=1)
+    last: list[tuple[float, float]] = []
+    for (clean, aa), text in sorted(seen.items(), key=lambda item: item[0][1]):
+        near = sum(abs(aa - other) < (high - low) * 0.05 for _, other in last)
+        axes.annotate(
+            text, (clean, aa), textcoords="offset points", xytext=(7, -3 if near % 2 == 0 else 6), fontsize=7
+        )
+        last.append((clean, aa))
+    axes.margins(x=0.18, y=0.1)
+    axes.set(xlabel="clean accuracy (%)", ylabel="AutoAttack accuracy (%)")
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.25)
+
+
+def structure(table: Table) -> Figure | None:
+    """Figure 4: t-SNE of natural and adversarial features of two methods, and the difference of their class margins.
+
+    The first two rows of the table, over the lowest seed that both have; the second row's margins are subtracted.
+    """
+    pair = table.rows[:2]
+    found = [{r["seed"]: r for r in row.records if "structure" in r["assessments"]} for row in pair]
+    seeds = sorted(set(found[0]) & set(found[1]))
+    if not seeds:
+        return None
+    details = [runs[seeds[0]]["assessments"]["structure"]["details"] for runs in found]
+    figure = Figure(figsize=(10.8, 3.9), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, letter, row, shown in zip(panels[:2], "ab", pair, details, strict=True):
+        colours = {label: n for n, label in enumerate(shown["classes"])}
+        for adversarial, marker in ((0, "o"), (1, "x")):
+            points = [p for p in shown["points"] if p[3] == adversarial]
+            axes.scatter(
+                [p[0] for p in points],
+                [p[1] for p in points],
+                c=[colours[p[2]] for p in points],
+                cmap=CLASS_COLOURS,
+                vmin=0,
+                vmax=19,
+                marker=marker,
+                s=9 if marker == "o" else 12,
+                linewidths=0.6,
+                alpha=0.8,
+                label="adversarial" if adversarial else "natural",
+            )
+        axes.set_title(f"({letter}) {row.label[0]}: t-SNE of features", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.legend(loc="lower right", fontsize=7, markerscale=1.6, framealpha=0.7)
+    difference = sorted(one - two for one, two in zip(*(d["margins"] for d in details), strict=True))
+    positive = sum(d > 0 for d in difference)
+    panels[2].bar(
+        range(len(difference)), difference, color=[BLUE if d > 0 else RED for d in difference], width=0.85
+    )
+    panels[2].axhline(0, color="black", linewidth=0.6)
+    panels[2].set(xlabel="classes, sorted", ylabel="margin difference", xticks=[])
+    panels[2].set_title(
+        f"(c) {pair[0].label[0]} minus {pair[1].label[0]}:\n{positive} of {len(difference)} classes positive",
+        fontsize=9,
+    )
+    figure.suptitle(f"{table.title}\n{_provenance(table)}, seed {seeds[0]}", fontsize=10)
+    return figure
+
+
+def _provenance(table: Table) -> str:
+    """What ours stand for, from the status of the first row that has any."""
+    status = next(row.status for row in table.rows if row.records)
+    seeds = sorted({len(row.records) for row in table.rows if row.records})
+    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    what = f"ours, scale {table.scale} ({status}), {count} seed{'s' if seeds[-1] > 1 else ''}"
+    return what + (f"\n{table.setting}" if table.setting else "")
+
+
+DRAWINGS: dict[str, Callable[[Table], Figure | None]] = {
+    "clean_against_aa": clean_against_aa,
+    "structure": structure,
+}

@@ -1,0 +1,191 @@
+"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure.
+
+An assessment is a configs/assessment file and a class here: called with a Subject it returns metrics in percent, which
+tables show, and details, which figures draw. It runs on every process of a run.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkl.attacks import pgd, random_start
+from gkl.counter import sample_keys
+from gkl.data import ImageData
+from gkl.distributed import rank
+from gkl.evaluation import first_of_each_class, pgd_robust
+from gkl.models.batch_norm import eval_mode
+from trainers.report import Console
+from trainers.robustness import autoattack_flags
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network and what it is attacked with. settings: the run's configs/evaluation file."""
+
+    model: nn.Module
+    data: ImageData
+    settings: Mapping[str, Any]
+    folder: Path
+    device: torch.device
+    console: Console
+
+    def attacked(self) -> Tensor:
+        """The numbers of the test images that the run's own record attacked."""
+        return first_of_each_class(self.data.test_labels, self.settings["images"])
+
+
+def percent(flags: Tensor) -> float:
+    """The share of true flags."""
+    return 100.0 * flags.double().mean().item()
+
+
+Measured = tuple[dict[str, float], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Epsilons:
+    """AutoAttack at several radii and their average (Table XIV). eighths: of the evaluation's epsilon."""
+
+    name: str
+    eighths: Sequence[int]
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics aa_<eighths> and aa_average."""
+        metrics = {}
+        for eighths in self.eighths:
+            settings = {**subject.settings, "epsilon": subject.settings["epsilon"] * eighths / 8}
+            flags = autoattack_flags(subject.model, subject.data, settings, **_place(subject))
+            metrics[f"aa_{eighths}"] = percent(flags)
+        metrics["aa_average"] = sum(metrics.values()) / len(metrics)
+        return metrics, {"n": len(subject.attacked())}
+
+
+@dataclass(frozen=True)
+class Attacks:
+    """PGD and CW of several lengths, and the share of images that withstand these and AutoAttack (Table XV)."""
+
+    name: str
+    steps: Sequence[int]
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics pgd<steps>, cw<steps>, worst."""
+        chosen = subject.attacked()
+        worst = autoattack_flags(subject.model, subject.data, subject.settings, **_place(subject))
+        metrics = {}
+        for loss in ("ce", "cw"):
+            for steps in self.steps:
+                with eval_mode(subject.model):
+                    flags = pgd_robust(
+                        subject.model,
+                        subject.data.test_images[chosen],
+                        subject.data.test_labels[chosen],
+                        epsilon=subject.settings["epsilon"],
+                        step_size=subject.settings["epsilon"] / 4,
+                        steps=steps,
+                        norm=subject.settings["norm"],
+                        loss=loss,
+                        batch_size=subject.settings["batch_size"],
+                        device=subject.device,
+                    )
+                metrics[f"{'pgd' if loss == 'ce' else 'cw'}{steps}"] = percent(flags)
+                worst = worst & flags
+        metrics["worst"] = percent(worst)
+        return metrics, {"n": len(chosen)}
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Margins of the classes (Eq. 14, clean test images) and a t-SNE of natural and adversarial features (Fig. 4).
+
+    classes: how many, drawn with a fixed seed; all when there are fewer. images: natural ones of those classes.
+    steps: of the PGD that makes the adversarial ones.
+    """
+
+    name: str
+    classes: int
+    images: int
+    steps: int
+    perplexity: float
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Details: `margins`, one a class; `points`, [x, y, label, adversarial] each; `classes`, the labels shown."""
+        data, device = subject.data, subject.device
+        with eval_mode(subject.model), torch.no_grad():
+            probs = torch.cat(
+                [
+                    F.softmax(subject.model(x.to(device).float() / 255), dim=-1).cpu()
+                    for x in data.test_images.split(500)
+                ]
+            )
+        means = class_means(probs, data.test_labels, data.num_classes)
+        generator = torch.Generator().manual_seed(0)
+        shown = torch.randperm(data.num_classes, generator=generator)[: self.classes].sort().values
+        among = torch.isin(data.test_labels, shown).nonzero().squeeze(1)
+        among = among[first_of_each_class(data.test_labels[among], self.images)]
+        x, y = data.test_images[among].to(device).float() / 255, data.test_labels[among].to(device)
+        epsilon = subject.settings["epsilon"]
+        with eval_mode(subject.model):
+            keys = sample_keys(0, 0, among.to(device), "structure")
+            x_adv = pgd(
+                subject.model,
+                x,
+                lambda z: F.cross_entropy(z, y, reduction="none"),
+                norm=subject.settings["norm"],
+                epsilon=epsilon,
+                step_size=epsilon / 4,
+                steps=self.steps,
+                start=random_start(x, keys, norm=subject.settings["norm"], epsilon=epsilon),
+            )
+            with torch.no_grad():
+                network: Any = subject.model
+                features = torch.cat(
+                    [
+                        network.forward_head(network.forward_features(part), pre_logits=True).cpu()
+                        for images in (x, x_adv)
+                        for part in images.split(500)
+                    ]
+                )
+        points = _embedded(features.numpy(), self.perplexity) if rank() == 0 else np.zeros((0, 2))
+        labels = y.cpu().repeat(2).tolist()
+        return {}, {
+            "margins": [round(m, 6) for m in margins(means).tolist()],
+            "classes": shown.tolist(),
+            "points": [
+                [round(float(p[0]), 3), round(float(p[1]), 3), label, int(number >= len(y))]
+                for number, (p, label) in enumerate(zip(points, labels, strict=False))
+            ],
+        }
+
+
+def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean prediction of each class, (C, C): the paper's s-bar_y. probs: (N, C). labels: (N,)."""
+    onehot = F.one_hot(labels, num_classes).to(probs.dtype)
+    return (onehot.T @ probs) / onehot.sum(0).clamp_min(1)[:, None]
+
+
+def margins(means: Tensor) -> Tensor:
+    """Boundary margin of each class, (C,): s-bar_y[y] - max_{k != y} s-bar_y[k]. Source: Eq. 14. means: (C, C)."""
+    own = means.diagonal()
+    others = means.masked_fill(torch.eye(len(means), dtype=torch.bool), float("-inf"))
+    return own - others.amax(1)
+
+
+def _embedded(features: np.ndarray[Any, Any], perplexity: float) -> np.ndarray[Any, Any]:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(perplexity, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+
+
+def _place(subject: Subject) -> dict[str, Any]:
+    return {
+        "folder": subject.folder / "autoattack",
+        "device": subject.device,
+        "console": subject.console,
+    }

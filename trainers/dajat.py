@@ -1,0 +1,130 @@
+"""DAJAT (Addepalli et al. 2022), what the paper's tables call "ACAT, AutoAug": basic and AutoAugment views trained jointly.
+
+    mean over views of [CE(f(x_v), y) + beta * KL(f(x_v) || f(x_v adv))] + js_weight * JS(f(x_1), ..., f(x_V))
+
+Simple and strong views have batch norms of their own; attack and weight perturbation follow ACAT, the latter on the
+basic view alone. At test time the basic batch norm is used.
+Source: the paper's Eq. 4 and its released train_DAJAT.py, which has up to two strong views; three follow the same rule.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkl.augment import to_float
+from gkl.models.batch_norm import auxiliary_batch_norm, split_batch_norm
+from gkl.objectives import Objective
+from gkl.prior import ClassPrior
+from trainers.adversarial import load_prior, make_prior, prior_state
+from trainers.robust import RobustTraining, awp_share, view_count
+
+
+class DAJAT(RobustTraining):
+    """augment's first view is the basic one, the others are strong."""
+
+    def __init__(
+        self,
+        *,
+        loss: Objective,
+        attack_loss: Objective,
+        prior: Callable[..., ClassPrior],
+        awp_gamma: float,
+        awp_start_epoch: int,
+        js_weight: float,
+        label_smoothing: float | None = None,
+        **common: Any,
+    ) -> None:
+        """loss: between clean and adversarial view, weight included. label_smoothing: torch's convention."""
+        super().__init__(**common)
+        if len(self.augment.views) < 2:
+            raise ValueError(
+                f"DAJAT needs a basic and at least one strong view, got {list(self.augment.views)}"
+            )
+        self.loss, self.attack_loss = loss, attack_loss
+        self.prior = make_prior(prior, self.data.num_classes, self.device, self.dtype)
+        self.awp_gamma, self.awp_start_epoch, self.js_weight = awp_gamma, awp_start_epoch, js_weight
+        self.label_smoothing = label_smoothing or 0.0
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """With a second batch norm for the strong views."""
+        return super().placed(split_batch_norm(model))
+
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update; losses are this process's shares of means over the global batch."""
+        index = self.drawn(epoch, step)
+        index = index[self.share(len(index))]  # all views of a sample on one process
+        images, y = self.pictures(index)
+        index = index.to(self.device)
+        views = [
+            to_float(v).to(self.dtype) for v in self.augment(images, seed=self.seed, epoch=epoch, index=index)
+        ]
+        batch = self.samples(step)
+
+        attacked = []
+        for number, x in enumerate(views):
+            with auxiliary_batch_norm(self.model, number > 0):
+                with torch.no_grad(), self.attack_mode():
+                    reference = self.logits(x)
+                rises = partial(self._divergence, reference=reference, labels=y)
+                attacked.append(self.attacked(x, rises, epoch, index, number))
+        self.model.train()
+
+        def worst_case() -> Tensor:
+            clean, adversarial = self.logits(views[0]), self.logits(attacked[0])
+            robust = self.loss(adversarial, clean, y, self.prior)
+            return (F.cross_entropy(clean, y, reduction="sum") + robust.sum()) / batch
+
+        with self.awp(worst_case, self.awp_gamma, active=epoch >= self.awp_start_epoch):
+            items = batch * len(views)
+            natural = robust = torch.zeros((), device=self.device, dtype=self.dtype)
+            clean_logits, adversarial_logits = [], []
+            for number, (x, x_adv) in enumerate(zip(views, attacked, strict=True)):
+                with auxiliary_batch_norm(self.model, number > 0):
+                    clean, adversarial = self.logits(x), self.logits(x_adv)
+                smoothed = F.cross_entropy(clean, y, reduction="sum", label_smoothing=self.label_smoothing)
+                natural = natural + smoothed / items
+                robust = robust + self.loss(adversarial, clean, y, self.prior).sum() / items
+                clean_logits.append(clean)
+                adversarial_logits.append(adversarial.detach())
+            agreement = self.js_weight * jensen_shannon(clean_logits).sum() / batch
+            self.descend(natural + robust + agreement)
+        self.prior.update(clean_logits[0].detach(), y)
+        self.after_step(epoch)
+        correct = (adversarial_logits[0].argmax(-1) == y).sum() * (100.0 / batch)
+        return {
+            "loss/natural": natural,
+            "loss/robust": robust,
+            "loss/agreement": agreement,
+            "train/robust_accuracy": correct,
+        }
+
+    def _divergence(self, logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
+        return self.attack_loss(logits, reference, labels, self.prior)
+
+    @staticmethod
+    def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
+        """Attack 2K + 1 and the step 6 for each view, AWP 6 for one."""
+        return {"model": view_count(config) * (2 * steps + 1 + 6) + 6 * awp_share(config, epoch)}
+
+    def end_of_method_epoch(self) -> None:
+        """The next epoch is weighed by what this one has seen."""
+        self.prior.renew()
+
+    def method_state(self) -> dict[str, Any]:
+        """The prior, the processes' running sums brought together."""
+        return prior_state(self.prior)
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Inverse of method_state."""
+        load_prior(self.prior, state)
+
+
+def jensen_shannon(logits: list[Tensor]) -> Tensor:
+    """(B,) mean KL of the views' predictions to their mixture, in nats. logits: (B, C) each."""
+    probs = torch.stack([F.softmax(z, dim=-1) for z in logits])
+    mixture = probs.mean(0).clamp(1e-7, 1.0).log()
+    return torch.stack([F.kl_div(mixture, p, reduction="none").sum(-1) for p in probs]).mean(0)
