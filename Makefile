@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables test check eval doctor bench lock clean
+.PHONY: help tables figures sweep-alpha sweep-beta sweep-gamma sweep-tau test check eval doctor bench lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -27,12 +27,23 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-table%: $(STAMP) ## table3, table4: run what is missing of a table, print it (SCALE SEEDS ROWS PLAN PROTOCOL DEVICES ARGS)
-	@$(PY) scripts/reproduce.py table=$* scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) \
-	  devices=$(DEVICES) $(if $(SEEDS),'seeds=[$(SEEDS)]') \
-	  $(if $(ROWS),'rows=[$(ROWS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(ARGS)
+REPRODUCE = $(PY) scripts/reproduce.py scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) devices=$(DEVICES) \
+	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(ARGS)
 
-tables: table3 table4 ## every table there is
+table%: $(STAMP) ## table1 3 4 10 11 12 14 15 16 20 21: run what is missing, print it (SCALE SEEDS ROWS PLAN PROTOCOL DEVICES ARGS)
+	@$(REPRODUCE) table=$*
+
+figure%: $(STAMP) ## figure1, figure4: run what is missing, draw it as PNG and PDF
+	@$(REPRODUCE) figure=$*
+
+tables: table1 table3 table4 table10 table11 table12 table14 table15 table16 table20 table21 ## every table there is
+
+figures: figure1 figure4 ## every figure there is
+
+sweep-alpha: table10 ## the paper's sweep over the weight of wMSE (Table X); scripts/sweep.py sweeps anything else
+sweep-beta: table11 ## over the weight of the cross-entropy (Table XI)
+sweep-gamma: table12 table20 ## over the smoothing exponent, class-wise and sample-wise (Tables XII, XX)
+sweep-tau: table21 ## over the prior's temperature, conference version (Table XXI)
 
 test: $(STAMP) ## the tests: no network, no GPU, no downloads
 	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
@@ -42,8 +53,8 @@ check: $(STAMP) ## linter, formatter and type checker
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_10 DATA=cifar100
-	@$(PY) scripts/evaluate.py $(if $(CKPT),checkpoint=$(CKPT)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(ARGS)
+eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_10 DATA=cifar100, or a published one: NAME=...
+	@$(PY) scripts/evaluate.py $(if $(NAME),published=$(NAME)) $(if $(CKPT),checkpoint=$(CKPT)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(ARGS)
 
 doctor: $(STAMP) ## this machine, its versions and data, and what each table still needs
 	@$(PY) scripts/doctor.py

@@ -119,9 +119,12 @@ def _write_shard(part: Path, folder: Path, number: int) -> dict[str, Any]:
 
 def _header(source: IO[bytes], part: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of the npy file that begins here. Never unpickles."""
-    major, _ = np.lib.format.read_magic(source)
-    read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(source)
+    try:
+        major, _ = np.lib.format.read_magic(source)
+        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(source)
+    except ValueError as error:
+        raise ValueError(f"{part} is damaged ({error})") from error
     if fortran or dtype.hasobject or 0 in shape:
         raise ValueError(
             f"{part}: arrays must be in C order, of plain numbers and not empty, got {shape} {dtype}"

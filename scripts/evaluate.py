@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py checkpoint=outputs/.../swa.pt model=wrn_34_10 data=cifar100
     python scripts/evaluate.py checkpoint=... model=wrn_10_1 data=digits evaluation.epsilon=0.15 evaluation=screen
+    python scripts/evaluate.py published=Cui2023Decoupled_WRN-34-10_cifar100 [checkpoint=file]     # configs/checkpoint
 
 Finished batches are kept beside the checkpoint's name under GKL_OUTPUTS: the same command goes on where it was stopped.
 With torchrun in front it shares the batches over several devices.
@@ -10,12 +11,17 @@ With torchrun in front it shares the batches over several devices.
 import hashlib
 import json
 import os
+import shutil
 import sys
+import urllib.request
 from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from gkl.models import load_checkpoint
 from trainers.command import run_main
-from trainers.configuration import ConfigError, check_values, compose, make
+from trainers.configuration import CONFIGS, ConfigError, check_values, choices, compose, make, unknown
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy
 from trainers.run import device_of, process_group
@@ -23,9 +29,12 @@ from trainers.run import device_of, process_group
 
 def main(arguments: list[str]) -> int:
     """Compose, check, load, evaluate, print. Returns the exit code."""
+    arguments, published = with_published(arguments)
     config = compose("evaluate", arguments)
     check_values(config)
     path = Path(config["checkpoint"])
+    if published and not path.exists():
+        fetch(published["url"], path)
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {path}; set checkpoint=... to a .pt, .pth or .safetensors file")
     with process_group(config):
@@ -50,13 +59,46 @@ def main(arguments: list[str]) -> int:
             model, data, config["evaluation"], folder=folder, device=device, console=console
         )
         if first:
-            print(
-                json.dumps(
-                    {"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details},
-                    indent=1,
-                )
-            )
+            found = {"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details}
+            if published:
+                found["published"] = {name: published[name] for name in ("clean", "aa")}
+            print(json.dumps(found, indent=1))
     return 0
+
+
+def with_published(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
+    """The arguments with what configs/checkpoint says of published=NAME put first, and that file."""
+    names = [a.split("=", 1)[1] for a in arguments if a.startswith("published=")]
+    if not names:
+        return arguments, None
+    if names[0] not in choices("checkpoint"):
+        raise ConfigError(unknown("published checkpoint", names[0], choices("checkpoint")))
+    file = OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoint" / f"{names[0]}.yaml"))
+    assert isinstance(file, dict)
+    outputs = os.environ.get("GKL_OUTPUTS", "outputs")
+    own = [*file["overrides"], f"checkpoint={outputs}/checkpoints/{names[0]}.pt"]
+    rest = [a for a in arguments if not a.startswith("published=")]
+    given = {a.split("=", 1)[0] for a in rest}
+    return [*(a for a in own if a.split("=", 1)[0] not in given), *rest], {str(k): v for k, v in file.items()}
+
+
+def fetch(url: str, path: Path) -> None:
+    """Download a published checkpoint to its place, whole or not at all. Raises ConfigError saying what to do instead."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
+            shutil.copyfileobj(answer, file)
+        with open(temporary, "rb") as file:
+            if file.read(1) == b"<":
+                raise OSError("the answer is a web page, not a checkpoint")
+        temporary.rename(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"no checkpoint at {path} and {url} cannot be read ({error}); download it by hand and pass checkpoint=FILE"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

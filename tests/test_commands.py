@@ -61,18 +61,21 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("reproduce", r"table=\.\.\. is missing; one of: 3, 4"),
-        ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 3, 4"),
+        ("reproduce", r"name one table=\.\.\. of 1, 3, 4, .* or one figure=\.\.\. of 1, 4"),
+        ("reproduce table=3 figure=1", r"name one table=\.\.\. of 1, 3, 4, .* or one figure=\.\.\. of 1, 4"),
+        ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 1, 3, 4"),
+        ("reproduce figure=3", r"unknown figure '3'; there are: 1, 4"),
+        ("reproduce table=3 tflops=fast", "tflops must be a number above 0, got 'fast'"),
         ("reproduce table=3 scale=smoek", r"unknown scale 'smoek'; did you mean 'smoke'\?"),
         ("reproduce table=3 protocol=mine", r"unknown protocol 'mine'; there are: official, paper"),
-        ("reproduce table=3 rows=[gkl]", r"unknown row of table03 'gkl'; did you mean 'gkl_basic'\?; there are: kl_basic"),
+        ("reproduce table=3 rows=[gkl]", r"unknown row of table03 'gkl'; did you mean 'gkl_basic'\?; there are: awp, lbgat"),
         ("reproduce table=3 rows=gkl_basic", r"rows must be a list such as rows=\[.*got 'gkl_basic'"),
         ("reproduce table=3 seeds=[one]", r"seeds must be a list such as seeds=\[0,1\], got \['one'\]"),
         ("reproduce table=3 jobs=0", "jobs must be auto or a number above 0, got 0"),
         ("reproduce table=3 plan=maybe", "plan must be true or false, got 'maybe'"),
         ("reproduce table=3 scale=smoke epcohs=3", r"no setting 'epcohs' \(from 'epcohs=3'\); did you mean 'epochs'\?"),
         ("reproduce table=3 scale=smoke word", "cannot read the overrides"),
-        ("train", r"experiment=\.\.\. is missing; one of: at/c100_autoaug"),
+        ("train", r"experiment=\.\.\. is missing; one of: at/c100_acat"),
         ("train experiment=at/c100_basic_gk", r"unknown experiment 'at/c100_basic_gk'; did you mean 'at/c100_basic_gkl'\?"),
         (f"train {GKL} scale=tiny", "unknown scale 'tiny'"),
         (f"train {GKL} scale=5", "cannot read the overrides"),
@@ -113,7 +116,7 @@ def test_no_gpu(command: Command, arguments: str, tmp_path: Path) -> None:
     assert err.count("\n") == 1 and written(tmp_path) == []
     if script == "reproduce":
         assert (
-            "about" in out and "GPU-hours" in out and "0 of 15 runs done" in out
+            "about" in out and "GPU-hours" in out and "0 of 36 runs done" in out
         )  # what it would cost comes first
 
 
@@ -135,7 +138,10 @@ def run_main_of_a_run(path: Path) -> int:
         ),
         (["data=cifar100", "data.download=false"], r"no CIFAR100 in .*; put cifar-100-python.tar.gz"),
         (["loss.gamma=2"], r"loss\.gamma must lie in \[0, 1\], got 2"),
-        (["augment.views=[cutout]"], r"augment\.views must name some of crop_flip, autoaugment"),
+        (
+            ["augment.views=[cutout]"],
+            r"augment\.views must name some of crop_flip, crop_flip_rotate, autoaugment",
+        ),
         (["method.view_weights=[1.0,0.5]"], "needs one weight per view"),
         (["model.name=wrn_34_11"], "no network is called 'wrn_34_11'; the closest names are"),
         (["attack.norm=l1"], r"attack\.norm must be.*'l1'"),
@@ -223,7 +229,7 @@ def test_a_failing_row_is_named_and_the_others_are_stopped(command: Command, tmp
 
 def test_plan_help_and_printed_configuration(command: Command, tmp_path: Path) -> None:
     code, out, _ = command("reproduce", "table=4", "scale=smoke", "plan=true")
-    assert code == 0 and "0 of 4 runs done" in out
+    assert code == 0 and "0 of 12 runs done" in out
     code, out, _ = command("train", GKL, "scale=smoke", "--cfg")
     assert code == 0 and "gamma: 0.4" in out and "paths:" in out
     for script in ("train", "reproduce", "evaluate", "doctor"):

@@ -99,18 +99,137 @@ RECIPES = {
 }
 
 
+DKL = {**{k: v for k, v in gkl("cifar100", 9.0, 1.0, 1.0, {}, BASIC).items() if not k.startswith(("schedule", "drop"))},
+       "loss.alpha": 9.0, "loss.weights": "sample", "loss.break_asymmetry": False,
+       "attack_loss._target_": "gkl.objectives.KL"}  # fmt: skip
+RECIPES["at/c100_dkl"] = ({**DKL, **KL_SCHEDULE}, {**DKL, **GKL_SCHEDULE})
+
+# The other methods, each from its paper and released code; every value that its recipe states.
+SGD = {"optimizer.momentum": 0.9, "optimizer.nesterov": False}
+EVALUATION = {k: v for k, v in COMMON.items() if k.startswith("evaluation")}
+PGD10 = {"attack.norm": "linf", "attack.epsilon": 8 / 255, "attack.ramp": False, "attack.start_std": None,
+         "attack.phases": "ten"}  # fmt: skip
+TRADES10 = {**PGD10, "attack.start_std": 0.001}
+RESTS = {"schedule._target_": "gkl.schedules.piecewise", "schedule.factor": 0.1, "averages": {}, "bn_groups": 1,
+         "batch_size": 128, "drop_last": False, **EVALUATION, **SGD}  # fmt: skip
+CHOSEN_ON_TEST = {
+    "selection.images": "test",
+    "selection.loss": "ce",
+    "selection.weights": None,
+    "evaluate": "best",
+}
+AT_AWP = {
+    **RESTS, **PGD10, **CHOSEN_ON_TEST, "method._target_": "trainers.pgd_at.PGDTraining", "data._target_": "gkl.data.cifar100",
+    "model.name": "wrn_34_10", "model.normalisation": "cifar100", "attack.mode": "train", "epochs": 200, "optimizer.lr": 0.1,
+    "optimizer.weight_decay": 5e-4, "schedule.drops": [101, 151], "schedule.of": 200, "method.awp_gamma": 0.01,
+    "method.awp_start_epoch": 1, "augment.views": ["crop_flip_rotate"], "augment.padding": 4, "selection.steps": 20,
+}  # fmt: skip
+LBGAT = {
+    **RESTS, **TRADES10, "method._target_": "trainers.lbgat.LBGAT", "data._target_": "gkl.data.cifar100", "epochs": 100,
+    "model.name": "wrn_34_10", "natural_model.name": "resnet_18_fine", "loss._target_": "gkl.objectives.KL", "loss.weight": 6.0,
+    "attack.epsilon": 0.031, "attack.phases": "lbgat", "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4,
+    "schedule.drops": [76, 91], "schedule.of": 100, "schedule.first": 0.2, "method.awp_gamma": 0.0, "evaluate": "last",
+}  # fmt: skip
+LAS_AT = {
+    **AT_AWP, "method._target_": "trainers.las_at.LASAT", "model.normalisation": None, "attack.mode": "eval",
+    "augment.views": ["crop_flip"], "method.epsilons": list(range(7, 16)), "method.steps": list(range(8, 16)),
+    "method.step_sizes": [2, 3, 4, 5], "method.interval": 10, "method.robust_reward": 4.0, "method.clean_reward": 2.0,
+    "method.clip_gradient": 1.0, "strategy_model.name": "resnet_18", "strategy_optimizer.lr": 1e-4,
+    "strategy_optimizer.momentum": 0.9, "strategy_optimizer.weight_decay": 5e-4,
+}  # fmt: skip
+ACAT = {
+    **EVALUATION, **SGD, "method._target_": "trainers.adversarial.AdversarialTraining", "data._target_": "gkl.data.cifar100",
+    "model.name": "wrn_34_10", "epochs": 110, "batch_size": 128, "drop_last": False, "bn_groups": 1, "optimizer.lr": 0.2,
+    "optimizer.weight_decay": 5e-4, "schedule._target_": "gkl.schedules.cosine", "schedule.offset": 1, "schedule.length": 0,
+    "attack.epsilon": 8 / 255, "attack.ramp": True, "attack.start_std": 0.001, "attack.phases": "low",
+    "loss._target_": "gkl.objectives.KL", "loss.weight": 9.0, "attack_loss._target_": "gkl.objectives.KL",
+    "method.awp_gamma": 0.005, "method.awp_start_epoch": 10, "method.label_smoothing": 0.1 * 100 / 99,
+    "held_out": 0.02, "held_out_by_class": True, "averages.ema.decay": 0.9996, "averages.ema.start_epoch": 82,
+    "evaluate": "ema", "method.clean_first": True,
+}  # fmt: skip
+DAJAT = {
+    **{k: v for k, v in ACAT.items() if k != "method.clean_first"}, "method._target_": "trainers.dajat.DAJAT",
+    "augment.views": ["crop_flip", "autoaugment_first", "autoaugment_first"], "method.js_weight": 2.0,
+}  # fmt: skip
+DM = {
+    **PGD10, **SGD, "method._target_": "trainers.adversarial.AdversarialTraining", "data._target_": "gkl.data.cifar100",
+    "model.name": "wrn_28_10_swish", "epochs": 1600, "batch_size": 2048, "bn_groups": 1, "drop_last": False,
+    "generated.source": "edm", "generated.name": "cifar100_50m", "generated_share": 0.7, "held_out": 1024 / 50_000,
+    "held_out_by_class": None, "augment.views": ["crop_flip_rotate"], "attack.mode": "frozen", "optimizer.lr": 0.2,
+    "optimizer.weight_decay": 5e-4, "optimizer.nesterov": True, "optimizer.decay_batch_norm": False,
+    "schedule._target_": "gkl.schedules.one_cycle", "schedule.start": 1 / 25, "schedule.peak": 1.0, "schedule.end": 4e-6,
+    "schedule.rise": 0.025, "momentum.start": 0.95, "momentum.peak": 0.85, "momentum.end": 0.95, "momentum.rise": 0.025,
+    "loss._target_": "gkl.objectives.KL", "loss.weight": 5.0, "attack_loss._target_": "gkl.objectives.KL",
+    "method.awp_gamma": 0.0, "method.label_smoothing": 0.1, "method.clean_first": True, "method.first_statistics": True,
+    "averages.ema._target_": "gkl.averaging.RampedAverage", "averages.ema.decay": 0.995, "averages.ema.warmup": 0.025,
+    "selection.images": "held_out", "selection.loss": "cw", "selection.steps": 40, "selection.weights": "ema",
+    "selection.ties": "last", "evaluate": "best", "evaluation.batch_size": 128, "evaluation.seed": 1,
+    "evaluation.version": "standard", "evaluation.epsilon": 8 / 255, "evaluation.images": None,
+}  # fmt: skip
+CIFAR10 = {"data._target_": "gkl.data.cifar10"}
+DM_10 = {**DM, **CIFAR10, "epochs": 2400, "generated.name": "cifar10_20m", "augment.views": ["crop_flip"]}
+GKL_LOSS = {
+    "loss._target_": "gkl.objectives.GKL",
+    "loss.weight": None,
+    "loss.weights": "class",
+    "loss.break_asymmetry": True,
+}
+WIDE_10 = {**CIFAR10, "model.name": "wrn_34_20"}
+OTHERS = {
+    "at/c100_awp": AT_AWP,
+    "at/c10_rice": {**AT_AWP, **WIDE_10, "model.normalisation": "cifar10", "augment.views": ["crop_flip"],
+                    "augment.border": "reflect", "method.awp_gamma": 0.0, "selection.steps": 10},
+    "at/c10_trades_awp": {
+        **RESTS, **TRADES10, **CIFAR10, "method._target_": "trainers.adversarial.AdversarialTraining", "epochs": 200,
+        "model.name": "wrn_34_10", "loss._target_": "gkl.objectives.KL", "loss.weight": 6.0, "optimizer.lr": 0.1,
+        "optimizer.weight_decay": 5e-4, "schedule.drops": [100, 150], "schedule.of": 200, "method.awp_gamma": 0.005,
+        "method.awp_start_epoch": 10, "augment.views": ["crop_flip"], "evaluate": "last",
+    },
+    "at/c100_lbgat": LBGAT,
+    "at/c10_lbgat": {**LBGAT, **WIDE_10, "loss.weight": 0.0},
+    "at/c100_lbgat_awp": {**LBGAT, "loss.weight": 9.0, "attack.epsilon": 8 / 255, "attack.phases": "ten",
+                          "method.awp_gamma": 0.005, "method.awp_start_epoch": 10},
+    "at/c100_las_at": {**LAS_AT, "method.label_smoothing": 0.3 * 100 / 99},
+    "at/c10_las_at": {**LAS_AT, **CIFAR10, "model.normalisation": "cifar10", "augment.border": "reflect",
+                      "method.steps": list(range(8, 17)), "method.interval": 1, "method.robust_reward": 1.0,
+                      "method.clean_reward": 1.0, "method.label_smoothing": 0.3 * 10 / 9,
+                      "strategy_optimizer.momentum": 0.0, "strategy_optimizer.weight_decay": 0.0},
+    "at/c100_acat": ACAT,
+    "at/c10_acat": {**ACAT, **CIFAR10, "loss.weight": 10.0, "method.label_smoothing": None, "held_out": 0.002},
+    "at/c100_dajat": DAJAT,
+    "at/c100_dajat_200": {**DAJAT, "epochs": 200, "attack.phases": "executed", "averages.ema.start_epoch": 150},
+    "at/c10_dajat": {**DAJAT, **CIFAR10, "augment.views": ["crop_flip", *["autoaugment_first"] * 3], "loss.weight": 10.0,
+                     "method.js_weight": 3.0, "method.label_smoothing": None, "held_out": 0.002},
+    "at/c100_dm": DM,
+    "at/c100_dm_gkl": {**DM, **GKL_LOSS, "loss.alpha": 12.0, "loss.beta": 5.0, "loss.gamma": 0.4, "prior.temperature": 1.0},
+    "at/c10_dm": DM_10,
+    "at/c10_dm_gkl": {**DM_10, **GKL_LOSS, "loss.alpha": 10.0, "loss.beta": 3.0, "loss.gamma": 1.0, "prior.temperature": 4.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", OTHERS)
+def test_other_methods_are_their_recipes(experiment: str) -> None:
+    config = compose("train", [f"experiment={experiment}"])
+    check(config, 1)
+    for path, wanted in OTHERS[experiment].items():
+        found = value(config, path)
+        close = isinstance(wanted, float) and found == pytest.approx(wanted, rel=1e-12)
+        assert close or found == wanted, (path, found, wanted)
+
+
 def value(config: dict, path: str) -> object:
+    """A dotted setting; None where it is not there."""
     for key in path.split("."):
-        config = config[key]
+        config = (config or {}).get(key)
     return config
 
 
 def test_every_experiment_has_its_recipe() -> None:
-    assert set(EXPERIMENTS) == set(RECIPES)
+    assert set(EXPERIMENTS) == {*RECIPES, *OTHERS} and len(EXPERIMENTS) == len(RECIPES) + len(OTHERS)
 
 
 @pytest.mark.parametrize("number, protocol", [(0, "official"), (1, "paper")])
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", RECIPES)
 def test_paper_scale_is_the_recipe(experiment: str, number: int, protocol: str) -> None:
     config = compose("train", [f"experiment={experiment}", f"protocol={protocol}"])
     wanted = {**COMMON, "attack.phases": ["executed", "intended"][number], **RECIPES[experiment][number]}

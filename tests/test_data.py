@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
 from gkl import data as gkl_data
-from gkl.augment import CIFAR10_POLICY, VIEWS, Views, apply, crop_flip, to_float
+from gkl.augment import CIFAR10_POLICY, Views, apply, autoaugment, crop_flip, rotate15, to_float
 from gkl.counter import integers, normal, sample_keys, uniform
 from gkl.data import ImageData, cifar10, cifar100, digits, image_folder
 
@@ -331,7 +332,7 @@ def test_every_sub_policy_is_drawn_and_probabilities_hold() -> None:
     """An image whose sub-policy's operations are both not drawn is unchanged: as often as the policy says."""
     images = pictures(1).expand(5000, -1, -1, -1).contiguous()
     keys = sample_keys(seed=0, epoch=1, index=torch.arange(5000), stream="autoaugment/0")
-    out = VIEWS["autoaugment"](images, keys)
+    out = autoaugment(images, keys)
     drawn = integers(keys, 1, 25).squeeze(1)
     unchanged = (out == images).flatten(1).all(1)
     for number, sub in enumerate(CIFAR10_POLICY):
@@ -344,7 +345,8 @@ def test_every_sub_policy_is_drawn_and_probabilities_hold() -> None:
 
 def test_view_errors() -> None:
     with pytest.raises(
-        ValueError, match=r"augment.views must name some of crop_flip, autoaugment, got \['cutout'\]"
+        ValueError,
+        match=r"augment.views must name some of crop_flip, crop_flip_rotate, autoaugment, autoaugment_first, got \['cutout'\]",
     ):
         Views(["cutout"])
     with pytest.raises(ValueError, match="got \\[\\]"):
@@ -362,3 +364,48 @@ def test_extraction_cannot_leave_its_folder(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(tarfile.TarError):
         gkl_data.cifar10(str(tmp_path), download=False)
     assert not (tmp_path.parent / "outside").exists()
+
+
+def test_reflected_border_is_numpys() -> None:
+    images = torch.randint(
+        0, 256, (64, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    keys = sample_keys(seed=0, epoch=1, index=torch.arange(64), stream="crop_flip/0")
+    out = crop_flip(images, keys, padding=4, flip=0.0, border="reflect")
+    offsets = integers(keys, 2, 9)
+    padded = np.pad(images.numpy(), [(0, 0), (0, 0), (4, 4), (4, 4)], mode="reflect")
+    for number, (row, column) in enumerate(offsets.tolist()):
+        assert np.array_equal(out[number].numpy(), padded[number, :, row : row + 9, column : column + 7])
+
+
+def test_rotation_is_torchvisions_one_angle_a_picture() -> None:
+    images = torch.randint(
+        0, 256, (200, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    keys = sample_keys(seed=0, epoch=1, index=torch.arange(200), stream="rotate15/0")
+    out = rotate15(images, keys)
+    angles = (uniform(keys, 1).squeeze(1).double() * 30 - 15).tolist()
+    assert min(angles) < -13 and max(angles) > 13
+    differing = 0
+    for number, angle in enumerate(angles):
+        wanted = TF.rotate(images[number], -angle, InterpolationMode.NEAREST)
+        differing += int((out[number] != wanted).any(0).sum())
+    assert (
+        differing <= 200 * 32 * 32 * 1e-3
+    )  # pixels on the edge between two neighbours fall either way in float32
+    straight = torch.full((4, 3, 8, 8), 9, dtype=torch.uint8)
+    assert (rotate15(straight, keys[:4])[:, :, 2:6, 2:6] == 9).all()
+
+
+def test_autoaugment_first_is_cropped_after_the_policy() -> None:
+    """DAJAT's order: what the policy brings in at the border is cropped too, and black borders are left black."""
+    images = torch.full((400, 3, 8, 8), 200, dtype=torch.uint8)
+    index = torch.arange(400)
+    after, before = (
+        Views([view], padding=2, flip=0.0)(images, seed=0, epoch=1, index=index)[0]
+        for view in ("autoaugment", "autoaugment_first")
+    )
+    keys = sample_keys(0, 1, index, "crop_flip/0")
+    cropped = crop_flip(images, keys, padding=2, flip=0.0)
+    border = cropped == 0
+    assert border.any() and (before[border] == 0).all() and not (after[border] == 0).all()

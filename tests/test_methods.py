@@ -338,7 +338,7 @@ def test_lbgat(experiment: str, beta: float, epsilon: float, step_size: float, g
         fixed = guide.detach()
         moves = (
             proxy_move(model, lambda m: F.mse_loss(m(x_adv), fixed) + beta * kl(m(x_adv), m(x)), gamma)
-            if gamma and epoch >= 5
+            if gamma and epoch >= 10
             else {}
         )
         add_(model, moves, 1.0)

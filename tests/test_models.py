@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 
 import gkl.models
@@ -19,6 +18,7 @@ from gkl.models.batch_norm import (
     set_group_size,
 )
 from gkl.models.wide_resnet import STATISTICS, SwishWideResNet, WideResNet
+from trainers.configuration import compose
 
 MODELS = Path(__file__).parent.parent / "configs" / "model"
 
@@ -32,6 +32,10 @@ PARAMETERS = {  # (name, classes): recipes of the paper for the first four, the 
     ("wrn_16_4", 10): 2_748_890,
     ("wrn_16_2", 10): 691_674,
     ("wrn_10_1", 10): 77_850,
+    ("wrn_16_2_swish", 10): 691_674,
+    ("wrn_10_1_swish", 10): 77_850,
+    ("resnet_18", 10): 11_173_962,
+    ("resnet_18_fine", 10): 11_173_962,
 }
 
 
@@ -60,16 +64,24 @@ def test_parameter_counts(name: str, num_classes: int) -> None:
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_names_a_network(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
-    assert config.pop("_target_") == "gkl.models.create"
-    with torch.device("meta"):
-        model = gkl.models.create(**config, num_classes=10)
-        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
-    assert config["name"] == path.stem
+    for scale in ("paper", "small", "smoke"):
+        config = compose("train", ["experiment=at/c100_basic_gkl", f"model={path.stem}", f"scale={scale}"])[
+            "model"
+        ]
+        assert config.pop("_target_") == "gkl.models.create"
+        with torch.device("meta"):
+            model = gkl.models.create(**config, num_classes=10)
+            assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+        assert scale != "paper" or config["name"] == path.stem
+        assert ("swish" in config["name"]) == (
+            "swish" in path.stem
+        )  # a network of the same family at every scale
 
 
 def test_there_is_a_config_for_every_network() -> None:
-    assert {path.stem for path in MODELS.glob("*.yaml")} == {name for name, _ in PARAMETERS}
+    """The companions of LBGAT and LAS-AT stand in their experiments."""
+    companions = {"resnet_18", "resnet_18_fine"}
+    assert {path.stem for path in MODELS.glob("*.yaml")} == {name for name, _ in PARAMETERS} - companions
 
 
 def small_networks() -> list[nn.Module]:
@@ -161,10 +173,10 @@ def test_swish_wide_resnet_equals_its_restatement(normalisation: str) -> None:
 def test_swish_momentum_and_statistics() -> None:
     model = SwishWideResNet(10, 1, num_classes=100)
     assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.01}
-    assert model.mean.flatten().tolist() == pytest.approx([0.5071, 0.4865, 0.4409])
-    assert model.std.flatten().tolist() == pytest.approx([0.2673, 0.2564, 0.2762])
-    assert not {"mean", "std"} & set(model.state_dict())
-    assert SwishWideResNet(10, 1, num_classes=10).mean.flatten()[0].item() == pytest.approx(0.4914)
+    assert model.normalise.mean.flatten().tolist() == pytest.approx([0.5071, 0.4865, 0.4409])
+    assert model.normalise.std.flatten().tolist() == pytest.approx([0.2673, 0.2564, 0.2762])
+    assert not any("normalise" in key for key in model.state_dict())
+    assert SwishWideResNet(10, 1, num_classes=10).normalise.mean.flatten()[0].item() == pytest.approx(0.4914)
 
 
 @pytest.mark.parametrize("model", [WideResNet(10, 4), SwishWideResNet(10, 4)], ids=["relu", "swish"])

@@ -16,19 +16,21 @@ from gkl.records import (
     without_excluded,
     write_record,
 )
-from gkl.tables import build, latex, markdown
+from gkl.tables import build, latex, markdown, paired_half_width
 from trainers.configuration import check, compose, published
 from trainers.plan import (
     Cell,
     cells,
+    claims,
     disk_bytes,
     forward_flops,
     gpu_hours,
     load_table,
     summary,
+    tables,
     usual,
 )
-from trainers.render import render
+from trainers.render import render, sections
 
 
 def config(*overrides: str) -> dict:
@@ -198,11 +200,11 @@ def test_different_runs_are_never_averaged() -> None:
     )
     assert not any("40.00" in line or "35.00" in line or "20.00" in line for line in lines)
     two = [record(30.0), record(40.0, overrides=("epochs=3",))]
-    other = drawn(two, "smoke", {"epochs": 3, "averages.ema.start_epoch": 2, "method.awp_start_epoch": 1})
-    assert "averages.ema.start_epoch=2" not in other[0] or "epochs=3" in other[0]
-    assert any("| 40.00 (1) |" in line for line in other) and not any(
-        "| 30.00 (1) |" in line for line in other
-    )
+    shorter = two[1]["config"]
+    setting = {key: value[1] for key, value in differences(record(0.0)["config"], shorter).items()}
+    other = drawn(two, "smoke", setting)
+    assert "epochs=3" in other[0] and any("| 40.00 (1) |" in line for line in other)
+    assert not any("| 30.00 (1) |" in line for line in other)
     failed = drawn([record(30.0, status="failed")], "smoke")
     assert any("missing" in line for line in failed)
 
@@ -243,6 +245,69 @@ def test_every_table_renders_and_its_paper_values_are_the_printed_ones(tmp_path:
         assert len({row["id"] for row in table["rows"]}) == len(table["rows"])
         for path in render(table, [], tmp_path):
             assert table["title"].split(":")[0] in path.read_text()
+
+
+def test_a_sweeps_runs_stand_in_the_sweeps_table_alone(tmp_path: Path) -> None:
+    """alpha = 12 belongs to Table X, not to Table III; a person's own gamma makes a section of its own."""
+    experiment = "at/c100_basic_paper"
+    made = [
+        {
+            **record(aa, overrides=(f"experiment={experiment}", *overrides)), "experiment": experiment,
+            "path": f"{aa}.json",
+        }
+        for aa, overrides in ((30.0, ()), (40.0, ("loss.alpha=12",)), (20.0, ("loss.gamma=0.9",)))
+    ]  # fmt: skip
+    titles = {}
+    for number in ("3", "10"):
+        built = sections(load_table(number), made)
+        titles[number] = [(t.scale, t.setting) for t in built]
+        rows = {
+            row.id: row.ours["aa"] for t in built if t.scale == "smoke" and not t.setting for row in t.rows
+        }
+        wanted = {"gkl_basic_paper": [30.0]} if number == "3" else {"alpha3": [40.0], "alpha5": [30.0]}
+        assert {k: v for k, v in rows.items() if v} == wanted
+    assert titles["3"] == [("paper", ""), ("smoke", ""), ("smoke", "loss.gamma=0.9")]
+    assert claims()[experiment].count({"loss.alpha": 12.0}) == 1
+
+
+def test_rows_of_tables_name_runs_that_compose_and_differ() -> None:
+    """Every row of every table and figure is a checked run, and rows that are one run say so in the configuration."""
+    for kind in ("table", "figure"):
+        for number in tables(kind):
+            table = load_table(number, kind)
+            plan = cells(table, scale="smoke", protocol="official", seeds=[0])
+            for cell in plan:
+                check(cell.config, 1)
+            distinct = {(r["experiment"], str(r.get("overrides"))) for r in table["rows"]}
+            assert len(plan) == len(distinct), number
+    shared = {c.record for n in ("10", "11", "12", "20") for c in cells(load_table(n), scale="smoke", protocol="official")
+              if c.config["loss"].get("alpha") == 20.0 and c.config["loss"].get("beta") == 5.0
+              and c.config["loss"]["gamma"] == 0.4 and c.config["loss"]["weights"] == "class"}  # fmt: skip
+    assert len(shared) == 1  # the centre of four tables is one run
+
+
+def test_paired_comparison_is_students() -> None:
+    """Two rows over the seeds that both have; textbook numbers for differences 1, 2, 3: 2 ± 4.303 / sqrt(3)."""
+    table = {
+        **TABLE, "compare": [["gkl", "kl"]],
+        "rows": [TABLE["rows"][1], {"id": "kl", "method": "KL", "experiment": "at/c100_basic_kl", "paper": {}}],
+    }  # fmt: skip
+    kl_config = compose("train", ["experiment=at/c100_basic_kl", "scale=smoke"])
+    runs = [record(30.0 + s, s) for s in (1, 2, 3, 9)]
+    runs += [
+        {**record(30.0, s), "experiment": "at/c100_basic_kl", "config": without_excluded(kl_config)}
+        for s in (1, 2, 3)
+    ]
+    usual_configs = {"at/c100_basic_gkl": config(), "at/c100_basic_kl": kl_config}
+    runs = [{**r, "path": "p"} for r in runs]
+    built = build(table, runs, scale="smoke", protocol="official", usual=usual_configs, claims={})
+    (line,) = built.comparisons
+    assert line.startswith("GKL_AT minus KL, paired over 3 seeds") and "AA +2.00 ± 2.48 points" in line
+    assert paired_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302652729911275 / 3**0.5)
+    alone = build(
+        table, runs[:1] + runs[4:5], scale="smoke", protocol="official", usual=usual_configs, claims={}
+    )
+    assert alone.comparisons == []  # one seed has no interval
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from gkl.attacks import PGD, pgd, project
-from gkl.averaging import Average
+from gkl.averaging import Average, RampedAverage
 from gkl.awp import perturbable, perturbed
-from gkl.schedules import cosine
+from gkl.optimizers import sgd
+from gkl.schedules import cosine, one_cycle, piecewise
 
 EPSILON = 8 / 255
 
@@ -104,7 +105,9 @@ def test_attack_errors() -> None:
         project(x, x, norm="l1", epsilon=1.0)
     with pytest.raises(ValueError, match=r"attack.norm must be linf or l2, got 'l0'"):
         PGD(norm="l0", epsilon=EPSILON, ramp=True, phases="executed")
-    with pytest.raises(ValueError, match="attack.phases must be one of executed, intended, low, got 'high'"):
+    with pytest.raises(
+        ValueError, match="attack.phases must be one of executed, intended, low, ten, lbgat, got 'high'"
+    ):
         PGD(norm="linf", epsilon=EPSILON, ramp=True, phases="high")
 
 
@@ -243,3 +246,95 @@ def test_schedules_to_the_digit() -> None:
         assert math.isclose(0.2 * cosine(epoch, 200, offset=1, length=0), baseline, rel_tol=1e-12)
     assert cosine(1, 200, offset=1) == 1.0
     assert math.isclose(0.2 * cosine(200, 200, length=1), 1.2214e-5, rel_tol=1e-3)
+
+
+def test_one_cycle_is_torchs() -> None:
+    """Learning rate and, by its default, momentum of OneCycleLR stepped once an epoch."""
+    for epochs in (80, 400, 1600):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=0.2, pct_start=0.025, total_steps=epochs
+        )
+        for epoch in range(1, epochs + 1):
+            group = optimizer.param_groups[0]
+            lr = 0.2 * one_cycle(epoch, epochs, start=1 / 25, peak=1.0, end=4e-6)
+            momentum = one_cycle(epoch, epochs, start=0.95, peak=0.85, end=0.95)
+            assert lr == pytest.approx(group["lr"], rel=1e-9) and momentum == pytest.approx(
+                group["momentum"], rel=1e-9
+            )
+            optimizer.step()
+            if epoch < epochs:
+                scheduler.step()
+    assert one_cycle(1, 10, start=0.1, peak=1.0, end=0.0) > 0.9  # too short to rise: it begins near the peak
+
+
+def test_piecewise_drops_where_the_recipes_do() -> None:
+    trades = [0.1 * piecewise(e, 200, drops=[100, 150], of=200) for e in (1, 99, 100, 149, 150, 200)]
+    assert trades == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    lbgat = [0.1 * piecewise(e, 100, drops=[76, 91], of=100, first=0.2) for e in (1, 2, 75, 76, 90, 91, 100)]
+    assert lbgat == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    shorter = [piecewise(e, 20, drops=[101, 151], of=200) for e in (10, 11, 15, 16)]
+    assert shorter == pytest.approx([1.0, 0.1, 0.1, 0.01])  # the same shares of a shorter training
+
+
+def test_ramped_average_is_gowals() -> None:
+    """ema_update and update_bn of DM-AT's trainer, line by line, warm-up of 2.5 % of 80 steps included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+    average = RampedAverage(decay=0.5, warmup=0.025)
+    average.prepare(steps=80)
+    wanted = [p.detach().clone() for p in model.parameters()]
+    for step in range(1, 9):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(5, 3, dtype=torch.float64))
+        average.after_step(model, epoch=1)
+        since = step - 0.025 * 80
+        decay = min(0.5, (1.0 + since) / (10.0 + since)) * int(step >= 0.025 * 80)
+        for mine, p in zip(wanted, model.parameters(), strict=True):
+            mine.mul_(decay).add_(p.detach() * (1 - decay))
+    average.after_epoch(model, epoch=1)
+    names = dict(model.named_parameters())
+    for name, mine in zip(names, wanted, strict=True):
+        torch.testing.assert_close(average.state[name], mine, rtol=1e-12, atol=1e-14)
+    assert torch.equal(average.state["1.running_mean"], model[1].running_mean)
+    resumed = RampedAverage(decay=0.5, warmup=0.025)
+    resumed.prepare(steps=80)
+    resumed.load_state_dict(copy.deepcopy(average.state_dict()), torch.device("cpu"))
+    for one in (average, resumed):
+        one.after_step(model, epoch=2)
+    assert all(torch.equal(average.state[k], resumed.state[k]) for k in average.state)
+
+
+def test_each_image_its_own_budget() -> None:
+    """PGD with budgets as tensors equals PGD of each image alone."""
+    torch.manual_seed(0)
+    weight = torch.randn(10, 12, dtype=torch.float64)
+    x = torch.rand(6, 3, 2, 2, dtype=torch.float64)
+    y = torch.arange(6)
+
+    def logits(z):
+        return torch.tanh(z.flatten(1)) @ weight.T
+
+    epsilons, sizes, steps = (
+        [0.1, 0.05, 0.2, 0.1, 0.3, 0.0],
+        [0.02, 0.01, 0.1, 0.3, 0.05, 0.1],
+        [3, 7, 1, 0, 5, 2],
+    )
+    start = (x + 0.02).clamp(0, 1)
+    shaped = [torch.tensor(v, dtype=torch.float64).view(-1, 1, 1, 1) for v in (epsilons, sizes, steps)]
+    together = pgd(logits, x, lambda z: F.cross_entropy(z, y, reduction="none"), norm="linf", start=start,
+                   epsilon=shaped[0], step_size=shaped[1], steps=shaped[2])  # fmt: skip
+    for i in range(6):
+        alone = pgd(logits, x[i : i + 1], lambda z, i=i: F.cross_entropy(z, y[i : i + 1], reduction="none"), norm="linf",
+                    start=start[i : i + 1], epsilon=epsilons[i], step_size=sizes[i], steps=steps[i])  # fmt: skip
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=0, atol=1e-15)
+
+
+def test_batch_norm_without_weight_decay() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    optimizer = sgd(model, lr=0.1, weight_decay=0.5, decay_batch_norm=False)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [0.5, 0.5, 0.0, 0.0]
+    assert len(sgd(model, lr=0.1).param_groups) == 1

@@ -6,13 +6,16 @@
 Hydra composes and `_target_`s name only `gkl` and `trainers`. What a person can get wrong ends in a ConfigError of one line.
 """
 
+import copy
 import difflib
 import importlib
 import inspect
+import os
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,13 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
 
     Adds `experiment` and `scale`, the names chosen. Raises ConfigError.
     """
+    folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
+    return copy.deepcopy(_composed(entry, tuple(overrides), folders))
+
+
+@cache
+def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """compose, once for the same words and folders: a table asks for its rows' configurations again and again."""
     register_resolvers()
     try:
         _check_grammar(overrides)

@@ -1,0 +1,59 @@
+"""What a person asks of many runs at once: a table, a figure or a sweep; settings read, runs planned, missing ones run."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from gkl.records import differences
+from trainers.configuration import CONFIGS, ConfigError, check, check_machine, choices, unknown
+from trainers.launch import default_jobs, run_all
+from trainers.plan import Cell, row_config, summary
+
+
+def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The settings of configs/reproduce.yaml, checked, and the arguments left for the runs. Raises ConfigError."""
+    defaults = OmegaConf.load(
+        CONFIGS / "reproduce.yaml"
+    )  # plain values: Hydra would take `table` and `scale` for groups
+    own = [a for a in arguments if a.split("=")[0] in set(defaults)]
+    settings = OmegaConf.to_container(OmegaConf.merge(defaults, OmegaConf.from_dotlist(own)))
+    assert isinstance(settings, dict)
+    for group in ("scale", "protocol"):
+        if settings[group] not in choices(group):
+            raise ConfigError(unknown(group, str(settings[group]), choices(group)))
+    for name, kind, example in (("seeds", int, "0,1"), ("rows", str, "kl_basic,gkl_basic")):
+        given = settings[name]
+        if given is not None and not (
+            isinstance(given, list) and given and all(type(x) is kind for x in given)
+        ):
+            raise ConfigError(f"{name} must be a list such as {name}=[{example}], got {given!r}")
+    if type(settings["plan"]) is not bool:
+        raise ConfigError(f"plan must be true or false, got {settings['plan']!r}")
+    if settings["jobs"] != "auto" and not (type(settings["jobs"]) is int and settings["jobs"] > 0):
+        raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
+    if type(settings["tflops"]) not in (int, float) or settings["tflops"] <= 0:
+        raise ConfigError(f"tflops must be a number above 0, got {settings['tflops']!r}")
+    return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
+
+
+def carry_out(title: str, plan: Sequence[Cell], settings: Mapping[str, Any]) -> bool:
+    """Say what is done and missing; unless only the plan is wanted, check and run what is missing. False: only planned."""
+    missing = [cell for cell in plan if cell.status != "done"]
+    print(summary(title, settings["scale"], plan, settings["tflops"]), flush=True)
+    if settings["plan"]:
+        return False
+    for cell in missing:
+        check(cell.config, cell.config["devices"])
+    if missing:
+        check_machine(missing[0].config)
+        jobs = default_jobs(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
+        run_all(missing, jobs)
+    return True
+
+
+def setting_of(rows: Sequence[Mapping[str, Any]], plan: Sequence[Cell]) -> dict[str, Any]:
+    """What the person's own overrides change in the runs of a plan, as the section of a table that shows them."""
+    row = next(row for row in rows if row["id"] == plan[0].row)
+    base = row_config(row, plan[0].config["scale"], plan[0].config["protocol"])
+    return {key: change[1] for key, change in differences(base, plan[0].config).items()}
