@@ -40,16 +40,32 @@ def clean_against_aa(table: Table) -> Figure | None:
     """Figure 1: clean accuracy against AutoAttack, the paper's values beside ours. Stars are GKL-AT."""
     if not any(row.records for row in table.rows):
         return None
-    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    printed = [(row, row.paper["clean"], row.paper["aa"]) for row in table.rows if len(row.paper) >= 2]
+    figure = Figure(figsize=(10.8, 4.6), layout="constrained")
+    left, right, key = figure.subplots(1, 3, width_ratios=(1, 1, 0.55))
+    number = {row.id: n for n, row in enumerate(table.rows, 1)}
+    printed = [
+        (number[row.id], row, row.paper["clean"], row.paper["aa"])
+        for row in table.rows
+        if len(row.paper) >= 2
+    ]
     ours = [
-        (row, statistics.mean(row.ours["clean"]), statistics.mean(row.ours["aa"]))
+        (number[row.id], row, statistics.mean(row.ours["clean"]), statistics.mean(row.ours["aa"]))
         for row in table.rows
         if row.ours["clean"] and row.ours["aa"]
     ]
     _scatter(left, printed, "the paper's values")
     _scatter(right, ours, _provenance(table))
+    key.axis("off")
+    for row in table.rows:
+        where = (0.02, 1.0 - 0.074 * number[row.id])
+        augmentation = "" if row.label[-1] == "Basic" else f", {row.label[-1]}"
+        key.text(
+            *where,
+            f"{number[row.id]:2d}  {row.label[0]}{augmentation}",
+            fontsize=8,
+            color=_colour(row),
+            va="center",
+        )
     handles = [
         Line2D([], [], linestyle="", marker=marker, color=colour, label=label)
         for marker, colour, label in (
@@ -65,26 +81,23 @@ def clean_against_aa(table: Table) -> Figure | None:
     return figure
 
 
-def _scatter(axes: Any, points: Sequence[tuple[Row, Any, Any]], title: str) -> None:
-    seen: dict[tuple[float, float], str] = {}
-    for row, clean, aa in points:
-        method, kind = row.label[0], row.label[-1]
-        colour = BLUE if "AutoAug" in kind else RED if "enerated" in kind else BLACK
-        star = method.startswith("GKL")
+def _colour(row: Row) -> str:
+    kind = row.label[-1]
+    return BLUE if "AutoAug" in kind else RED if "enerated" in kind else BLACK
+
+
+def _scatter(axes: Any, points: Sequence[tuple[int, Row, Any, Any]], title: str) -> None:
+    """Numbered points; rows on one spot share their label."""
+    here: dict[tuple[float, float], list[str]] = {}
+    for number, row, clean, aa in points:
+        star = row.label[0].startswith("GKL")
         axes.plot(
-            clean, aa, marker="*" if star else "o", ms=11 if star else 6, color=colour, ls="", alpha=0.9
+            clean, aa, marker="*" if star else "o", ms=11 if star else 6, color=_colour(row), ls="", alpha=0.9
         )
-        place = (round(clean, 2), round(aa, 2))
-        seen[place] = f"{seen[place]},\n{method}" if place in seen else method
-    low, high = min((p[1] for p in seen), default=0), max((p[1] for p in seen), default=1)
-    last: list[tuple[float, float]] = []
-    for (clean, aa), text in sorted(seen.items(), key=lambda item: item[0][1]):
-        near = sum(abs(aa - other) < (high - low) * 0.05 for _, other in last)
-        axes.annotate(
-            text, (clean, aa), textcoords="offset points", xytext=(7, -3 if near % 2 == 0 else 6), fontsize=7
-        )
-        last.append((clean, aa))
-    axes.margins(x=0.18, y=0.1)
+        here.setdefault((clean, aa), []).append(str(number))
+    for place, numbers in here.items():
+        axes.annotate(", ".join(numbers), place, textcoords="offset points", xytext=(6, 4), fontsize=8)
+    axes.margins(0.12)
     axes.set(xlabel="clean accuracy (%)", ylabel="AutoAttack accuracy (%)")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.25)
@@ -134,7 +147,7 @@ def structure(table: Table) -> Figure | None:
         f"(c) {pair[0].label[0]} minus {pair[1].label[0]}:\n{positive} of {len(difference)} classes positive",
         fontsize=9,
     )
-    figure.suptitle(f"{table.title}\n{_provenance(table)}, seed {seeds[0]}", fontsize=10)
+    figure.suptitle(f"{table.title}, seed {seeds[0]}\n{_provenance(table)}", fontsize=10)
     return figure
 
 
@@ -143,7 +156,7 @@ def _provenance(table: Table) -> str:
     status = next(row.status for row in table.rows if row.records)
     seeds = sorted({len(row.records) for row in table.rows if row.records})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    what = f"ours, scale {table.scale} ({status}), {count} seed{'s' if seeds[-1] > 1 else ''}"
+    what = f"ours, scale {table.scale}, {count} seed{'s' if seeds[-1] > 1 else ''}\n{status}"
     return what + (f"\n{table.setting}" if table.setting else "")
 
 

@@ -121,10 +121,12 @@ def test_figure_1_shows_the_papers_values_and_ours() -> None:
     known = usual(figure, scale="smoke", protocol="official")
     built = build(figure, [record], scale="smoke", protocol="official", usual=known, claims={})
     picture = draw("clean_against_aa", built)
-    left, right = picture.axes
+    left, right, key = picture.axes
     assert {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in right.lines} == {(93.0, 41.0)}
     printed = {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in left.lines}
     assert (65.76, 31.91) in printed and (72.58, 38.83) in printed and len(printed) == 10
+    assert [text.get_text().split("  ", 1)[1] for text in key.texts][:2] == ["AWP", "LBGAT"]
+    assert [text.get_text() for text in right.texts] == ["6"]  # GKL-AT is the sixth row
     assert (
         draw(
             "clean_against_aa", build(figure, [], scale="smoke", protocol="official", usual=known, claims={})

@@ -15,7 +15,14 @@ from gkl.data import ImageData, digits
 from trainers.configuration import build, compose
 from trainers.robust import RobustTraining
 
-EXPERIMENTS = ("at/c100_awp", "at/c100_lbgat_awp", "at/c100_las_at", "at/c100_dajat", "at/c100_dm_gkl", "at/c100_dkl")
+EXPERIMENTS = (
+    "at/c100_awp",
+    "at/c100_lbgat_awp",
+    "at/c100_las_at",
+    "at/c100_dajat",
+    "at/c100_dm_gkl",
+    "at/c100_dkl",
+)
 
 
 def scans() -> ImageData:

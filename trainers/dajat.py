@@ -7,8 +7,7 @@ basic view alone. At test time the basic batch norm is used.
 Source: the paper's Eq. 4 and its released train_DAJAT.py, which has up to two strong views; three follow the same rule.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,37 +16,20 @@ from torch import Tensor, nn
 
 from gkl.augment import to_float
 from gkl.models.batch_norm import auxiliary_batch_norm, split_batch_norm
-from gkl.objectives import Objective
-from gkl.prior import ClassPrior
-from trainers.adversarial import load_prior, make_prior, prior_state
-from trainers.robust import RobustTraining, awp_share, view_count
+from trainers.robust import TwoViewTraining, awp_share, view_count
 
 
-class DAJAT(RobustTraining):
+class DAJAT(TwoViewTraining):
     """augment's first view is the basic one, the others are strong."""
 
-    def __init__(
-        self,
-        *,
-        loss: Objective,
-        attack_loss: Objective,
-        prior: Callable[..., ClassPrior],
-        awp_gamma: float,
-        awp_start_epoch: int,
-        js_weight: float,
-        label_smoothing: float | None = None,
-        **common: Any,
-    ) -> None:
-        """loss: between clean and adversarial view, weight included. label_smoothing: torch's convention."""
+    def __init__(self, *, js_weight: float, label_smoothing: float | None = None, **common: Any) -> None:
+        """label_smoothing: of the step's CE, torch's convention. common: see TwoViewTraining and RobustTraining."""
         super().__init__(**common)
         if len(self.augment.views) < 2:
             raise ValueError(
                 f"DAJAT needs a basic and at least one strong view, got {list(self.augment.views)}"
             )
-        self.loss, self.attack_loss = loss, attack_loss
-        self.prior = make_prior(prior, self.data.num_classes, self.device, self.dtype)
-        self.awp_gamma, self.awp_start_epoch, self.js_weight = awp_gamma, awp_start_epoch, js_weight
-        self.label_smoothing = label_smoothing or 0.0
+        self.js_weight, self.label_smoothing = js_weight, label_smoothing or 0.0
 
     def placed(self, model: nn.Module) -> nn.Module:
         """With a second batch norm for the strong views."""
@@ -67,10 +49,7 @@ class DAJAT(RobustTraining):
         attacked = []
         for number, x in enumerate(views):
             with auxiliary_batch_norm(self.model, number > 0):
-                with torch.no_grad(), self.attack_mode():
-                    reference = self.logits(x)
-                rises = partial(self._divergence, reference=reference, labels=y)
-                attacked.append(self.attacked(x, rises, epoch, index, number))
+                attacked.append(self.adversarial(x, y, epoch, index, number))
         self.model.train()
 
         def worst_case() -> Tensor:
@@ -102,25 +81,10 @@ class DAJAT(RobustTraining):
             "train/robust_accuracy": correct,
         }
 
-    def _divergence(self, logits: Tensor, reference: Tensor, labels: Tensor) -> Tensor:
-        return self.attack_loss(logits, reference, labels, self.prior)
-
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
         """Attack 2K + 1 and the step 6 for each view, AWP 6 for one."""
         return {"model": view_count(config) * (2 * steps + 1 + 6) + 6 * awp_share(config, epoch)}
-
-    def end_of_method_epoch(self) -> None:
-        """The next epoch is weighed by what this one has seen."""
-        self.prior.renew()
-
-    def method_state(self) -> dict[str, Any]:
-        """The prior, the processes' running sums brought together."""
-        return prior_state(self.prior)
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Inverse of method_state."""
-        load_prior(self.prior, state)
 
 
 def jensen_shannon(logits: list[Tensor]) -> Tensor:

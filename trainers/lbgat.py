@@ -9,38 +9,21 @@ Source: the paper's Eq. 2 and its released train_lbgat_cifar100.py.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.objectives import Objective
-from gkl.prior import ClassPrior
-from trainers.adversarial import load_prior, make_prior, prior_state
-from trainers.robust import RobustTraining, awp_share
+from trainers.robust import TwoViewTraining, awp_share
 
 
-class LBGAT(RobustTraining):
+class LBGAT(TwoViewTraining):
     """The robust network `model` and its guide `natural_model`, one optimizer."""
 
-    def __init__(
-        self,
-        *,
-        natural_model: Callable[..., nn.Module],
-        loss: Objective,
-        attack_loss: Objective,
-        prior: Callable[..., ClassPrior],
-        awp_gamma: float,
-        awp_start_epoch: int,
-        **common: Any,
-    ) -> None:
-        """loss: between f's two views, weight included (KL with weight beta; 0 for LBGAT0). common: see RobustTraining."""
+    def __init__(self, *, natural_model: Callable[..., nn.Module], **common: Any) -> None:
+        """natural_model: makes the guide. common: see TwoViewTraining (`loss` is KL with weight beta) and RobustTraining."""
         self._make_natural = natural_model
         super().__init__(**common)
         if len(self.augment.views) != 1:
             raise ValueError(f"LBGAT trains on one view, got augment.views={list(self.augment.views)}")
-        self.loss, self.attack_loss = loss, attack_loss
-        self.prior = make_prior(prior, self.data.num_classes, self.device, self.dtype)
-        self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
 
     def trained(self) -> nn.Module:
         """Both networks."""
@@ -55,11 +38,7 @@ class LBGAT(RobustTraining):
         """One update of both networks; losses are this process's shares of means over the global batch."""
         x, y, _, index = self.batch(epoch, step)
         items = self.samples(step)
-        with torch.no_grad(), self.attack_mode():
-            reference = self.logits(x)
-        x_adv = self.attacked(
-            x, lambda logits: self.attack_loss(logits, reference, y, self.prior), epoch, index
-        )
+        x_adv = self.adversarial(x, y, epoch, index)
         self.model.train()
         self.natural_model.train()
         guide = self.logits(x, self.natural_model)
@@ -86,15 +65,11 @@ class LBGAT(RobustTraining):
         """The robust network as in TRADES; the natural one forward and backward once."""
         return {"model": 2 * steps + 1 + 6 * awp_share(config, epoch) + 6, "natural_model": 3}
 
-    def end_of_method_epoch(self) -> None:
-        """The next epoch is weighed by what this one has seen."""
-        self.prior.renew()
-
     def method_state(self) -> dict[str, Any]:
         """The natural network and the prior."""
-        return {"natural_model": self.natural_model.state_dict(), **prior_state(self.prior)}
+        return {"natural_model": self.natural_model.state_dict(), **super().method_state()}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         """Inverse of method_state."""
         self.natural_model.load_state_dict(state["natural_model"])
-        load_prior(self.prior, state)
+        super().load_method_state(state)

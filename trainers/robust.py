@@ -24,6 +24,8 @@ from gkl.distributed import broadcast_, rank, world_size, world_sum_
 from gkl.evaluation import first_of_each_class
 from gkl.generated import Generated
 from gkl.models.batch_norm import eval_mode, frozen_statistics, group_batch_norm, set_group_size
+from gkl.objectives import Objective
+from gkl.prior import ClassPrior
 from gkl.selection import MostRobust
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy, pgd_accuracy
@@ -378,6 +380,56 @@ class RobustTraining(ABC):
             )
         selection.after_epoch(epoch, robust, state)
         return robust
+
+
+class TwoViewTraining(RobustTraining):
+    """Base of the methods with a loss between clean and adversarial view: KL in TRADES and its kin, or GKL in its place."""
+
+    def __init__(
+        self,
+        *,
+        loss: Objective,
+        attack_loss: Objective,
+        prior: Callable[..., ClassPrior],
+        awp_gamma: float,
+        awp_start_epoch: int,
+        **common: Any,
+    ) -> None:
+        """loss: of the training, its weight included. attack_loss: what the inner maximisation climbs.
+
+        awp_gamma: 0 trains without AWP. common: see RobustTraining.
+        """
+        super().__init__(**common)
+        self.loss, self.attack_loss = loss, attack_loss
+        self.prior = prior(num_classes=self.data.num_classes).to(device=self.device)
+        self.prior.probs = self.prior.probs.to(self.dtype)
+        self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
+
+    def adversarial(self, x: Tensor, y: Tensor, epoch: int, index: Tensor, view: Tensor | int = 0) -> Tensor:
+        """x moved so that attack_loss to the clean prediction rises."""
+        with torch.no_grad(), self.attack_mode():
+            reference = self.logits(x)  # constant during the attack: the reference point does not move
+
+        def divergence(logits: Tensor) -> Tensor:
+            return self.attack_loss(logits, reference, y, self.prior)
+
+        return self.attacked(x, divergence, epoch, index, view)
+
+    def end_of_method_epoch(self) -> None:
+        """The next epoch is weighed by what this one has seen."""
+        self.prior.renew()
+
+    def method_state(self) -> dict[str, Any]:
+        """The prior, with the running sums of all processes."""
+        self.prior.merge()
+        return {"prior": self.prior.state_dict()}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        """Inverse of method_state."""
+        self.prior.load_state_dict(state["prior"])
+        if rank() != 0:  # the checkpoint's running sums are those of all processes
+            self.prior.sums.zero_()
+            self.prior.counts.zero_()
 
 
 def view_count(config: Mapping[str, Any]) -> int:
