@@ -2,7 +2,7 @@
 
     python scripts/evaluate.py checkpoint=outputs/.../swa.pt model=wrn_34_10 data=cifar100
     python scripts/evaluate.py checkpoint=... model=wrn_10_1 data=digits evaluation.epsilon=0.15 evaluation=screen
-    python scripts/evaluate.py published=Cui2023Decoupled_WRN-34-10_cifar100 [checkpoint=file]     # configs/checkpoint
+    python scripts/evaluate.py published=Cui2023Decoupled_WRN-34-10_cifar100 [checkpoint=file]     # configs/published
 
 Finished batches are kept beside the checkpoint's name under GKL_OUTPUTS: the same command goes on where it was stopped.
 With torchrun in front it shares the batches over several devices.
@@ -67,13 +67,13 @@ def main(arguments: list[str]) -> int:
 
 
 def with_published(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:
-    """The arguments with what configs/checkpoint says of published=NAME put first, and that file."""
+    """The arguments with what configs/published says of published=NAME put first, and that file."""
     names = [a.split("=", 1)[1] for a in arguments if a.startswith("published=")]
     if not names:
         return arguments, None
-    if names[0] not in choices("checkpoint"):
-        raise ConfigError(unknown("published checkpoint", names[0], choices("checkpoint")))
-    file = OmegaConf.to_container(OmegaConf.load(CONFIGS / "checkpoint" / f"{names[0]}.yaml"))
+    if names[0] not in choices("published"):
+        raise ConfigError(unknown("published checkpoint", names[0], choices("published")))
+    file = OmegaConf.to_container(OmegaConf.load(CONFIGS / "published" / f"{names[0]}.yaml"))
     assert isinstance(file, dict)
     outputs = os.environ.get("GKL_OUTPUTS", "outputs")
     own = [*file["overrides"], f"checkpoint={outputs}/checkpoints/{names[0]}.pt"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,12 +17,20 @@ import torch
 from gkl.models import create
 from trainers import run as run_module
 from trainers.command import run_main
-from trainers.configuration import compose
+from trainers.configuration import ConfigError, check_values, choices, compose
 from trainers.launch import default_jobs
 from trainers.run import freeze
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., tuple[int, str, str]]
+
+
+def loaded(script: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -36,10 +45,7 @@ def command(
 
     def call(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])
-        spec = importlib.util.spec_from_file_location(script, ROOT / "scripts" / f"{script}.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = loaded(script)
         capfd.readouterr()
         code = run_main(module.main, module.__doc__)
         return code, *capfd.readouterr()
@@ -75,6 +81,14 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         ("reproduce table=3 plan=maybe", "plan must be true or false, got 'maybe'"),
         ("reproduce table=3 scale=smoke epcohs=3", r"no setting 'epcohs' \(from 'epcohs=3'\); did you mean 'epochs'\?"),
         ("reproduce table=3 scale=smoke word", "cannot read the overrides"),
+        ("sweep loss.gamma=0,1", r"a sweep needs one experiment=\.\.\.; one of: at/c100_acat"),
+        (f"sweep {GKL}", r"nothing to sweep: give a setting several values, as in loss\.gamma=0,0\.2,0\.4"),
+        (f"sweep {GKL} loss=kl,gkl", r"a sweep goes over settings such as loss\.gamma, got 'loss=kl,gkl'"),
+        (f"sweep {GKL} scale=smoke loss.gama=0,1", r"loss\.gama.*did you mean 'gamma'\?"),
+        ("evaluate published=Cui", r"unknown published checkpoint 'Cui'; there are: Addepalli2022"),
+        (f"train {GKL} scale=smoke assessment=pgd", r"unknown assessment 'pgd'"),
+        ("prepare generated=x", r"parts must be a list such as parts=\[part1\.npz,part2\.npz\], got \[\]"),
+        ("prepare generated=x parts=[nowhere.npz]", r"no part of generated pictures at nowhere\.npz"),
         ("train", r"experiment=\.\.\. is missing; one of: at/c100_acat"),
         ("train experiment=at/c100_basic_gk", r"unknown experiment 'at/c100_basic_gk'; did you mean 'at/c100_basic_gkl'\?"),
         (f"train {GKL} scale=tiny", "unknown scale 'tiny'"),
@@ -294,3 +308,32 @@ def test_the_readme_shows_what_the_tables_say() -> None:
     table = (ROOT / "results/tables/table03.md").read_text().splitlines()
     rows = [line for line in shown.splitlines() if line.startswith("|")]
     assert len(rows) > 3 and all(row in table for row in rows)
+
+
+def test_every_published_checkpoint_is_named_with_its_network_data_and_numbers(
+    command: Command, tmp_path: Path
+) -> None:
+    evaluate = loaded("evaluate")
+    for name in choices("published"):
+        arguments, published = evaluate.with_published([f"published={name}"])
+        config = compose("evaluate", arguments)
+        check_values(config)
+        assert config["data"]["_target_"].endswith(name.rpartition("_")[2])
+        assert 0 < published["aa"] < published["clean"] < 100 and published["url"].startswith("https://")
+        assert config["checkpoint"].endswith(f"checkpoints/{name}.pt")
+        mine, _ = evaluate.with_published([f"published={name}", "checkpoint=mine.pt", "data=digits"])
+        assert compose("evaluate", mine)["checkpoint"] == "mine.pt"
+    there = tmp_path / "there.bin"
+    there.write_bytes(b"PK weights")
+    evaluate.fetch(there.as_uri(), tmp_path / "new" / "a.pt")
+    assert (tmp_path / "new" / "a.pt").read_bytes() == b"PK weights"
+    there.write_bytes(b"<html>quota exceeded")
+    for url, reason in ((there.as_uri(), "a web page"), ((tmp_path / "no").as_uri(), "No such file")):
+        with pytest.raises(ConfigError, match=f"{reason}.*download it by hand and pass checkpoint=FILE"):
+            evaluate.fetch(url, tmp_path / "new" / "b.pt")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.pt"]
+
+
+def test_a_sweep_plans_every_combination(command: Command) -> None:
+    code, out, _ = command("sweep", GKL, "scale=smoke", "loss.gamma=0,0.2", "loss.alpha=12,20", "plan=true")
+    assert code == 0 and "0 of 4 runs done" in out and "loss.gamma=0.2,loss.alpha=12" in out

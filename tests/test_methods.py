@@ -302,6 +302,37 @@ def test_theorem_1_in_training() -> None:
     assert not torch.allclose(ended[0]["conv1.weight"], moved.model.state_dict()["conv1.weight"], atol=1e-4)
 
 
+GKL_IN_PLACE = {
+    "at/c100_acat": 9.0,
+    "at/c100_dajat": 9.0,
+    "at/c100_lbgat": 6.0,
+    "at/c100_dm": 5.0,
+    "at/c10_trades_awp": 6.0,
+}
+
+
+@pytest.mark.parametrize("experiment", GKL_IN_PLACE)
+def test_gkl_takes_the_kls_place_in_every_method(experiment: str, tmp_path) -> None:
+    """As typed on the command line. With DKL's settings the step is the KL's own (Theorem 1), with GKL's another."""
+    ended = []
+    weight = GKL_IN_PLACE[experiment]
+    for overrides in (
+        [],
+        ["loss=gkl", "~loss.weight", f"loss.alpha={weight}", f"loss.beta={weight}", "loss.gamma=1",
+         "loss.weights=sample", "loss.break_asymmetry=false"],
+        ["loss=gkl", "~loss.weight", "loss.alpha=20", "loss.beta=4", "loss.gamma=0.4"],
+    ):  # fmt: skip
+        if experiment == "at/c100_dm":
+            overrides = [*overrides, f"generated.root={tmp_path}"]
+        _, task = task_of(experiment, *overrides)
+        task.start_epoch(6)
+        for step in range(2):
+            task.train_step(6, step)
+        ended.append(task.model.state_dict()["conv1.weight"])
+    torch.testing.assert_close(ended[0], ended[1], rtol=0, atol=1e-10)
+    assert not torch.allclose(ended[0], ended[2], atol=1e-5)
+
+
 # --- LBGAT ------------------------------------------------------------------------------------------------------------
 
 
