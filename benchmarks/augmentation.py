@@ -53,7 +53,7 @@ def main() -> None:
         task.start_epoch(20)
         views: Views = task.augment
         index = torch.arange(128, device=device)
-        batch = task.images[index]
+        batch = task.training.images[index]
         each = Compose([RandomCrop(32, padding=4), RandomHorizontalFlip()])
         strong = Compose(
             [RandomCrop(32, padding=4), RandomHorizontalFlip(), AutoAugment(AutoAugmentPolicy.CIFAR10)]

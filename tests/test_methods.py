@@ -220,7 +220,7 @@ def test_acat(experiment: str, weight: float, smoothing: float, held_out: float)
         budget=(epsilon, epsilon, 2), gamma=0.005, smoothing=smoothing, clean_first=True,
     ))  # fmt: skip
     assert_same(task.model, model)
-    assert len(task.labels) == 1437 - round(1437 * held_out)
+    assert len(task.training.labels) == 1437 - round(1437 * held_out)
     assert task.averages["ema"].start_epoch == 82 and not task.averages["ema"].state  # 150 * 110 // 200
 
 
@@ -256,7 +256,7 @@ def test_dm_at(generalized: bool, tmp_path) -> None:
     restated.count = 0
     run_steps(task, epoch, restated)
     assert_same(task.model, model)
-    assert task.steps_per_epoch == math.ceil(1437 / 32) and len(task.labels) == 1437 - 29
+    assert task.steps_per_epoch == math.ceil(1437 / 32) and len(task.training.labels) == 1437 - 29
     assert_close_states(task.averages["ema"].state, dict(model.named_parameters()))
 
 
@@ -268,18 +268,20 @@ def assert_close_states(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
 def test_generated_pictures_fill_their_share_of_each_batch(tmp_path) -> None:
     _, task = task_of("at/c100_dm", f"generated.root={tmp_path}")
     task.start_epoch(1)
-    indices = [task.drawn(1, step) for step in range(task.steps_per_epoch)]
+    indices = [task.training.drawn(1, step) for step in range(task.steps_per_epoch)]
     for index in indices:
-        assert len(index) == 32 and int((index >= len(task.labels)).sum()) == int(32 * 0.7)
-    real = torch.cat([i[i < len(task.labels)] for i in indices])
+        assert len(index) == 32 and int((index >= len(task.training.labels)).sum()) == int(32 * 0.7)
+    real = torch.cat([i[i < len(task.training.labels)] for i in indices])
     assert len(real.unique()) == len(real)  # no picture twice before all were seen once
-    assert torch.equal(task.drawn(1, 5), indices[5]) and not torch.equal(task.drawn(2, 5), indices[5])
-    images, labels = task.pictures(indices[0])
+    assert torch.equal(task.training.drawn(1, 5), indices[5]) and not torch.equal(
+        task.training.drawn(2, 5), indices[5]
+    )
+    images, labels = task.training.pictures(indices[0])
     for image, label, number in zip(images, labels, indices[0].tolist(), strict=True):
-        if number < len(task.labels):
-            assert torch.equal(image, task.images[number]) and label == task.labels[number]
+        if number < len(task.training.labels):
+            assert torch.equal(image, task.training.images[number]) and label == task.training.labels[number]
         else:
-            drawn, wanted = task.generated.take(torch.tensor([number - len(task.labels)]))
+            drawn, wanted = task.training.generated.take(torch.tensor([number - len(task.training.labels)]))
             assert torch.equal(image, drawn[0]) and label == wanted[0]
 
 
@@ -424,10 +426,10 @@ def test_dajat(experiment, weight, js_weight, smoothing, strong_views, epochs, s
     epsilon = EPSILON * epoch / epochs
     task.start_epoch(epoch)
     for step in range(2):
-        index = task.drawn(epoch, step)
-        views = task.augment(task.images[index], seed=0, epoch=epoch, index=index)
+        index = task.training.drawn(epoch, step)
+        views = task.augment(task.training.images[index], seed=0, epoch=epoch, index=index)
         views = [(v.float() / 255).double() for v in views]
-        y = task.labels[index]
+        y = task.training.labels[index]
         task.train_step(epoch, step)
         assert len(views) == 1 + strong_views
 

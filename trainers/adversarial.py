@@ -46,7 +46,7 @@ class AdversarialTraining(TwoViewTraining):
     def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
         """One update; every loss is this process's share of the mean over the global batch of all views."""
         x, y, view, index = self.batch(epoch, step)
-        batch = self.samples(step)
+        batch = self.training.samples(step)
         items = batch * len(self.view_weights)
 
         x_adv = self.adversarial(x, y, epoch, index, view)

@@ -37,14 +37,14 @@ class DAJAT(TwoViewTraining):
 
     def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
         """One update; losses are this process's shares of means over the global batch."""
-        index = self.drawn(epoch, step)
+        index = self.training.drawn(epoch, step)
         index = index[self.share(len(index))]  # all views of a sample on one process
-        images, y = self.pictures(index)
+        images, y = self.training.pictures(index)
         index = index.to(self.device)
         views = [
             to_float(v).to(self.dtype) for v in self.augment(images, seed=self.seed, epoch=epoch, index=index)
         ]
-        batch = self.samples(step)
+        batch = self.training.samples(step)
 
         attacked = []
         for number, x in enumerate(views):

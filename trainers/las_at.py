@@ -125,7 +125,7 @@ class LASAT(PGDTraining):
 
     def _improve(self, x: Tensor, y: Tensor, epoch: int, step: int, index: Tensor) -> None:
         """One REINFORCE step of the strategy network."""
-        items = self.samples(step)
+        items = self.training.samples(step)
         self.strategy.train()
         logits = self.strategy(x)
         drawn = self._draw(logits, epoch, index, "las_strategy")
@@ -145,7 +145,7 @@ class LASAT(PGDTraining):
         self, x: Tensor, y: Tensor, drawn: list[Tensor], epoch: int, step: int, index: Tensor
     ) -> Tensor:
         """What the drawn strategies are worth: one number for the whole batch."""
-        items = self.samples(step)
+        items = self.training.samples(step)
         with eval_mode(self.model):
             x_adv = self._attack(x, y, drawn, epoch, index, "las_reward_start")
             with torch.no_grad():

@@ -37,7 +37,7 @@ class LBGAT(TwoViewTraining):
     def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
         """One update of both networks; losses are this process's shares of means over the global batch."""
         x, y, _, index = self.batch(epoch, step)
-        items = self.samples(step)
+        items = self.training.samples(step)
         x_adv = self.adversarial(x, y, epoch, index)
         self.model.train()
         self.natural_model.train()

@@ -27,7 +27,7 @@ class PGDTraining(RobustTraining):
         x, y, _, index = self.batch(epoch, step)
         x_adv = self.adversarial(x, y, epoch, step, index)
         self.model.train()
-        items = self.samples(step) * len(self.augment.views)
+        items = self.training.samples(step) * len(self.augment.views)
 
         def loss() -> tuple[Tensor, Tensor]:
             logits = self.logits(x_adv)

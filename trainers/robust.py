@@ -21,12 +21,12 @@ from gkl.awp import perturbed
 from gkl.counter import sample_keys
 from gkl.data import ImageData
 from gkl.distributed import broadcast_, rank, world_size, world_sum_
-from gkl.evaluation import first_of_each_class
 from gkl.generated import Generated
 from gkl.models.batch_norm import eval_mode, frozen_statistics, group_batch_norm, set_group_size
 from gkl.objectives import Objective
 from gkl.prior import ClassPrior
 from gkl.selection import MostRobust
+from trainers.batches import TrainingSet
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy, pgd_accuracy
 
@@ -83,23 +83,17 @@ class RobustTraining(ABC):
         self.optimizer, self.schedule, self.momentum = optimizer(self.trained()), schedule, momentum
         self.base_lr = self.optimizer.param_groups[0]["lr"]
         self.averages, self.selection = averages, selection
-        self.seed, self.epochs, self.batch_size = seed, epochs, batch_size
-        self._take_data(held_out, bool(held_out_by_class))
-        self.generated, self.generated_share = (
-            (generated(data) if generated else None),
-            generated_share or 0.0,
-        )
-        if (self.generated is not None) != (0.0 < self.generated_share < 1.0):
-            raise ValueError(
-                f"generated pictures need generated_share in (0, 1) and the other way round, got {generated_share}"
-            )
-        if selection is not None and selection.images == "held_out" and not len(self.held_out):
+        self.seed, self.epochs = seed, epochs
+        self.training = TrainingSet(
+            data, device, batch_size=batch_size, drop_last=drop_last, seed=seed,
+            generated=generated(data) if generated else None, generated_share=generated_share,
+            held_out=held_out, held_out_by_class=bool(held_out_by_class),
+        )  # fmt: skip
+        if selection is not None and selection.images == "held_out" and not len(self.training.held_out):
             raise ValueError(
                 "selection.images=held_out needs held_out, the share of training images kept for it"
             )
-        total = len(data.train_labels) if self.generated else len(self.labels)
-        full, rest = divmod(total, batch_size)
-        self.steps_per_epoch = full + (1 if rest and not drop_last else 0)
+        self.steps_per_epoch = self.training.steps_per_epoch
         for average in averages.values():
             average.prepare(epochs * self.steps_per_epoch)
 
@@ -144,21 +138,6 @@ class RobustTraining(ABC):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             return run(x.contiguous(memory_format=self.memory_format)).to(self.dtype)
 
-    def drawn(self, epoch: int, step: int) -> Tensor:
-        """Sample indices of a step over all processes, (B,) on the CPU; from len(labels) on they are generated ones."""
-        if self.generated is None:
-            return self.order[step * self.batch_size : (step + 1) * self.batch_size]
-        made = int(self.batch_size * self.generated_share)
-        real = self.batch_size - made
-        generator = torch.Generator().manual_seed((((self.seed << 20) + epoch) << 24) + step)
-        index = torch.cat(
-            [
-                self.order[torch.arange(step * real, (step + 1) * real) % len(self.order)],
-                len(self.labels) + torch.randint(len(self.generated), (made,), generator=generator),
-            ]
-        )
-        return index[torch.randperm(len(index), generator=generator)]
-
     def share(self, items: int) -> Tensor:
         """Which of a batch's items are this process's: contiguous batch-norm groups, as DataParallel scatters them."""
         group_size = math.ceil(items / self.bn_groups)
@@ -171,41 +150,19 @@ class RobustTraining(ABC):
         """The networks whose batch norm follows the batch."""
         return (self.model,)
 
-    def pictures(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (b, 3, H, W) uint8 and labels (b,) of sample indices on the CPU, on the device."""
-        real = index < len(self.labels)
-        if self.generated is None or bool(real.all()):
-            index = index.to(self.device)
-            return self.images[index], self.labels[index]
-        images, labels = self.generated.take(index[~real] - len(self.labels))
-        x = torch.empty((len(index), *self.images.shape[1:]), dtype=torch.uint8, device=self.device)
-        y = torch.empty(len(index), dtype=torch.int64, device=self.device)
-        here = real.to(self.device)
-        x[here], y[here] = self.images[index[real].to(self.device)], self.labels[index[real].to(self.device)]
-        x[~here], y[~here] = images.to(self.device), labels.to(self.device)
-        return x, y
-
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """This process's part of a step: images (b, 3, H, W) in [0, 1], labels, view numbers, sample indices (b,).
 
         The batch's views stand one after the other.
         """
-        index = self.drawn(epoch, step)
+        index = self.training.drawn(epoch, step)
         item = self.share(len(self.augment.views) * len(index))
         view, index = item // len(index), index[item % len(index)]
-        images, y = self.pictures(index)
+        images, y = self.training.pictures(index)
         view, index = view.to(self.device), index.to(self.device)
         views = self.augment(images, seed=self.seed, epoch=epoch, index=index)
         x = torch.stack(views)[view, torch.arange(len(index), device=self.device)]
         return to_float(x).to(self.dtype), y, view, index
-
-    def samples(self, step: int) -> int:
-        """Samples of a step over all processes."""
-        return (
-            self.batch_size
-            if self.generated
-            else min(self.batch_size, len(self.labels) - step * self.batch_size)
-        )
 
     def attacked(
         self,
@@ -267,8 +224,7 @@ class RobustTraining(ABC):
             if self.momentum is not None:
                 group["momentum"] = self.momentum(epoch, self.epochs)
         self.budget = self.attack.budget(epoch, self.epochs)
-        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
-        self.order = torch.randperm(len(self.labels), generator=generator)
+        self.training.shuffle(epoch)
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Average the weights, choose among them, measure clean test accuracy."""
@@ -340,18 +296,6 @@ class RobustTraining(ABC):
         with torch.no_grad(), eval_mode(self.model):
             return {"index": index, "view": view, "labels": y, "images": x, "logits": self.logits(x)}
 
-    def _take_data(self, held_out: float | None, by_class: bool) -> None:
-        """The training images on the device, without those held out, which stay beside them."""
-        labels = self.data.train_labels
-        count = round(len(labels) * (held_out or 0.0))
-        chosen = first_of_each_class(labels, count) if by_class else torch.arange(count)
-        kept = torch.ones(len(labels), dtype=torch.bool)
-        kept[chosen] = False
-        self.held_out = chosen
-        whole = bool(kept.all())
-        self.images = (self.data.train_images if whole else self.data.train_images[kept]).to(self.device)
-        self.labels = (labels if whole else labels[kept]).to(self.device)
-
     def _select(self, epoch: int, selection: MostRobust) -> float:
         """Robust accuracy of the selection's images after this epoch, percent; its weights kept if they are the best."""
         state = self.model.state_dict()
@@ -359,7 +303,8 @@ class RobustTraining(ABC):
             state = self.averages[selection.weights].state
         images, labels = self.data.test_images, self.data.test_labels
         if selection.images == "held_out":
-            images, labels = self.data.train_images[self.held_out], self.data.train_labels[self.held_out]
+            held_out = self.training.held_out
+            images, labels = self.data.train_images[held_out], self.data.train_labels[held_out]
 
         def logits(x: Tensor) -> Tensor:
             inputs = x.to(self.dtype).contiguous(memory_format=self.memory_format)

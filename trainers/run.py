@@ -176,7 +176,7 @@ def _record(
     seconds: float,
     code: dict[str, Any],
 ) -> dict[str, Any]:
-    data, made = task.data, task.generated
+    data, made = task.data, task.training.generated
     published = configuration.published(config)
     original = published["data"]["_target_"].rpartition(".")[2]
     checkpoint = folder.path / f"{config['evaluate']}.pt"
