@@ -131,11 +131,14 @@ def structure(table: Table) -> Figure | None:
                 s=9 if marker == "o" else 12,
                 linewidths=0.6,
                 alpha=0.8,
-                label="adversarial" if adversarial else "natural",
             )
         axes.set_title(f"({letter}) {row.label[0]}: t-SNE of features", fontsize=9)
         axes.set(xticks=[], yticks=[])
-        axes.legend(loc="lower right", fontsize=7, markerscale=1.6, framealpha=0.7)
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color="grey", label=label)
+        for marker, label in (("o", "natural"), ("x", "adversarial; colours: classes"))
+    ]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     difference = sorted(one - two for one, two in zip(*(d["margins"] for d in details), strict=True))
     positive = sum(d > 0 for d in difference)
     panels[2].bar(

@@ -72,7 +72,7 @@ def build(
     mine: dict[str, list[Record]] = {
         row["id"]: [r for r, own in placed.get(row["id"], []) if own == setting] for row in config["rows"]
     }
-    rows = [_row(config, row, mine[row["id"]], scale) for row in config["rows"]]
+    rows = [_row(config, row, mine[row["id"]], scale, bool(setting)) for row in config["rows"]]
     named = {row.id: " ".join(part for part in row.label if part) for row in rows}
     comparisons = [
         _comparison(config["metrics"], named, mine, ours, other) for ours, other in config.get("compare", [])
@@ -166,7 +166,9 @@ def paired_half_width(values: Sequence[float]) -> float:
     return float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
 
 
-def _row(config: Mapping[str, Any], row: Mapping[str, Any], runs: Sequence[Record], scale: str) -> Row:
+def _row(
+    config: Mapping[str, Any], row: Mapping[str, Any], runs: Sequence[Record], scale: str, changed: bool
+) -> Row:
     label = [str(row[name]) for name in config["labels"]]
     stand_in = next((r["data"]["stand_in_for"] for r in runs if r["data"]["stand_in_for"]), None)
     ours = {
@@ -176,6 +178,7 @@ def _row(config: Mapping[str, Any], row: Mapping[str, Any], runs: Sequence[Recor
         status = "not yet"
     elif not any(ours.values()):
         status = f"missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
+        status = "not run at this setting" if changed else status
     elif stand_in:
         status = f"stand-in: {runs[0]['data']['name']} for {stand_in}{_other_network(runs[0])}"
     else:
