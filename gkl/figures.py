@@ -1,13 +1,14 @@
 """The paper's figures from the same rows and records as its tables.
 
     figure = draw("clean_against_aa", table)        # table: gkl.tables.build(...)
-    figure.savefig("figure1.pdf")
+    save(figure, Path("figure1.pdf"), "pdf")
 
 Colours are told apart in print, too: by marker and position as well as by hue (Okabe & Ito's palette).
 """
 
 import statistics
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -16,15 +17,11 @@ from matplotlib.lines import Line2D
 
 from gkl.tables import Row, Table
 
-matplotlib.rcParams.update(
-    {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "pdf.fonttype": 42,
-        "svg.fonttype": "none",
-    }
-)
+STYLE: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "pdf.fonttype": 42}
+FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 160},
+    "pdf": {"metadata": {"CreationDate": None}},  # the same records give the same bytes
+}
 BLACK, BLUE, RED = "#000000", "#0072B2", "#D55E00"
 CLASS_COLOURS = "tab20"
 
@@ -33,7 +30,14 @@ def draw(name: str, table: Table) -> Figure | None:
     """The figure of that name in DRAWINGS, or None where the table's rows have no records it could be drawn from."""
     if name not in DRAWINGS:
         raise ValueError(f"figures are {', '.join(DRAWINGS)}, got {name!r}")
-    return DRAWINGS[name](table)
+    with matplotlib.rc_context(STYLE):
+        return DRAWINGS[name](table)
+
+
+def save(figure: Figure, path: Path, kind: str) -> None:
+    """Write a figure as one of FORMATS."""
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(path, format=kind, **FORMATS[kind])
 
 
 def clean_against_aa(table: Table) -> Figure | None:
@@ -150,7 +154,8 @@ def structure(table: Table) -> Figure | None:
         f"(c) {pair[0].label[0]} minus {pair[1].label[0]}:\n{positive} of {len(difference)} classes positive",
         fontsize=9,
     )
-    figure.suptitle(f"{table.title}, seed {seeds[0]}\n{_provenance(table)}", fontsize=10)
+    status = next(row.status for row in pair if row.records)
+    figure.suptitle(f"{table.title}\nours, scale {table.scale}, seed {seeds[0]}; {status}", fontsize=10)
     return figure
 
 

@@ -7,7 +7,7 @@ import torch
 
 from gkl.data import digits
 from gkl.evaluation import pgd_robust
-from gkl.figures import draw
+from gkl.figures import FORMATS, draw, save
 from gkl.models import create
 from gkl.records import assessment_path, read_records, write_assessment
 from gkl.tables import build, markdown
@@ -32,7 +32,7 @@ def subject(folder: Path) -> Subject:
         "version": "standard",
         "norm": "linf",
         "epsilon": 0.05,
-        "images": 20,
+        "images": 10,
         "batch_size": 200,
         "seed": 0,
     }
@@ -58,7 +58,7 @@ def test_margins_are_equation_14_class_by_class() -> None:
 
 def test_wider_balls_leave_fewer_and_the_average_is_theirs(trained: Subject) -> None:
     metrics, details = Epsilons("epsilons", [2, 8])(trained)
-    assert metrics.keys() == {"aa_2", "aa_8", "aa_average"} and details == {"n": 20}
+    assert metrics.keys() == {"aa_2", "aa_8", "aa_average"} and details == {"n": 10}
     assert metrics["aa_2"] >= metrics["aa_8"]
     assert metrics["aa_average"] == pytest.approx((metrics["aa_2"] + metrics["aa_8"]) / 2)
 
@@ -103,8 +103,11 @@ def test_structure_and_figure_4(trained: Subject, tmp_path: Path) -> None:
     titles = [axes.get_title() for axes in picture.axes]
     assert titles[0].startswith("(a) GKL-AT") and titles[1].startswith("(b) TRADES")
     assert "10 of 10 classes positive" in titles[2] and "digits for cifar100" in picture.get_suptitle()
-    picture.savefig(tmp_path / "figure.pdf")
-    picture.savefig(tmp_path / "figure.png")
+    for kind in FORMATS:
+        twice = [tmp_path / f"{n}.{kind}" for n in range(2)]
+        for path in twice:
+            save(picture, path, kind)
+        assert twice[0].read_bytes() == twice[1].read_bytes()
     assert drawn(records[:1]) is None  # one method alone is no comparison
     with pytest.raises(ValueError, match="figures are clean_against_aa, structure, got 'figure9'"):
         draw("figure9", None)

@@ -307,7 +307,10 @@ def test_the_readme_shows_what_the_tables_say() -> None:
     shown = readme.split("<!-- table -->")[1].split("<!-- /table -->")[0]
     table = (ROOT / "results/tables/table03.md").read_text().splitlines()
     rows = [line for line in shown.splitlines() if line.startswith("|")]
-    assert len(rows) > 3 and all(row in table for row in rows)
+    assert len(rows) > 12 and all(row in table for row in rows)
+    small = readme.split("<!-- small -->")[1].split("<!-- /small -->")[0]
+    (comparison,) = [line.removeprefix("> ") for line in small.splitlines() if line.startswith("> ")]
+    assert "minus" in comparison and comparison in table
 
 
 def test_every_published_checkpoint_is_named_with_its_network_data_and_numbers(

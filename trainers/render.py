@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gkl.figures import draw
+from gkl.figures import FORMATS, draw, save
 from gkl.records import Record
 from gkl.tables import Overrides, Table, build, latex, markdown, place, settings
 from trainers.folder import write_atomically, write_text
@@ -63,14 +63,9 @@ def render_figure(figure: Mapping[str, Any], records: Sequence[Record], results:
             "" if built.protocol == "official" else f"-{built.protocol}"
         )
         count[stem] = count.get(stem, 0) + 1
-        formats: list[tuple[str, dict[str, Any]]] = [
-            (".png", {"dpi": 160}),
-            (".pdf", {"metadata": {"CreationDate": None}}),  # the same records give the same bytes
-        ]
-        for suffix, options in formats:
-            path = results / "figures" / (stem + ("" if count[stem] == 1 else f"-{count[stem]}") + suffix)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, partial(drawn.savefig, format=suffix[1:], **options))
+        for kind in FORMATS:
+            path = results / "figures" / (stem + ("" if count[stem] == 1 else f"-{count[stem]}") + f".{kind}")
+            write_atomically(path, partial(save, drawn, kind=kind))
             paths.append(path)
     return paths
 
