@@ -73,7 +73,11 @@ def build(
         row["id"]: [r for r, own in placed.get(row["id"], []) if own == setting] for row in config["rows"]
     }
     rows = [_row(config, row, mine[row["id"]], scale, bool(setting)) for row in config["rows"]]
-    named = {row.id: " ".join(part for part in row.label if part) for row in rows}
+    firsts = [row.label[0] for row in rows]
+    named = {
+        row.id: row.label[0] if firsts.count(row.label[0]) == 1 else f"{row.label[0]} ({row.label[-1]})"
+        for row in rows
+    }
     comparisons = [
         _comparison(config["metrics"], named, mine, ours, other) for ours, other in config.get("compare", [])
     ]
