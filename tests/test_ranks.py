@@ -59,15 +59,22 @@ def ended(task: RobustTraining) -> dict[str, Any]:
     return copy.deepcopy({"row": row, **task.state_dict()})
 
 
+def twice(task: RobustTraining) -> list[dict[str, Any]]:
+    """The whole state within the epoch, as a checkpoint takes it, and after its end."""
+    train(task, 2, range(2))
+    within = copy.deepcopy(task.state_dict())
+    train(task, 2, range(2, 3))
+    return [within, ended(task)]
+
+
 def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
     for number, experiment in enumerate(EXPERIMENTS):
         task = make_task(experiment, Path(folder))
-        train(task, 2, range(3))
-        state = ended(task)
+        states = twice(task)
         if rank == 0:
-            torch.save(state, f"{folder}/{number}.pt")
+            torch.save(states, f"{folder}/{number}.pt")
         dist.barrier()
     dist.destroy_process_group()
 
@@ -95,9 +102,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     for number, experiment in enumerate(EXPERIMENTS):
         task = make_task(experiment, tmp_path)
-        train(task, 2, range(3))
         shared = torch.load(tmp_path / f"{number}.pt", weights_only=True)
-        assert_equal(ended(task), shared, experiment, rtol=1e-8, atol=1e-10)
+        assert_equal(twice(task), shared, experiment, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
