@@ -29,11 +29,12 @@ from trainers.run import device_of, process_group
 
 def main(arguments: list[str]) -> int:
     """Compose, check, load, evaluate, print. Returns the exit code."""
+    own = any(a.startswith("checkpoint=") for a in arguments)
     arguments, published = with_published(arguments)
     config = compose("evaluate", arguments)
     check_values(config)
     path = Path(config["checkpoint"])
-    if published and not path.exists():
+    if published and not own and not path.exists():
         fetch(published["url"], path)
     if not path.is_file():
         raise ConfigError(f"no checkpoint at {path}; set checkpoint=... to a .pt, .pth or .safetensors file")

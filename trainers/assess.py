@@ -21,7 +21,7 @@ from gkl.distributed import rank
 from gkl.evaluation import first_of_each_class, pgd_robust
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console
-from trainers.robustness import autoattack_flags
+from trainers.robustness import autoattack_result
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Epsilons:
         metrics = {}
         for eighths in self.eighths:
             settings = {**subject.settings, "epsilon": subject.settings["epsilon"] * eighths / 8}
-            flags = autoattack_flags(subject.model, subject.data, settings, **_place(subject))
+            flags = autoattack_result(subject.model, subject.data, settings, **_place(subject)).robust_flags
             metrics[f"aa_{eighths}"] = percent(flags)
         metrics["aa_average"] = sum(metrics.values()) / len(metrics)
         return metrics, {"n": len(subject.attacked())}
@@ -76,7 +76,9 @@ class Attacks:
     def __call__(self, subject: Subject) -> Measured:
         """Metrics pgd<steps>, cw<steps>, worst."""
         chosen = subject.attacked()
-        worst = autoattack_flags(subject.model, subject.data, subject.settings, **_place(subject))
+        worst = autoattack_result(
+            subject.model, subject.data, subject.settings, **_place(subject)
+        ).robust_flags
         metrics = {}
         for loss in ("ce", "cw"):
             for steps in self.steps:

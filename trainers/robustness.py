@@ -50,20 +50,14 @@ def pgd_accuracy(
 
 
 def autoattack(
-    model: nn.Module,
-    data: ImageData,
-    settings: Mapping[str, Any],
-    *,
-    folder: Path,
-    device: torch.device,
-    console: Console,
+    model: nn.Module, data: ImageData, settings: Mapping[str, Any], **place: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Metrics and details of the attack named by a configs/evaluation file.
 
     Metrics: `aa` (standard) or `screen`, percent. Details: images attacked, clean accuracy on them, what was left after
-    each attack, AutoAttack's warnings, versions. Finished batches are kept in folder.
+    each attack, AutoAttack's warnings, versions. place: the folder, device and console of autoattack_result.
     """
-    result = _attacked(model, data, settings, folder, device, console)
+    result = autoattack_result(model, data, settings, **place)
     name = "aa" if settings["version"] == "standard" else "screen"
     details = {
         "attack": f"AutoAttack {settings['version']}" if name == "aa" else "screen (APGD-CE, APGD-T)",
@@ -78,7 +72,7 @@ def autoattack(
     return {name: result.robust}, details
 
 
-def autoattack_flags(
+def autoattack_result(
     model: nn.Module,
     data: ImageData,
     settings: Mapping[str, Any],
@@ -86,19 +80,8 @@ def autoattack_flags(
     folder: Path,
     device: torch.device,
     console: Console,
-) -> Tensor:
-    """Which of the attacked images withstand the attack, (n,) bool; arguments as `autoattack`, finished batches are shared."""
-    return _attacked(model, data, settings, folder, device, console).robust_flags
-
-
-def _attacked(
-    model: nn.Module,
-    data: ImageData,
-    settings: Mapping[str, Any],
-    folder: Path,
-    device: torch.device,
-    console: Console,
 ) -> AutoAttackResult:
+    """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
     chosen = first_of_each_class(data.test_labels, settings["images"])
     started = time.monotonic()
 
