@@ -198,15 +198,67 @@ def image_folder(
         raise ValueError(
             f"{path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
         )
-    classes = sorted(train)
+    return _pictures(
+        name or path.stem, sorted(train), train, test, read, image_size, path, train_per_class, test_per_class
+    )
+
+
+def _pictures(
+    name: str,
+    classes: Sequence[str],
+    train: dict[str, list[str]],
+    test: dict[str, list[str]],
+    read: Callable[[str], bytes],
+    image_size: int,
+    path: Path,
+    train_per_class: int | None,
+    test_per_class: int | None,
+) -> ImageData:
+    """A data set from files by class; no more than so many of each class."""
     images, labels = [], []
     for by_class, limit in ((train, train_per_class), (test, test_per_class)):
         chosen = [(file, k) for k, c in enumerate(classes) for file in by_class[c][:limit]]
         images.append(_decode([file for file, _ in chosen], read, image_size, path))
         labels.append(torch.tensor([k for _, k in chosen]))
-    return ImageData(
-        name or path.stem, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes)
-    )
+    return ImageData(name, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes))
+
+
+def tiny_imagenet(
+    root: str,
+    image_size: int = 64,
+    train_per_class: int | None = None,
+    test_per_class: int | None = None,
+) -> ImageData:
+    """Tiny-ImageNet as it is distributed, unpacked or as the zip archive itself: 200 classes; its validation set is test.
+
+    image_size, train_per_class, test_per_class and errors: as in `image_folder`; 64 leaves the pictures as they are.
+    """
+    path = Path(root)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"no Tiny-ImageNet at {path}; set data.root=... to tiny-imagenet-200.zip or the folder it holds"
+        )
+    if path.is_file() and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is neither a folder nor a zip archive")
+    files, read = _archive(path) if path.is_file() else _folder(path)
+    try:
+        top = next(Path(f).parents[3] for f in files if Path(f).parts[-2:-1] == ("images",) and "train" in Path(f).parts)
+        lists = {name: read(str(top / name)).decode().splitlines() for name in ("wnids.txt", "val/val_annotations.txt")}
+    except (StopIteration, KeyError, OSError):
+        raise ValueError(
+            f"{path} is not laid out as Tiny-ImageNet (train/<class>/images, val/images, val/val_annotations.txt, wnids.txt)"
+        ) from None
+    classes = sorted(line.strip() for line in lists["wnids.txt"] if line.strip())
+    train: dict[str, list[str]] = {c: [] for c in classes}
+    test: dict[str, list[str]] = {c: [] for c in classes}
+    for file in files:
+        parts = Path(file).parts
+        if parts[-4:-3] == ("train",) and parts[-3] in train:
+            train[parts[-3]].append(file)
+    for line in lists["val/val_annotations.txt"]:
+        name, label = line.split("\t")[:2]
+        test[label].append(str(top / "val" / "images" / name))
+    return _pictures("tiny_imagenet", classes, train, test, read, image_size, path, train_per_class, test_per_class)
 
 
 def _folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:

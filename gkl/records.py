@@ -28,7 +28,7 @@ EXCLUDED = (
     "protocol",
     "assessment",
 )
-EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder")
+EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache")
 
 Record = dict[str, Any]
 

@@ -5,6 +5,9 @@
 
 A cell shows the paper's value, ours as mean ± standard deviation with standard error (number of seeds) and, when it was run
 on the paper's own data at paper scale, their difference. A stand-in never shows one.
+
+A row is one experiment and its cells are metrics; or, in a table with `columns`, each cell is an experiment of its own
+(`<the row's experiment>/<column>`, or the row's `experiments`) and shows one `metric`, with another `beside` it.
 """
 
 import json
@@ -34,6 +37,7 @@ class Row:
     comparable: bool
     note: str | None
     records: Sequence[Record]
+    beside: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,8 +51,28 @@ class Table:
     labels: Sequence[str]
     metrics: Mapping[str, str]
     rows: Sequence[Row]
+    beside: str = ""
     comparisons: Sequence[str] = field(default_factory=list)
     remarks: Sequence[str] = field(default_factory=list)
+
+
+def experiments(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
+    """Column -> experiment of a row: one under "" in a table without columns, none for a row that is not run."""
+    if "columns" not in config:
+        return {"": row["experiment"]} if row["experiment"] else {}
+    if "experiments" in row:
+        return dict(row["experiments"])
+    return {column: f"{row['experiment']}/{column}" for column in config["columns"]}
+
+
+def values(
+    config: Mapping[str, Any], row: Mapping[str, Any], record: Record, metric: str
+) -> dict[str, float]:
+    """What a record has for a row's cells: its metrics, or in a table with columns `metric` in those of its experiment."""
+    if "columns" not in config:
+        return {name: record["metrics"][name] for name in config["metrics"] if name in record["metrics"]}
+    mine = [c for c, name in experiments(config, row).items() if name == record["experiment"]]
+    return {column: record["metrics"][metric] for column in mine if metric in record["metrics"]}
 
 
 def build(
@@ -78,13 +102,19 @@ def build(
         row.id: row.label[0] if firsts.count(row.label[0]) == 1 else f"{row.label[0]} ({row.label[-1]})"
         for row in rows
     }
+    metrics = config.get("columns") or config["metrics"]
+    by_id = {row["id"]: row for row in config["rows"]}
+    seen = {
+        name: [(r["seed"], values(config, by_id[name], r, config.get("metric", ""))) for r in runs]
+        for name, runs in mine.items()
+    }
     comparisons = [
-        _comparison(config["metrics"], named, mine, ours, other) for ours, other in config.get("compare", [])
+        _comparison(metrics, named, seen, ours, other) for ours, other in config.get("compare", [])
     ]
     shown = next((r for runs in mine.values() for r in runs), None)
     return Table(
         title=config["title"], scale=scale, protocol=protocol, setting=_told(setting, shown),
-        labels=list(config["labels"].values()), metrics=config["metrics"], rows=rows,
+        labels=list(config["labels"].values()), metrics=metrics, rows=rows, beside=config.get("beside_name", ""),
         comparisons=[line for line in comparisons if line], remarks=config.get("remarks", []),
     )  # fmt: skip
 
@@ -115,7 +145,8 @@ def place(
         most = max((len(o) for o in claims.get(experiment, ()) if _within(o, changed)), default=0)
         for row in config["rows"]:
             own = row.get("overrides") or {}
-            if row["experiment"] == experiment and _within(own, changed) and len(own) == most:
+            mine = experiment in experiments(config, row).values()
+            if mine and _within(own, changed) and len(own) == most:
                 rest = {k: v for k, v in changed.items() if k not in own}
                 found.setdefault(row["id"], []).append((record, rest))
     return found
@@ -143,25 +174,25 @@ def _told(setting: Overrides, run: Record | None) -> str:
 def _comparison(
     metrics: Mapping[str, str],
     named: Mapping[str, str],
-    mine: Mapping[str, Sequence[Record]],
+    seen: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]],
     ours: str,
     other: str,
 ) -> str:
     """One row minus another over the seeds both have, with a Student interval; empty below two seeds."""
-    one, two = ({r["seed"]: r["metrics"] for r in mine[row]} for row in (ours, other))
-    parts = []
-    seeds: list[int] = []
+    parts: dict[int, list[str]] = {}  # by number of seeds
     for metric, title in metrics.items():
-        seeds = [s for s in sorted(set(one) & set(two)) if metric in one[s] and metric in two[s]]
-        if len(seeds) < 2:
-            return ""
-        values = [one[s][metric] - two[s][metric] for s in seeds]
-        half = paired_half_width(values)
-        parts.append(f"{title} {statistics.mean(values):+.2f} ± {half:.2f}")
-    return (
-        f"{named[ours]} minus {named[other]}, paired over {len(seeds)} seeds, mean ± half-width of the "
-        f"{100 * CONFIDENCE:.0f} % interval: {', '.join(parts)} points."
+        one, two = ({seed: v[metric] for seed, v in seen[row] if metric in v} for row in (ours, other))
+        differences = [one[seed] - two[seed] for seed in sorted(set(one) & set(two))]
+        if len(differences) > 1:
+            half = paired_half_width(differences)
+            parts.setdefault(len(differences), []).append(
+                f"{title} {statistics.mean(differences):+.2f} ± {half:.2f}"
+            )
+    told = "; ".join(
+        f"paired over {n} seeds, mean ± half-width of the {100 * CONFIDENCE:.0f} % interval: {', '.join(found)} points"
+        for n, found in parts.items()
     )
+    return f"{named[ours]} minus {named[other]}, {told}." if told else ""
 
 
 def paired_half_width(values: Sequence[float]) -> float:
@@ -175,10 +206,11 @@ def _row(
 ) -> Row:
     label = [str(row[name]) for name in config["labels"]]
     stand_in = next((r["data"]["stand_in_for"] for r in runs if r["data"]["stand_in_for"]), None)
-    ours = {
-        metric: [r["metrics"][metric] for r in runs if metric in r["metrics"]] for metric in config["metrics"]
-    }
-    if not row["experiment"]:
+    found = [values(config, row, r, config.get("metric", "")) for r in runs]
+    aside = [values(config, row, r, config["beside"]) for r in runs] if "beside" in config else []
+    names = config.get("columns") or config["metrics"]
+    ours, beside = ({name: [v[name] for v in some if name in v] for name in names} for some in (found, aside))
+    if not experiments(config, row):
         status = "not yet"
     elif not any(ours.values()):
         status = f"missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
@@ -187,7 +219,9 @@ def _row(
         status = f"stand-in: {runs[0]['data']['name']} for {stand_in}{_other_network(runs[0])}"
     else:
         status = "done" if scale == "paper" else f"scale {scale}{_other_network(runs[0])}"
-    if runs and any(not values for values in ours.values()):
+    if runs and any(
+        not numbers for name, numbers in ours.items() if name in row["paper"] or "columns" not in config
+    ):
         status += f"; some columns missing: make {config['target']} SCALE={scale} ROWS={row['id']}"
     attacked = {(r["evaluation"]["n"], r["data"]["test"]) for r in runs if "n" in r.get("evaluation", {})}
     if any(n < test for n, test in attacked):
@@ -199,7 +233,7 @@ def _row(
         and not stand_in
         and all(set(r.get("departures", {})) <= known for r in runs)
     )
-    return Row(row["id"], label, row["paper"], ours, status, comparable, row.get("note"), runs)
+    return Row(row["id"], label, row["paper"], ours, status, comparable, row.get("note"), runs, beside)
 
 
 def _other_network(run: Record) -> str:
@@ -228,20 +262,23 @@ def _cells(table: Table, row: Row) -> list[str]:
         paper, ours = row.paper.get(metric), row.ours[metric]
         value, count = _number(ours)
         printed, own = f"{paper:.2f}" if paper is not None else "–", f"{value} {count}" if value else "–"
+        if aside := row.beside.get(metric):
+            own += f"; {statistics.mean(aside):.2f}"
         difference = f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and paper is not None else "–"
         cells += [f"{printed} / {own}"] if _wide(table) else [printed, own, difference]
     return cells
 
 
 def _wide(table: Table) -> bool:
-    """Whether a table has so many metrics that paper and ours share a column."""
-    return len(table.metrics) > 3
+    """Whether a table has so many metrics, or such cells, that paper and ours share a column."""
+    return len(table.metrics) > 3 or bool(table.beside)
 
 
 def _header(table: Table) -> list[str]:
     columns = [f"{name}: {what}" for name in table.metrics.values() for what in ("paper", "ours", "diff.")]
     if _wide(table):
-        columns = [f"{name}: paper / ours" for name in table.metrics.values()]
+        aside = f"; {table.beside}" if table.beside else ""
+        columns = [f"{name}: paper / ours{aside}" for name in table.metrics.values()]
     return [*table.labels, *columns, "status"]
 
 
@@ -290,10 +327,14 @@ def _provenance(r: Record) -> str:
         f" (stand-in for {r['data']['stand_in_for']})" if r["data"]["stand_in_for"] else ""
     )
     attacked = r.get("evaluation", {}).get("n")
+    counted = f"{attacked} attacked" if attacked is not None else f"{r['data']['test']} tested"
+    if teacher := r.get("teacher"):
+        name = teacher.get("run") or teacher["published"]
+        counted += f", taught by {name} ({teacher['top1']:.2f}, {teacher['sha256'][:12]})"
     commit = (r["code"].get("commit") or "unknown")[:9] + ("+" if r["code"].get("dirty") else "")
     return (
         f"- [`{r['path']}`](../runs/{r['path']}): {metrics}; {r['data']['train']} training images of {data}, "
-        f"{attacked if attacked is not None else r['data']['test']} attacked; code {commit}; "
+        f"{counted}; code {commit}; "
         f"{r['hardware']['count']} × {r['hardware']['name']}, {r['cost']['device_hours']:.2f} h"
     )
 

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         )
     kind = "figure" if settings["figure"] is not None else "table"
     table = load_table(settings[kind], kind)
-    chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows")}
+    chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows", "columns")}
     plan = cells(table, **chosen, overrides=overrides)
     if not carry_out(table["title"], plan, settings):
         return 0

@@ -19,7 +19,7 @@ from gkl.records import read_records
 from gkl.tables import build, markdown
 from trainers.batch import carry_out, read_settings, setting_of
 from trainers.command import run_main
-from trainers.configuration import ConfigError, choices
+from trainers.configuration import ConfigError, choices, completed, completed_by
 from trainers.plan import cells, usual
 
 
@@ -35,10 +35,12 @@ def main(arguments: list[str]) -> int:
     ]  # fmt: skip
     table: dict[str, Any] = {
         "title": f"Sweep of {experiment} over {', '.join(swept)}", "target": "sweep", "name": "sweep", "rows": rows,
-        "labels": {key: key for key in swept}, "metrics": {"clean": "Clean", "aa": "AA"},
+        "labels": {key: key for key in swept},
     }  # fmt: skip
     chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows")}
     plan = cells(table, **chosen, overrides=rest)
+    attacked = plan[-1].config.get("evaluation")
+    table["metrics"] = {"clean": "Clean", "aa": "AA"} if attacked else {"top1_best": "Best epoch", "top1": "Last epoch"}
     if not carry_out(table["title"], plan, settings):
         return 0
     scale, protocol = settings["scale"], settings["protocol"]
@@ -62,7 +64,12 @@ def read_sweep(overrides: list[str]) -> tuple[str, dict[str, list[Any]], list[st
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides: {' '.join(str(error).split())}") from None
     experiments = [o.value() for o in parsed if o.key_or_group == "experiment"]
-    if len(experiments) != 1 or experiments[0] not in choices("experiment"):
+    if len(experiments) == 1 and (group := completed_by(experiments[0])):
+        raise ConfigError(
+            f"a sweep names its experiment whole: experiment={experiments[0]}/{choices(group)[0]}, or another {group}"
+        )
+    stem = completed(experiments[0])[0].removeprefix("experiment=") if len(experiments) == 1 else None
+    if stem not in choices("experiment"):
         raise ConfigError(f"a sweep needs one experiment=...; one of: {', '.join(choices('experiment'))}")
     swept: dict[str, list[Any]] = {}
     rest = []

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from trainers.command import run_main
 from trainers.configuration import check, check_machine, compose
 from trainers.plan import Cell
-from trainers.run import freeze, run_folder
+from trainers.run import check_teacher, freeze, run_folder
 
 
 def main(arguments: list[str]) -> int:
@@ -30,6 +30,7 @@ def main(arguments: list[str]) -> int:
     if record.exists():
         print(f"this run is done: {record}")
         return 0
+    check_teacher(config)
     with run_folder(config).locked():
         path = freeze(config)
     os.execv(

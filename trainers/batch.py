@@ -9,6 +9,7 @@ from gkl.records import differences
 from trainers.configuration import CONFIGS, ConfigError, check, check_machine, choices, unknown
 from trainers.launch import default_jobs, run_all
 from trainers.plan import Cell, row_config, summary
+from trainers.run import check_teacher
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -22,7 +23,8 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     for group in ("scale", "protocol"):
         if settings[group] not in choices(group):
             raise ConfigError(unknown(group, str(settings[group]), choices(group)))
-    for name, kind, example in (("seeds", int, "0,1"), ("rows", str, "kl_basic,gkl_basic")):
+    examples = (("seeds", int, "0,1"), ("rows", str, "kl_basic,gkl_basic"), ("columns", str, "vgg13_vgg8"))
+    for name, kind, example in examples:
         given = settings[name]
         if given is not None and not (
             isinstance(given, list) and given and all(type(x) is kind for x in given)
@@ -45,6 +47,8 @@ def carry_out(title: str, plan: Sequence[Cell], settings: Mapping[str, Any]) -> 
         return False
     for cell in missing:
         check(cell.config, cell.config["devices"])
+        if cell.teacher is None:
+            check_teacher(cell.config)  # a published file; a run of ours is in the plan
     if missing:
         check_machine(missing[0].config)
         jobs = default_jobs(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
@@ -54,6 +58,7 @@ def carry_out(title: str, plan: Sequence[Cell], settings: Mapping[str, Any]) -> 
 
 def setting_of(rows: Sequence[Mapping[str, Any]], plan: Sequence[Cell]) -> dict[str, Any]:
     """What the person's own overrides change in the runs of a plan, as the section of a table that shows them."""
-    row = next(row for row in rows if row["id"] == plan[0].row)
-    base = row_config(row, plan[0].config["scale"], plan[0].config["protocol"])
-    return {key: change[1] for key, change in differences(base, plan[0].config).items()}
+    cell = plan[-1]  # teachers, which may be other tables' runs, come first
+    row = {**next(row for row in rows if row["id"] == cell.row), "experiment": cell.config["experiment"]}
+    base = row_config(row, cell.config["scale"], cell.config["protocol"])
+    return {key: change[1] for key, change in differences(base, cell.config).items()}

@@ -64,9 +64,18 @@ def register_resolvers() -> None:
     def scaled(epoch: int, of: int = 200, *, _root_: DictConfig) -> int:
         return max(1, round(epoch * _root_.epochs / of))
 
+    def by_model(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+        return choices.get(_root_.model.name, choices["else"])
+
+    def by_pair(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+        if _root_.get("pair") not in choices:
+            raise ValueError(unknown("pair for this experiment", str(_root_.get("pair")), list(choices)))
+        return choices[_root_.pair]
+
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
-    OmegaConf.register_new_resolver("scaled", scaled, replace=True)
+    for resolver in (scaled, by_model, by_pair):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def choices(group: str) -> list[str]:
@@ -75,13 +84,38 @@ def choices(group: str) -> list[str]:
     return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml") if p.stem != "base")
 
 
+def completed(experiment: str) -> list[str]:
+    """What Hydra understands of an experiment's whole name: "kd/c100_gkl/vgg13_vgg8" is that experiment with that pair.
+
+    An experiment that serves many networks is completed by a name of the group it gives as `completed_by`.
+    """
+    stem, _, name = experiment.rpartition("/")
+    if group := completed_by(stem):
+        if name not in choices(group):
+            raise ConfigError(unknown(group, name, choices(group)))
+        return [f"experiment={stem}", f"{group}={name}"]
+    return [f"experiment={experiment}"]
+
+
+@cache
+def completed_by(experiment: str) -> str | None:
+    """The group whose choices complete an experiment's name, None for one that is whole or does not exist."""
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    return OmegaConf.load(path).get("completed_by") if path.is_file() else None
+
+
 def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of configs/<entry>.yaml with overrides applied, as plain dicts and lists.
 
-    Adds `experiment` and `scale`, the names chosen. Raises ConfigError.
+    Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
-    return copy.deepcopy(_composed(entry, tuple(overrides), folders))
+    words = [
+        word
+        for o in overrides
+        for word in (completed(o.removeprefix("experiment=")) if o.startswith("experiment=") else [o])
+    ]
+    return copy.deepcopy(_composed(entry, tuple(words), folders))
 
 
 @cache
@@ -94,6 +128,9 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
             config = hydra.compose(entry, list(overrides), return_hydra_config=True)
         chosen = OmegaConf.to_container(config.hydra.runtime.choices)
         assert isinstance(chosen, dict)
+        group = config.get("completed_by")
+        if group and not chosen.get(group):
+            raise ConfigError(f"{group}=... is missing; one of: {', '.join(choices(group))}")
         scale = chosen.get("scale", "paper")
         OmegaConf.register_new_resolver("at_scale", lambda choices: choices[scale], replace=True)
         for name, annotation in SETTINGS.items():
@@ -112,7 +149,10 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
     ) as error:  # ValueError: a group set to a number
         raise ConfigError(_explain(entry, str(error), overrides)) from None
     assert isinstance(resolved, dict)
-    return {**{key: chosen[key] for key in ("experiment", "scale") if key in chosen}, **resolved}
+    names = {key: chosen[key] for key in ("experiment", "scale") if key in chosen}
+    if resolved.pop("completed_by", None):
+        names["experiment"] += f"/{chosen[group]}"
+    return {**names, **resolved}
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
@@ -186,7 +226,11 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
             f"bn_groups={groups} must be a multiple of devices={world_size} and divide batch_size={batch_size}: "
             f"each process normalises whole groups; set bn_groups={world_size} to give each device its own batch norm"
         )
-    known = ["last", *config["averages"], *(["best"] if config["selection"] else [])]
+    known = [
+        "last",
+        *config["averages"],
+        *(["best"] if config["selection"] or "attack" not in config else []),
+    ]
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
     if config["selection"] and config["selection"].get("weights", "last") not in (

@@ -48,9 +48,13 @@ def run_all(cells: Sequence[Cell], jobs: int) -> None:
     }
     try:
         while waiting or running:
-            while waiting and len(running) < jobs and not stop:
+            while len(running) < jobs and not stop:
+                ready = next((c for c in waiting if c.teacher is None or c.teacher.trained), None)
+                if ready is None:
+                    break
+                waiting.remove(ready)
                 slot = min(set(range(jobs)) - {job.slot for job in running})
-                running.append(_start(waiting.pop(0), slot, jobs))
+                running.append(_start(ready, slot, jobs))
                 print(
                     f"[{done}/{total}] started {_name(running[-1].cell)}; log {running[-1].log}", flush=True
                 )

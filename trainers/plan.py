@@ -15,9 +15,10 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from gkl.records import assessment_path, read_record
-from gkl.tables import Overrides
+from gkl.tables import Overrides, experiments
 from trainers.configuration import CONFIGS, ConfigError, compose, locate, make, unknown
 from trainers.run import record_path, run_folder
+from trainers.teacher import teacher_config
 
 TFLOPS = 10.0  # sustained by one 3090-class card in float32; an assumption, said wherever hours are printed
 STATES = ("done", "failed", "started", "missing")
@@ -54,6 +55,12 @@ class Cell:
     def trained(self) -> bool:
         """Whether the run itself has its record."""
         return record_path(self.config).exists()
+
+    @property
+    def teacher(self) -> "Cell | None":
+        """The run that must be done before, where a student learns from another run."""
+        made = teacher_config(self.config)
+        return Cell("teacher", made) if made else None
 
     @property
     def status(self) -> str:
@@ -104,26 +111,33 @@ def cells(
     protocol: str,
     seeds: Sequence[int] | None = None,
     rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
     overrides: Sequence[str] = (),
 ) -> list[Cell]:
-    """Every run the chosen rows need, each once, seeds of a row together. Raises ConfigError for an unknown row."""
-    runnable = {row["id"]: row for row in table["rows"] if row["experiment"]}
-    for row in rows or ():
-        if row not in runnable:
-            raise ConfigError(unknown(f"row of {table['name']}", row, list(runnable)))
+    """Every run the chosen rows and columns need, each once, teachers first. Raises ConfigError for an unknown row or column."""
+    runnable = {row["id"]: row for row in table["rows"] if experiments(table, row)}
+    for kind, chosen, known in (("row", rows, runnable), ("column", columns, table.get("columns", {}))):
+        for name in chosen or ():
+            if name not in known:
+                raise ConfigError(unknown(f"{kind} of {table['name']}", name, list(known)))
     found: dict[Path, Cell] = {}
-    for name in rows or runnable:
-        config = row_config(runnable[name], scale, protocol, overrides, table.get("assessment"))
-        for seed in seeds if seeds is not None else SEEDS[scale]:
-            cell = Cell(name, {**config, "seed": seed})
-            found.setdefault(cell.record, cell)
-    return list(found.values())
+    for row in rows or runnable:
+        for column, experiment in experiments(table, runnable[row]).items():
+            if columns and column not in columns:
+                continue
+            named = {**runnable[row], "experiment": experiment}
+            config = row_config(named, scale, protocol, overrides, table.get("assessment"))
+            for seed in seeds if seeds is not None else SEEDS[scale]:
+                cell = Cell(row, {**config, "seed": seed})
+                found.setdefault(cell.record, cell)
+    teachers = {cell.record: cell for cell in (c.teacher for c in found.values()) if cell}
+    return [*({k: found.get(k, cell) for k, cell in teachers.items()} | found).values()]
 
 
 def usual(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
     """For each experiment of the rows, the configuration its run has at this scale without any override."""
-    experiments = dict.fromkeys(row["experiment"] for row in table["rows"] if row["experiment"])
-    return {name: row_config({"experiment": name}, scale, protocol) for name in experiments}
+    names = dict.fromkeys(name for row in table["rows"] for name in experiments(table, row).values())
+    return {name: row_config({"experiment": name}, scale, protocol) for name in names}
 
 
 def claims() -> dict[str, list[Overrides]]:
@@ -131,8 +145,10 @@ def claims() -> dict[str, list[Overrides]]:
     found: dict[str, list[Overrides]] = {}
     for kind in ("table", "figure"):
         for number in tables(kind):
-            for row in load_table(number, kind)["rows"]:
-                found.setdefault(row["experiment"], []).append(row.get("overrides") or {})
+            table = load_table(number, kind)
+            for row in table["rows"]:
+                for experiment in experiments(table, row).values():
+                    found.setdefault(experiment, []).append(row.get("overrides") or {})
     return found
 
 
@@ -199,13 +215,15 @@ def gpu_hours(cell: Cell, tflops: float = TFLOPS) -> float | None:
     if size is None:
         return None
     train, test, side, num_classes = size
-    attacked = config["evaluation"]["images"] or test
-    autoattack = attacked * SURVIVORS * AUTOATTACK_FORWARDS
+    autoattack = 0.0
+    if config.get("evaluation"):
+        autoattack = (config["evaluation"]["images"] or test) * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": 0.0}
     if cell.assessment:
         forwards["model"] += autoattack * len(config["assessment"].get("eighths", ()))
     if not cell.trained:
-        epochs, attack = config["epochs"], make(config["attack"])
+        epochs = config["epochs"]
+        attack = make(config["attack"]) if config.get("attack") else None
         count = locate(config["method"]["_target_"]).forwards  # type: ignore[attr-defined]
         selection = config["selection"]
         chosen = 0.0
@@ -213,11 +231,19 @@ def gpu_hours(cell: Cell, tflops: float = TFLOPS) -> float | None:
             images = test if selection["images"] == "test" else train * config["held_out"]
             chosen = images * (2 * selection["steps"] + 1)
         for epoch in range(1, epochs + 1):
-            for network, each in count(config, epoch, attack.budget(epoch, epochs)["steps"]).items():
+            steps = attack.budget(epoch, epochs)["steps"] if attack else 0
+            for network, each in count(config, epoch, steps).items():
                 forwards[network] = forwards.get(network, 0.0) + train * each
         forwards["model"] += epochs * (test + chosen) + autoattack
-    flops = sum(n * forward_flops(config[network], side, num_classes) for network, n in forwards.items())
+    flops = sum(n * forward_flops(_at(config, network), side, num_classes) for network, n in forwards.items())
     return flops / (tflops * 1e12) / 3600
+
+
+def _at(config: Mapping[str, Any], dotted: str) -> Any:
+    """The entry of a configuration that a dotted name leads to."""
+    for key in dotted.split("."):
+        config = config[key]
+    return config
 
 
 def disk_bytes(config: Mapping[str, Any]) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gkl.figures import FORMATS, draw, save
 from gkl.records import Record
-from gkl.tables import Overrides, Table, build, latex, markdown, place, settings
+from gkl.tables import Overrides, Table, build, experiments, latex, markdown, place, settings
 from trainers.folder import write_atomically, write_text
 from trainers.plan import claims, usual
 
@@ -28,8 +28,8 @@ def section(
 
 def sections(table: Mapping[str, Any], records: Sequence[Record]) -> list[Table]:
     """The paper's own scale, then every scale, protocol and setting of which there are records."""
-    experiments = {row["experiment"] for row in table["rows"]}
-    there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in experiments}
+    names = {name for row in table["rows"] for name in experiments(table, row).values()}
+    there = {(r["scale"], r["protocol"]) for r in records if r["experiment"] in names}
     order = [("paper", "official"), *sorted(there - {("paper", "official")})]
     made, claimed = [], claims()
     for scale, protocol in order:

@@ -31,6 +31,7 @@ from trainers.configuration import ConfigError
 from trainers.engine import fit
 from trainers.folder import RunError, RunFolder, save_state, write_atomically, write_text
 from trainers.report import Console, Mirror
+from trainers.teacher import teacher_config
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:
@@ -51,8 +52,23 @@ def record_path(config: dict[str, Any]) -> Path:
     )
 
 
+def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the path of its teacher's record, where the teacher is a run of ours."""
+    teacher = teacher_config(config)
+    if teacher is None:
+        return config
+    return {**config, "teacher": {**config["teacher"], "record": str(record_path(teacher))}}
+
+
+def check_teacher(config: dict[str, Any]) -> None:
+    """Raises ConfigError naming the teacher whose record or weights a student run lacks."""
+    if config.get("teacher"):
+        configuration.make(with_teacher(config)["teacher"]).check()
+
+
 def freeze(config: dict[str, Any]) -> Path:
     """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
+    config = with_teacher(config)
     path = run_folder(config).path / "config.yaml"
     write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
     return path
@@ -118,7 +134,10 @@ def _train(
             save_state(folder.path / f"{name}.pt", state)
     started = time.monotonic()
     metrics, evaluation = task.evaluate(
-        headline=config["evaluate"], settings=config["evaluation"], folder=folder.path, console=console
+        headline=config["evaluate"],
+        settings=config.get("evaluation") or {},
+        folder=folder.path,
+        console=console,
     )
     if rank() == 0:
         seconds += time.monotonic() - started
@@ -210,6 +229,7 @@ def _record(
                 {"generated": {"name": made.name, "sha256": made.sha256, "images": len(made)}} if made else {}
             ),
         },
+        **task.origins(),
         **_provenance(task.device, code, seconds),
     }
 

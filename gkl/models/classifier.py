@@ -1,8 +1,21 @@
 """What every network of this package can do: timm's methods, so that one caller serves both."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+
+class Taps(NamedTuple):
+    """What a distillation method may see of a network: every stage's map, the pooled feature, the logits.
+
+    after: the stem's output, then each stage's, as the next one takes it, (B, c, h, w) each. before: the same maps before
+    the activation that ends the stage; a stage that ends without one stands there as it is. pooled: (B, F). logits: (B, C).
+    """
+
+    after: list[Tensor]
+    before: list[Tensor]
+    pooled: Tensor
+    logits: Tensor
 
 
 class Classifier(nn.Module):
@@ -31,6 +44,33 @@ class Classifier(nn.Module):
     def get_classifier(self) -> nn.Module:
         """The last layer."""
         return self.get_submodule(self.classifier_name)
+
+
+class TappedClassifier(Classifier):
+    """A classifier whose stages a distillation method can see; subclasses give `staged` in place of forward_features."""
+
+    def staged(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Images (B, 3, H, W) in [0, 1] -> Taps' `after` and `before`, and the last feature map (B, num_features, h, w)."""
+        raise NotImplementedError(f"{type(self).__name__} must define staged")
+
+    def batch_norms(self) -> list[nn.BatchNorm2d]:
+        """Of each stage but the stem, the batch norm that feeds the activation at its end (OFD's margins).
+
+        Raises ValueError for a network whose stages end otherwise.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no batch norm before the activation of each stage, which OFD needs of a teacher"
+        )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> last feature map (B, num_features, h, w)."""
+        return self.staged(x)[2]
+
+    def forward_taps(self, x: Tensor) -> Taps:
+        """Images (B, 3, H, W) in [0, 1] -> logits and what stands before them."""
+        after, before, last = self.staged(x)
+        pooled = self.forward_head(last, pre_logits=True)
+        return Taps(after, before, pooled, self.get_classifier()(pooled))
 
 
 def without_timm_bookkeeping(options: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""What distillation methods share."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkl.models.classifier import TappedClassifier, Taps
+
+Terms = dict[str, Tensor]  # name -> (b,) values whose mean over the global batch is the term
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is built for. student, teacher: taps of a few pictures, for their shapes alone.
+
+    network: the teacher (None: there is none). train_labels: (N,) of the whole training set, on the CPU. seed: the run's.
+    """
+
+    student: Taps
+    teacher: Taps | None
+    network: TappedClassifier | None
+    train_labels: Tensor
+    num_classes: int
+    seed: int
+
+
+class Distiller(nn.Module):
+    """A distillation method: layers and buffers of its own are trained and checkpointed with the student."""
+
+    teacher_mode: Literal["eval", "train"] = (
+        "eval"  # batch norm of the teacher; `train` leaves its running statistics alone
+    )
+    logits_alone: bool = False  # sees nothing of the teacher but its logits
+
+    def __init__(self, context: Context, *, label_weight: float = 1.0) -> None:
+        """label_weight: of the cross-entropy with the labels."""
+        super().__init__()
+        self.label_weight = label_weight
+
+    def forward(
+        self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
+    ) -> Terms:
+        """Every loss term of this process's part of a batch.
+
+        labels: (b,). epoch: 1, 2, .... index: (b,) places in the training set. The teacher's taps carry no gradient.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define forward")
+
+    def labelled(self, student: Taps, labels: Tensor) -> Tensor:
+        """The weighted cross-entropy with the labels, (b,)."""
+        return self.label_weight * F.cross_entropy(student.logits, labels, reduction="none")
+
+    def end_epoch(self) -> None:
+        """What the method does after the last step of an epoch."""
+
+    def merge(self) -> None:
+        """Before a checkpoint, on every process: bring what the processes hold apart together in process 0."""
+
+    def after_load(self) -> None:
+        """After a checkpoint was loaded, on every process: leave with process 0 what `merge` brought there."""
+
+
+class Vanilla(Distiller):
+    """No distillation: the cross-entropy with the labels."""
+
+    logits_alone = True
+
+    def forward(
+        self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
+    ) -> Terms:
+        """Every loss term of this process's part of a batch."""
+        return {"labels": self.labelled(student, labels)}
+
+
+def warmed_up(epoch: int, warmup: int) -> float:
+    """The share of its weight that a distillation term has in epoch 1, 2, ...: min(epoch / warmup, 1)."""
+    return min(epoch / warmup, 1.0) if warmup else 1.0
+
+
+def teacher_logits(teacher: Taps | None) -> Tensor:
+    """The teacher's logits (b, C). Raises ValueError when there is no teacher."""
+    if teacher is None:
+        raise ValueError("a distillation method needs a teacher; choose a pair=..., or the distiller vanilla")
+    return teacher.logits

@@ -1,0 +1,119 @@
+"""GKL-KD, the paper's distillation (Sec. 4.2), and IKL-KD, its conference version's."""
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from gkl import losses
+from gkl.distillation.base import Context, Distiller, Terms, teacher_logits, warmed_up
+from gkl.distributed import rank
+from gkl.models.classifier import Taps
+from gkl.objectives import GKL
+from gkl.prior import ClassPrior
+
+
+class GKLKD(Distiller):
+    """min(epoch / warmup, 1) * GKL(student || teacher) beside label_weight * CE.
+
+    The class prior is the teacher's: the mean of softmax(teacher / prior_temperature) over the last epoch's views.
+    Source: the authors' GKL_KD.py and trainer, whose alpha and beta are swapped.
+    """
+
+    logits_alone = True
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        temperature: float,
+        prior_temperature: float,
+        weights: Literal["class", "sample"],
+        warmup: int,
+        label_weight: float = 1.0,
+    ) -> None:
+        """alpha, beta, gamma, temperature: as gkl.losses.gkl. weights: the prior's row, or softmax(teacher / prior_temperature)."""
+        super().__init__(context, label_weight=label_weight)
+        self.objective = GKL(
+            alpha, beta, gamma, temperature, weights=weights, weights_temperature=prior_temperature
+        )
+        self.prior = ClassPrior(context.num_classes, prior_temperature)
+        self.warmup = warmup
+
+    def forward(
+        self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
+    ) -> Terms:
+        """Every loss term of this process's part of a batch; the teacher's predictions are added to the prior."""
+        target = teacher_logits(teacher)
+        divergence = self.objective(student.logits, target, labels, self.prior)
+        if self.training:
+            self.prior.update(target, labels)
+        return {
+            "labels": self.labelled(student, labels),
+            "distillation": warmed_up(epoch, self.warmup) * divergence,
+        }
+
+    def end_epoch(self) -> None:
+        """The next epoch is weighed by what this one has seen."""
+        self.prior.renew()
+
+    def merge(self) -> None:
+        """The prior's sums of all processes come together in process 0."""
+        self.prior.merge()
+
+    def after_load(self) -> None:
+        """The loaded sums are those of all processes: only process 0 keeps them."""
+        if rank() != 0:
+            self.prior.sums.zero_()
+            self.prior.counts.zero_()
+
+
+class IKLKD(Distiller):
+    """As GKLKD with gamma = 1, sample-wise weights softmax(teacher / weights_temperature), wMSE divided by the batch size.
+
+    Source: the authors' v1 IKL_KD.py with GI off and T2 = 100, which nearly evens the weights out.
+    """
+
+    logits_alone = True
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        alpha: float,
+        beta: float,
+        temperature: float,
+        weights_temperature: float,
+        warmup: int,
+        label_weight: float = 1.0,
+    ) -> None:
+        """alpha, beta, temperature: as gkl.losses.ikl."""
+        super().__init__(context, label_weight=label_weight)
+        self.alpha, self.beta, self.temperature = alpha, beta, temperature
+        self.weights_temperature, self.warmup = weights_temperature, warmup
+
+    def forward(
+        self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
+    ) -> Terms:
+        """Every loss term of this process's part of a batch."""
+        target = teacher_logits(teacher)
+        weights = F.softmax(losses.at_least_float32(target) / self.weights_temperature, dim=-1)
+        divergence = losses.gkl(
+            student.logits,
+            target,
+            weights,
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=1.0,
+            temperature=self.temperature,
+            pair_weight=1.0,
+            validate=False,
+            reduction="none",
+        )
+        return {
+            "labels": self.labelled(student, labels),
+            "distillation": warmed_up(epoch, self.warmup) * divergence,
+        }

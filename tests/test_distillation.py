@@ -1,0 +1,370 @@
+"""Logit methods against slow restatements of their equations, and whole distillation runs: fidelity, resume, processes, cache."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from test_ranks import assert_equal, scans
+from torch import Tensor
+
+from gkl.distillation import Context, Vanilla
+from gkl.distillation.dkd import DKD
+from gkl.distillation.gkl_kd import GKLKD, IKLKD
+from gkl.distillation.kd import KD
+from gkl.models import create
+from gkl.models.classifier import Taps
+from trainers.configuration import ConfigError, build, check, compose, make
+from trainers.distillation import Distillation
+from trainers.teacher import teacher_config
+
+METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
+B, C = 7, 5
+
+
+def taps(logits: Tensor) -> Taps:
+    return Taps([], [], logits[:, :0], logits)
+
+
+def context() -> Context:
+    empty = taps(torch.zeros(2, C))
+    return Context(empty, empty, None, torch.arange(20) % C, C, seed=0)
+
+
+@pytest.fixture
+def logits() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(B, C, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.randint(C, (B,), generator=generator)
+
+
+def softmax(row: Tensor, temperature: float = 1.0) -> list[Tensor]:
+    powers = [(z / temperature).exp() for z in row]
+    return [p / sum(powers) for p in powers]
+
+
+def same_value_and_gradient(method: Any, logits: tuple[Tensor, Tensor, Tensor], epoch: int, slow: Any) -> None:
+    student, teacher, labels = logits
+    method = method.double()
+    terms = method(taps(student), taps(teacher), labels, epoch=epoch, index=torch.arange(B))
+    ours = torch.stack(list(terms.values())).sum(0).mean()
+    restated = slow(student, teacher, labels)
+    torch.testing.assert_close(ours, restated, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(value, student, retain_graph=True)[0] for value in (ours, restated))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-12)
+
+
+def cross_entropy(student: Tensor, labels: Tensor) -> Tensor:
+    return sum(-softmax(s)[int(y)].log() for s, y in zip(student, labels, strict=True)) / B
+
+
+def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    pairs = zip(student, teacher, strict=True)
+    return sum(-t * s.log() for a, b in pairs for s, t in zip(softmax(a, temperature), softmax(b, temperature), strict=True)) / B  # fmt: skip
+
+
+def wmse(student: Tensor, teacher: Tensor, weights: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Sum over the batch of the paired squares, by loops, and of the pair weights."""
+    value, total = torch.zeros(()), torch.zeros(())
+    for s, t, w in zip(student, teacher, weights, strict=True):
+        for j in range(C):
+            for k in range(C):
+                value = value + 0.25 * w[j] * w[k] * ((t[j] - t[k]) - (s[j] - s[k])) ** 2
+                total = total + w[j] * w[k]
+    return value, total
+
+
+def test_kd(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        entropy = soft_cross_entropy(teacher, teacher, 4.0)
+        kl = soft_cross_entropy(student, teacher, 4.0) - entropy
+        return 0.1 * cross_entropy(student, labels) + 0.9 * 16 * kl
+
+    same_value_and_gradient(KD(context(), temperature=4.0, weight=0.9, label_weight=0.1), logits, 1, slow)
+
+
+def test_dkd(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros(())
+        for s, t, y in zip(student, teacher, labels.tolist(), strict=True):
+            ps, pt = softmax(s, 4.0), softmax(t, 4.0)
+            for a, b in ((ps[y], pt[y]), (1 - ps[y], 1 - pt[y])):
+                total = total + 1.0 * b * (b / a).log()
+            for c in set(range(C)) - {y}:
+                a, b = ps[c] / (1 - ps[y]), pt[c] / (1 - pt[y])
+                total = total + 6.0 * b * (b / a).log()
+        return cross_entropy(student, labels) + 5 / 20 * 16 * total / B
+
+    method = DKD(context(), alpha=1.0, beta=6.0, temperature=4.0, warmup=20)
+    same_value_and_gradient(method, logits, 5, slow)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_dkd_is_finite_where_predictions_saturate(classes: int) -> None:
+    student = torch.tensor([[200.0, *([0.0] * (classes - 1))]] * 2, requires_grad=True)
+    labels = torch.tensor([0, 1])
+    method = DKD(context(), alpha=1.0, beta=8.0, temperature=1.0, warmup=0)
+    terms = method(taps(student), taps(-student.detach()), labels, epoch=1, index=labels)
+    loss = torch.stack(list(terms.values())).sum()
+    loss.backward()
+    assert loss.isfinite()
+    assert student.grad is not None and student.grad.isfinite().all()
+
+
+def test_ikl_kd(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        value, _ = wmse(student, teacher, [softmax(t, 100.0) for t in teacher])
+        divergence = 12.0 * value / B + 3.0 * soft_cross_entropy(student, teacher, 4.0)
+        return cross_entropy(student, labels) + 10 / 20 * divergence
+
+    method = IKLKD(context(), alpha=12.0, beta=3.0, temperature=4.0, weights_temperature=100.0, warmup=20)
+    same_value_and_gradient(method, logits, 10, slow)
+
+
+@pytest.mark.parametrize("weights", ["class", "sample"])
+def test_gkl_kd_over_two_epochs(logits: tuple[Tensor, Tensor, Tensor], weights: Any) -> None:
+    """The second epoch's class weights are the mean of the teacher's softened predictions in the first."""
+    seen: dict[int, list[list[Tensor]]] = {}
+    method = GKLKD(context(), alpha=8.0, beta=2.0, gamma=0.3, temperature=4.0, prior_temperature=4.0, weights=weights,
+                   warmup=20)  # fmt: skip
+
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        rows = []
+        for t, y in zip(teacher, labels.tolist(), strict=True):
+            if weights == "sample":
+                row = softmax(t, 4.0)
+            elif y in seen:
+                row = [sum(p[c] for p in seen[y]) / len(seen[y]) for c in range(C)]
+            else:
+                row = [torch.tensor(1 / C, dtype=torch.float64)] * C
+            rows.append([w**0.3 for w in row])
+        value, total = wmse(student, teacher, rows)
+        divergence = 8.0 * value / total + 2.0 * soft_cross_entropy(student, teacher, 4.0)
+        return cross_entropy(student, labels) + epoch / 20 * divergence
+
+    epoch = 1
+    same_value_and_gradient(method, logits, epoch, slow)
+    method.end_epoch()
+    for t, y in zip(logits[1], logits[2].tolist(), strict=True):
+        seen.setdefault(y, []).append(softmax(t, 4.0))
+    epoch = 2
+    same_value_and_gradient(method, logits, epoch, slow)
+
+
+def test_the_prior_learns_in_training_alone(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    method = GKLKD(context(), alpha=1.0, beta=1.0, gamma=0.5, temperature=1.0, prior_temperature=1.0, weights="class",
+                   warmup=0).double().eval()  # fmt: skip
+    method(taps(logits[0]), taps(logits[1]), logits[2], epoch=1, index=logits[2])
+    assert method.prior.counts.sum() == 0
+
+
+def test_a_method_without_its_teacher_says_so(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    method = KD(context(), temperature=4.0, weight=0.9, label_weight=0.1)
+    with pytest.raises(ValueError, match="needs a teacher"):
+        method(taps(logits[0]), None, logits[2], epoch=1, index=logits[2])
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+def configured(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
+    """A student WRN-10-1 of a WRN-16-2, whose weights lie in a published file."""
+    torch.manual_seed(7)
+    file = folder / "wrn_40_2_vanilla" / "ckpt_epoch_240.pth"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"epoch": 240, "model": create("wrn_16_2", num_classes=10).state_dict()}, file)
+    whole = "kd/c100_vanilla/wrn_10_1" if method == "vanilla" else f"kd/c100_{method}/wrn40_2_wrn40_1"
+    taught = [] if method == "vanilla" else [
+        "teacher.network.name=wrn_16_2", "teacher.network.normalisation=null", "teacher.weights=published",
+        f"teacher.folder={folder}", f"paths.outputs={folder}",
+    ]  # fmt: skip
+    small = ["precision=float64", "batch_size=32", "channels_last=false", "epochs=4"]
+    config = compose("train", [f"experiment={whole}", "scale=smoke", "model=wrn_10_1", *taught, *small, *overrides])
+    if method == "crd":
+        config["distiller"] |= {"negatives": 20, "dim": 8}
+    check(config, 1)
+    return config
+
+
+def make_task(method: str, folder: Path, *overrides: str) -> Distillation:
+    config = configured(method, folder, *overrides)
+    torch.manual_seed(5)
+    model = make(config["model"], num_classes=10).double()
+    return build(config, data=scans(), model=model, device=torch.device("cpu"))
+
+
+def train(task: Distillation, epoch: int, steps: range) -> None:
+    task.start_epoch(epoch)
+    for step in steps:
+        task.train_step(epoch, step)
+
+
+def ended(task: Distillation, epoch: int) -> dict[str, Any]:
+    row = task.end_epoch(epoch)
+    return copy.deepcopy({"row": row, **task.state_dict()})
+
+
+def test_gkl_kd_equals_the_published_loop(tmp_path: Path) -> None:
+    """Two epochs of two whole steps in float64: network, class prior, warm-up, weight decay, learning rate."""
+    task = make_task("gkl", tmp_path, "distiller.weights=class", "distiller.gamma=0.2", "epochs=240")
+    assert task.teacher is not None
+    student, teacher = copy.deepcopy(task.model), copy.deepcopy(task.teacher).eval()
+    settings = configured("gkl", tmp_path)["distiller"]
+    assert (settings["alpha"], settings["beta"]) == (12, 1)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    prior = torch.full((10, 10), 0.1, dtype=torch.float64)
+    for epoch in (1, 2):
+        task.start_epoch(epoch)
+        sums = torch.zeros(10, 10, dtype=torch.float64)
+        for step in range(2):
+            x, y, _, _ = task.batch(epoch, step)
+            task.train_step(epoch, step)
+            with torch.no_grad():
+                t = teacher(x)
+            student.train()
+            s = student(x)
+            rows = prior[y] ** 0.2
+            pairs = rows[:, :, None] * rows[:, None, :]
+            gaps = (t[:, :, None] - t[:, None, :]) - (s[:, :, None] - s[:, None, :])
+            mse = 0.25 * (gaps**2 * pairs).sum() / pairs.sum()
+            soft = -((t / 4).softmax(1) * (s / 4).log_softmax(1)).sum(1).mean()
+            hard = -s.log_softmax(1)[torch.arange(len(y)), y].mean()
+            optimizer.zero_grad()
+            (hard + epoch / 20 * (12 * mse + 1 * soft)).backward()
+            optimizer.step()
+            for k, label in enumerate(y.tolist()):
+                sums[label] += (t[k] / 4).softmax(0)
+        task.end_epoch(epoch)
+        seen = sums.sum(1) > 0
+        prior[seen] = sums[seen] / sums[seen].sum(1, keepdim=True)
+    for (name, ours), theirs in zip(task.model.state_dict().items(), student.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_within_an_epoch_and_gone_on(method: str, tmp_path: Path) -> None:
+    task = make_task(method, tmp_path)
+    train(task, 1, range(2))
+    task.end_epoch(1)
+    train(task, 2, range(1))
+    torch.save(task.state_dict(), tmp_path / "checkpoint.pt")
+    train(task, 2, range(1, 4))
+    resumed = make_task(method, tmp_path)
+    resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
+    train(resumed, 2, range(1, 4))
+    assert_equal(ended(task, 2), ended(resumed, 2), method, rtol=0, atol=0)
+
+
+def twice(task: Distillation) -> list[dict[str, Any]]:
+    train(task, 2, range(2))
+    within = copy.deepcopy(task.state_dict())
+    train(task, 2, range(2, 3))
+    return [within, ended(task, 2)]
+
+
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    for method in METHODS:
+        states = twice(make_task(method, Path(folder), "bn_groups=2"))
+        if rank == 0:
+            torch.save(states, f"{folder}/{method}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    configured("kd", tmp_path)  # writes the teacher
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    for method in METHODS:
+        shared = torch.load(tmp_path / f"{method}.pt", weights_only=True)
+        assert_equal(twice(make_task(method, tmp_path, "bn_groups=2")), shared, method, rtol=1e-8, atol=1e-10)
+
+
+def test_kept_logits_change_no_bit_and_save_the_teachers_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_task("gkl", tmp_path, "teacher.cache=null")
+    filling, reading = (make_task(m, tmp_path, f"teacher.cache={tmp_path}/logits") for m in ("kd", "gkl"))
+    asked = []
+    assert reading.teacher is not None
+    forward = reading.teacher.forward_taps
+    monkeypatch.setattr(reading.teacher, "forward_taps", lambda x: asked.append(1) or forward(x))
+    for task in (plain, filling, reading):
+        train(task, 1, range(task.steps_per_epoch))
+        task.end_epoch(1)
+    assert not asked
+    assert_equal(plain.state_dict(), reading.state_dict(), "gkl", rtol=0, atol=0)
+    for other in ("seed=1", "batch_size=16", "augment.padding=0"):
+        task = make_task("gkl", tmp_path, f"teacher.cache={tmp_path}/logits", other)
+        task.start_epoch(1)
+        assert task.cache is not None and not task.cache.kept, other
+    assert make_task("fitnet", tmp_path, f"teacher.cache={tmp_path}/logits").cache is None  # sees more than logits
+
+
+def test_an_epoch_begun_in_its_middle_is_not_kept(tmp_path: Path) -> None:
+    task = make_task("kd", tmp_path, f"teacher.cache={tmp_path}/logits")
+    train(task, 1, range(1, task.steps_per_epoch))
+    task.end_epoch(1)
+    assert not list((tmp_path / "logits").rglob("*.pt"))
+
+
+def test_the_best_epoch_and_the_last_are_both_told(tmp_path: Path) -> None:
+    task = make_task("kd", tmp_path)
+    rows = []
+    for epoch in (1, 2, 3):
+        train(task, epoch, range(3))
+        rows.append(task.end_epoch(epoch)["test/top1"])
+    metrics, details = task.evaluate(headline="last", settings={}, folder=tmp_path, console=None)  # type: ignore[arg-type]
+    assert metrics == {"top1": rows[-1], "top1_best": max(rows)}
+    assert details["best_epoch"] == rows.index(max(rows)) + 1
+    assert set(task.weights()) == {"last", "best"}
+    assert task.origins()["teacher"]["published"] == "wrn_40_2_vanilla"
+    assert 0 <= task.origins()["teacher"]["top1"] <= 100
+
+
+def test_a_checkpoint_of_another_teacher_is_refused(tmp_path: Path) -> None:
+    state = copy.deepcopy(make_task("kd", tmp_path / "one").state_dict())
+    task = make_task("kd", tmp_path / "one")
+    file = tmp_path / "one" / "wrn_40_2_vanilla" / "ckpt_epoch_240.pth"
+    torch.save({"model": create("wrn_16_2", num_classes=10).state_dict()}, file)
+    other = make_task("kd", tmp_path / "one")
+    task.load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"another teacher \(teacher.sha256 differ"):
+        other.load_state_dict(state)
+
+
+def test_a_missing_or_foreign_teacher_is_named(tmp_path: Path) -> None:
+    config = configured("kd", tmp_path)
+    file = tmp_path / "wrn_40_2_vanilla" / "ckpt_epoch_240.pth"
+    torch.save({"model": create("wrn_16_4", num_classes=10).state_dict()}, file)
+    with pytest.raises(ConfigError, match="does not fit the WideResNet"):
+        make(config["teacher"]).load(10)
+    file.unlink()
+    with pytest.raises(ConfigError, match=f"weights {file} are missing; unpack .* GKL_TEACHERS"):
+        make(config["teacher"]).check()
+    config["teacher"]["weights"] = "own"
+    with pytest.raises(ConfigError, match="kd/c100_vanilla/wrn_16_2 has no record; train it first: make teachers"):
+        make(config["teacher"]).check()
+
+
+def test_a_teacher_shares_its_students_data_and_schedule() -> None:
+    student = compose("train", ["experiment=kd/c100_gkl/vgg13_vgg8", "scale=smoke", "epochs=3", "seed=2",
+                                "distiller.gamma=0.9", "data=cifar10"])  # fmt: skip
+    teacher = teacher_config(student)
+    usual = compose("train", ["experiment=kd/c100_vanilla/vgg_13", "scale=smoke"])
+    assert teacher == {**usual, "epochs": 3, "data": student["data"]}
+    assert teacher_config({**student, "teacher": {**student["teacher"], "weights": "published"}}) is None
+    assert teacher_config(usual) is None
+
+
+def test_networks_without_taps_are_refused(tmp_path: Path) -> None:
+    config = configured("vanilla", tmp_path)
+    with pytest.raises(ValueError, match="needs a network with taps"):
+        build(config, data=scans(), model=create("preact_resnet_18", 10).double(), device=torch.device("cpu"))
+
+
+def test_vanilla_is_the_cross_entropy(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    same_value_and_gradient(Vanilla(context()), logits, 1, lambda s, t, y: cross_entropy(s, y))

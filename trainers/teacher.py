@@ -1,0 +1,148 @@
+"""The teacher of a student run: where its weights come from, and its logits kept where that is exact.
+
+A student learns from a run of this repository (`weights: own`), whose record names it, or from a published file.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gkl.distributed import rank, world_size
+from gkl.models import load_checkpoint
+from gkl.records import differences, read_record
+from trainers.configuration import ConfigError, compose
+from trainers.folder import save_state
+
+# What a person changes in a student's data and schedule, its teacher is trained with, too.
+SHARED = (
+    "data", "augment", "epochs", "batch_size", "drop_last", "bn_groups", "precision", "channels_last", "compile",
+    "device", "devices", "checkpoint_minutes", "logger", "paths",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which network teaches, and its weights.
+
+    run: the experiment that trains it, seed 0. weights: own, that run's; published, the file
+    <folder>/<published>/ckpt_epoch_240.pth, the layout of RepDistiller's and mdistiller's archives.
+    outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
+    cache: folder for the teacher's logits, or None: they are computed anew in every step.
+    """
+
+    network: Callable[..., nn.Module]
+    run: str
+    published: str
+    weights: Literal["own", "published"]
+    folder: str
+    outputs: str
+    record: str | None = None
+    cache: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where the weights are. Raises ConfigError when the teacher's run has no record."""
+        if self.weights == "published":
+            return Path(self.folder) / self.published / "ckpt_epoch_240.pth"
+        if self.record is None or not Path(self.record).is_file():
+            raise ConfigError(
+                f"the teacher {self.run} has no record{f' at {self.record}' if self.record else ''}; train it first: "
+                f"make teachers, or python scripts/train.py experiment={self.run} with this run's scale and data"
+            )
+        return Path(self.outputs) / read_record(Path(self.record))["checkpoint"]["path"]
+
+    def check(self) -> None:
+        """Raises ConfigError when the weights or their run's record are missing."""
+        file = self.file
+        if not file.is_file():
+            remedy = (
+                f"bring the file back (GKL_OUTPUTS), or move {self.record} away to train the teacher anew"
+                if self.weights == "own"
+                else "unpack RepDistiller's or mdistiller's teachers there (GKL_TEACHERS), or set teacher.weights=own"
+            )
+            raise ConfigError(f"the teacher's weights {file} are missing; {remedy}")
+
+    def load(self, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The network with its weights, and what a student's record says of it. Raises ConfigError for missing or other weights."""
+        self.check()
+        file = self.file
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        if self.weights == "own":
+            wanted = read_record(Path(str(self.record)))["checkpoint"]["sha256"]
+            if sha256 != wanted:
+                raise ConfigError(
+                    f"the teacher's weights {file} are not those of its record {self.record}; bring them back, or move "
+                    "the record away to train the teacher anew"
+                )
+        network = self.network(num_classes=num_classes)
+        try:
+            load_checkpoint(network, file)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        named = {"run": self.run} if self.weights == "own" else {"published": self.published}
+        return network, {**named, "sha256": sha256}
+
+
+def teacher_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run that trains a student's teacher: its experiment at the student's scale, with what both share; None for none."""
+    teacher = config.get("teacher")
+    if not teacher or teacher["weights"] != "own":
+        return None
+    place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]
+    made = compose("train", [f"experiment={teacher['run']}", *place])
+    usual = compose("train", [f"experiment={config['experiment']}", *place])
+    changed = {key for key in SHARED if usual.get(key) != config.get(key)}
+    return {**made, **{key: config[key] for key in changed}, "seed": 0}
+
+
+def unlike(state: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Raises ConfigError when a checkpoint was trained with another teacher than the one at hand."""
+    if changed := differences({"teacher": state}, {"teacher": origin}):
+        raise ConfigError(
+            f"this run was started with another teacher ({', '.join(changed)} differs); bring that one back, or move the "
+            "run's folder away to start anew"
+        )
+
+
+class LogitsCache:
+    """A teacher's logits on the batches of one training, epoch by epoch, shared by all students that see the same batches.
+
+    Exact, not approximate: order and views of a batch follow from the seed, so the same teacher on the same kind of
+    machine computes the same bits, and the key holds all that they depend on.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder / name
+        self.kept: list[Tensor] = []
+        self.fresh: list[Tensor] = []
+
+    def start_epoch(self, epoch: int) -> None:
+        """Read what an earlier run has kept of this epoch."""
+        self.kept, self.fresh = [], []
+        if self._path(epoch).is_file():
+            self.kept = torch.load(self._path(epoch), map_location="cpu", weights_only=True)
+
+    def get(self, step: int) -> Tensor | None:
+        """The logits of a step, if kept."""
+        return self.kept[step] if step < len(self.kept) else None
+
+    def put(self, step: int, logits: Tensor) -> None:
+        """Remember a step's logits; those of an epoch that was not seen from its first step on are dropped."""
+        if step == len(self.fresh):
+            self.fresh.append(logits.cpu())
+
+    def end_epoch(self, epoch: int, steps: int) -> None:
+        """Keep the epoch, if this run has computed all of it."""
+        if len(self.fresh) == steps:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_state(self._path(epoch), self.fresh)
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f"epoch{epoch}_part{rank() + 1}of{world_size()}.pt"

@@ -1,0 +1,237 @@
+"""What every training shares: data and its views, networks on the device, the update, averages, checkpoints.
+
+A kind of training is a subclass that says what a step computes and what is measured at the end. A step takes its part of
+the global batch from `batch` and hands its share of the loss to `descend`.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gkl.augment import Views, to_float
+from gkl.averaging import Average
+from gkl.data import ImageData
+from gkl.distributed import broadcast_, rank, world_size, world_sum_
+from gkl.generated import Generated
+from gkl.models.batch_norm import eval_mode, group_batch_norm, set_group_size
+from trainers.batches import TrainingSet
+from trainers.report import Console
+
+Precision = Literal["float32", "tf32", "bf16", "float64"]
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Training(ABC):
+    """Base of all trainings. A `trainers.engine.Task`."""
+
+    def __init__(
+        self,
+        *,
+        data: ImageData,
+        model: nn.Module,
+        augment: Views,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        schedule: Callable[[int, int], float],
+        momentum: Callable[[int, int], float] | None = None,
+        averages: Mapping[str, Average],
+        generated: Callable[..., Generated] | None = None,
+        generated_share: float | None = None,
+        held_out: float | None = None,
+        held_out_by_class: bool | None = None,
+        seed: int,
+        epochs: int,
+        batch_size: int,
+        drop_last: bool,
+        bn_groups: int,
+        precision: Precision,
+        channels_last: bool,
+        compile: bool,
+        device: torch.device,
+    ) -> None:
+        """model: takes images in [0, 1]. momentum: the optimizer's, by epoch; None leaves it as it is.
+
+        generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
+        len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the
+        first ones, or with held_out_by_class the first of each class.
+        bn_groups: batch norm sees the batch in so many parts (4 cards: 4).
+        precision: of the networks alone; losses and averages are float32 (float64 in tests).
+        """
+        self.dtype = torch.float64 if precision == "float64" else torch.float32
+        if device.type == "cuda":
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            torch.backends.cudnn.deterministic = True
+        self.data, self.device, self.precision = data, device, precision
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.bn_groups = bn_groups
+        self.model = self.placed(model)
+        self.compiled = compile
+        self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
+        self.augment = augment
+        self.seed, self.epochs = seed, epochs
+        self.training = TrainingSet(
+            data, device, batch_size=batch_size, drop_last=drop_last, seed=seed,
+            generated=generated(data) if generated else None, generated_share=generated_share,
+            held_out=held_out, held_out_by_class=bool(held_out_by_class),
+        )  # fmt: skip
+        self.steps_per_epoch = self.training.steps_per_epoch
+        self.prepare()
+        self.optimizer, self.schedule, self.momentum = optimizer(self.trained()), schedule, momentum
+        self.base_lr = self.optimizer.param_groups[0]["lr"]
+        self.averages = averages
+        for average in averages.values():
+            average.prepare(epochs * self.steps_per_epoch)
+
+    # --- what a training gives ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update; returns this process's shares of what is logged."""
+
+    @staticmethod
+    @abstractmethod
+    def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
+        """Forward-equivalents a training image costs in an epoch of `steps` attack steps, by network of the configuration.
+
+        A forward counts 1, a backward to the image 1, to image and parameters 2.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, *, headline: str, settings: Mapping[str, Any], folder: Path, console: Console
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Final metrics in percent and their details. headline: whose weights give the run's numbers.
+
+        settings: the configs/evaluation file; empty where there is none.
+        """
+
+    def prepare(self) -> None:  # noqa: B027  (an optional hook)
+        """Make what is trained beside the model, before the optimizer is made."""
+
+    def trained(self) -> nn.Module:
+        """What the optimizer changes."""
+        return self.model
+
+    def end_of_method_epoch(self) -> None:  # noqa: B027
+        """What the method itself does after the last step."""
+
+    @abstractmethod
+    def measured(self, epoch: int) -> dict[str, float]:
+        """What is measured after an epoch, for its line of the history."""
+
+    def method_state(self) -> dict[str, Any]:
+        """The method's own part of a checkpoint."""
+        return {}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Inverse of method_state."""
+
+    def origins(self) -> dict[str, Any]:
+        """What a record must say of where this training's ingredients come from, beside its data."""
+        return {}
+
+    # --- building blocks ----------------------------------------------------------------------------------------------
+
+    def placed(self, model: Network) -> Network:
+        """A network on the device, its batch norm in groups."""
+        group_batch_norm(model, self.bn_groups)
+        if self.dtype == torch.float64:  # else as it is: float32, but for sums that are kept in float64
+            model = model.to(self.dtype)
+        return model.to(self.device, memory_format=self.memory_format)
+
+    def logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
+        """Network output in float32 or better, whatever precision the network computes in."""
+        run = self.network if network is None else network
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return run(x.contiguous(memory_format=self.memory_format)).to(self.dtype)
+
+    def share(self, items: int) -> Tensor:
+        """Which of a batch's items are this process's: contiguous batch-norm groups, as DataParallel scatters them."""
+        group_size = math.ceil(items / self.bn_groups)
+        for network in self.networks():
+            set_group_size(network, group_size)
+        mine = self.bn_groups // world_size()  # batch-norm groups a process holds
+        return torch.cat(torch.arange(items).split(group_size)[rank() * mine : (rank() + 1) * mine])
+
+    def networks(self) -> Iterable[nn.Module]:
+        """The networks whose batch norm follows the batch."""
+        return (self.model,)
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of a step: images (b, 3, H, W) in [0, 1], labels, view numbers, sample indices (b,).
+
+        The batch's views stand one after the other.
+        """
+        index = self.training.drawn(epoch, step)
+        item = self.share(len(self.augment.views) * len(index))
+        view, index = item // len(index), index[item % len(index)]
+        images, y = self.training.pictures(index)
+        view, index = view.to(self.device), index.to(self.device)
+        views = self.augment(images, seed=self.seed, epoch=epoch, index=index)
+        x = torch.stack(views)[view, torch.arange(len(index), device=self.device)]
+        return to_float(x).to(self.dtype), y, view, index
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """A step of the optimizer on the sum of all processes' shares of the loss."""
+        optimizer = optimizer or self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        world_sum_(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+        optimizer.step()
+
+    def after_step(self, epoch: int) -> None:
+        """Buffers and averages after an update."""
+        norms = [m for network in self.networks() for m in network.modules() if isinstance(m, _BatchNorm)]
+        broadcast_(b for norm in norms for b in norm.buffers())  # process 0 holds the statistics that count
+        for average in self.averages.values():
+            average.after_step(self.model, epoch)
+
+    # --- the engine's task --------------------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int) -> None:
+        """Learning rate and order of the samples."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.base_lr * self.schedule(epoch, self.epochs)
+            if self.momentum is not None:
+                group["momentum"] = self.momentum(epoch, self.epochs)
+        self.training.shuffle(epoch)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Average the weights, measure."""
+        self.end_of_method_epoch()
+        for average in self.averages.values():
+            average.after_epoch(self.model, epoch)
+        return {"lr": self.optimizer.param_groups[0]["lr"], **self.measured(epoch)}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The networks a run ends with, as state dicts: `last` and each average by its name."""
+        last = {key: value.clone() for key, value in self.model.state_dict().items()}
+        return {"last": last, **{name: a.state for name, a in self.averages.items() if a.state}}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            **self.method_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, on any number of processes."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name], self.device)
+        self.load_method_state(state)
+
+    def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """The sample indices of a step, its images as they were seen, and the logits they give now."""
+        x, y, view, index = self.batch(epoch, step)
+        with torch.no_grad(), eval_mode(self.model):
+            return {"index": index, "view": view, "labels": y, "images": x, "logits": self.logits(x)}
