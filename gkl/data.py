@@ -242,8 +242,15 @@ def tiny_imagenet(
         raise ValueError(f"{path} is neither a folder nor a zip archive")
     files, read = _archive(path) if path.is_file() else _folder(path)
     try:
-        top = next(Path(f).parents[3] for f in files if Path(f).parts[-2:-1] == ("images",) and "train" in Path(f).parts)
-        lists = {name: read(str(top / name)).decode().splitlines() for name in ("wnids.txt", "val/val_annotations.txt")}
+        top = next(
+            Path(f).parents[3]
+            for f in files
+            if Path(f).parts[-2:-1] == ("images",) and "train" in Path(f).parts
+        )
+        lists = {
+            name: read(str(top / name)).decode().splitlines()
+            for name in ("wnids.txt", "val/val_annotations.txt")
+        }
     except (StopIteration, KeyError, OSError):
         raise ValueError(
             f"{path} is not laid out as Tiny-ImageNet (train/<class>/images, val/images, val/val_annotations.txt, wnids.txt)"
@@ -258,7 +265,9 @@ def tiny_imagenet(
     for line in lists["val/val_annotations.txt"]:
         name, label = line.split("\t")[:2]
         test[label].append(str(top / "val" / "images" / name))
-    return _pictures("tiny_imagenet", classes, train, test, read, image_size, path, train_per_class, test_per_class)
+    return _pictures(
+        "tiny_imagenet", classes, train, test, read, image_size, path, train_per_class, test_per_class
+    )
 
 
 def _folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:

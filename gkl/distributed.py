@@ -5,6 +5,7 @@ so that N processes holding slices of a batch compute what one process holding a
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,34 @@ def world_sum(tensor: Tensor) -> Tensor:
     total = tensor.detach().clone()
     dist.all_reduce(total)
     return total
+
+
+def world_cat(tensor: Tensor) -> Tensor:
+    """Every process's rows, in the order of the processes, (b, ...) -> (B, ...); with gradient. b may differ.
+
+    Each process's gradient must be of its own share of the loss: the sum over processes comes back.
+    """
+    return tensor if world_size() == 1 else _Cat.apply(tensor)
+
+
+class _Cat(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+        counts[rank()] = len(tensor)
+        dist.all_reduce(counts)
+        ctx.counts = counts.tolist()
+        # A sum of zero-padded parts: gloo's all_gather takes parts of one size alone.
+        whole = tensor.new_zeros(sum(ctx.counts), *tensor.shape[1:])
+        whole.split(ctx.counts)[rank()].copy_(tensor)
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total.split(ctx.counts)[rank()]
 
 
 def world_sum_(tensors: Iterable[Tensor]) -> None:

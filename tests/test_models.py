@@ -17,7 +17,8 @@ from gkl.models.batch_norm import (
     group_batch_norm,
     set_group_size,
 )
-from gkl.models.wide_resnet import STATISTICS, SwishWideResNet, WideResNet
+from gkl.models.normalise import STATISTICS
+from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 from trainers.configuration import compose
 
 MODELS = Path(__file__).parent.parent / "configs" / "model"
@@ -198,7 +199,7 @@ def test_initialisation(model: nn.Module) -> None:
         ({"name": "wrn_10_1", "num_classes": 10, "pretrained": True}, "no pretrained weights"),
         (
             {"name": "wrn_28_10_swish", "num_classes": 200},
-            "cifar10, cifar100, got cifar200; with 200 classes",
+            "cifar10, cifar100, cifar100_kd, got cifar200; with 200 classes",
         ),
         ({"name": "wrn_28_10_swish", "num_classes": 10, "normalisation": "svhn"}, "got svhn"),
     ],

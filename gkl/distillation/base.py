@@ -79,8 +79,13 @@ def warmed_up(epoch: int, warmup: int) -> float:
     return min(epoch / warmup, 1.0) if warmup else 1.0
 
 
-def teacher_logits(teacher: Taps | None) -> Tensor:
-    """The teacher's logits (b, C). Raises ValueError when there is no teacher."""
+def teacher_taps(teacher: Taps | None) -> Taps:
+    """The teacher's taps. Raises ValueError when there is no teacher."""
     if teacher is None:
         raise ValueError("a distillation method needs a teacher; choose a pair=..., or the distiller vanilla")
-    return teacher.logits
+    return teacher
+
+
+def teacher_logits(teacher: Taps | None) -> Tensor:
+    """The teacher's logits (b, C). Raises ValueError when there is no teacher."""
+    return teacher_taps(teacher).logits

@@ -10,7 +10,15 @@ from typing import Any
 import timm
 from torch import nn
 
-from gkl.models import preact_resnet, resnet, wide_resnet  # noqa: F401  (importing registers their networks with timm)
+from gkl.models import (  # noqa: F401  (importing registers their networks with timm)
+    cifar_resnet,
+    mobilenet_v2,
+    preact_resnet,
+    resnet,
+    shufflenet,
+    vgg,
+    wide_resnet,
+)
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
 
 __all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]

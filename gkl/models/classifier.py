@@ -1,7 +1,10 @@
 """What every network of this package can do: timm's methods, so that one caller serves both."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -71,6 +74,38 @@ class TappedClassifier(Classifier):
         after, before, last = self.staged(x)
         pooled = self.forward_head(last, pre_logits=True)
         return Taps(after, before, pooled, self.get_classifier()(pooled))
+
+
+def staged_blocks(stem: Tensor, stages: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """What `staged` returns for stages whose last block ends in a ReLU and gives what stands `before` it."""
+    after, before = [stem], [stem]
+    for stage in stages:
+        *blocks, last = stage
+        x = after[-1]
+        for block in blocks:
+            x = block(x)
+        before.append(last.before(x))
+        after.append(F.relu(before[-1]))
+    return after, before, after[-1]
+
+
+def kaiming_(model: nn.Module) -> None:
+    """Convolutions N(0, 2 / (k^2 c_out)); batch norm and the classifier are torch's own."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+def normal_(model: nn.Module) -> None:
+    """Convolutions N(0, 2 / (k^2 c_out)), also grouped ones, biases 0; classifier N(0, 0.01^2), bias 0."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            size = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / size))
+        elif isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.01)
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def without_timm_bookkeeping(options: dict[str, Any]) -> dict[str, Any]:

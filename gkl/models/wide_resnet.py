@@ -7,37 +7,12 @@ checkpoints, so those load here, and weights trained here load in the authors' c
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import Classifier, without_timm_bookkeeping
-
-STATISTICS = {  # mean and standard deviation of the training pictures' channels, as DM-AT has them
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
-    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
-
-
-class Normalise(nn.Module):
-    """Shift and scale of the channels; no part of the state dict, since published files do not hold them."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, statistics: str) -> None:
-        """statistics: a name in STATISTICS."""
-        super().__init__()
-        if statistics not in STATISTICS:
-            raise ValueError(f"normalisation must be one of {', '.join(STATISTICS)}, got {statistics}")
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[statistics])
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images in [0, 1] -> the same shape."""
-        return (x - self.mean) / self.std
+from gkl.models.classifier import Classifier, TappedClassifier, without_timm_bookkeeping
+from gkl.models.normalise import Normalise, normaliser
 
 
 class Block(nn.Module):
@@ -53,7 +28,11 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        return self.after_norm(x, self.bn1(x))
+
+    def after_norm(self, x: Tensor, normalised: Tensor) -> Tensor:
+        """The same for whoever has bn1(x) already."""
+        out = F.relu(normalised)
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
         out = F.relu(self.bn2(self.conv1(out)))
         return shortcut + self.conv2(out)
@@ -67,12 +46,17 @@ class Stage(nn.Module):
         rest = [Block(width, width, 1) for _ in range(blocks - 1)]
         self.layer = nn.Sequential(Block(width_in, width, stride), *rest)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        return self.layer(x)
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, width_in, H, W) -> the input as the first block normalises it, and (B, width, H / stride, W / stride)."""
+        first: Block = self.layer[0]
+        normalised = first.bn1(x)
+        x = first.after_norm(x, normalised)
+        for block in self.layer[1:]:
+            x = block(x)
+        return normalised, x
 
 
-class WideResNet(Classifier):
+class WideResNet(TappedClassifier):
     """WRN-depth-width with ReLU, for image sizes divisible by 4. Source: the authors' and TRADES' network."""
 
     classifier_name = "fc"
@@ -86,7 +70,7 @@ class WideResNet(Classifier):
         """
         super().__init__(num_classes, num_features=64 * width)
         blocks = _blocks(depth)
-        self.normalise = Normalise(normalisation) if normalisation else nn.Identity()
+        self.normalise = normaliser(normalisation)
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.block1 = Stage(blocks, 16, 16 * width, 1)
         self.block2 = Stage(blocks, 16 * width, 32 * width, 2)
@@ -95,10 +79,22 @@ class WideResNet(Classifier):
         self.fc = nn.Linear(64 * width, num_classes)
         _initialise(self)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 64 * width, H / 4, W / 4)."""
-        x = self.conv1(self.normalise(x))
-        return F.relu(self.bn1(self.block3(self.block2(self.block1(x)))))
+    def staged(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """(B, 3, H, W) in [0, 1] -> stem and three stages, and the last map (B, 64 * width, H / 4, W / 4).
+
+        A stage ends where the next one normalises it: `before` is the output of that batch norm.
+        """
+        stem = self.conv1(self.normalise(x))
+        _, one = self.block1(stem)
+        one_normalised, two = self.block2(one)
+        two_normalised, three = self.block3(two)
+        three_normalised = self.bn1(three)
+        before = [stem, one_normalised, two_normalised, three_normalised]
+        return [stem, one, two, three], before, F.relu(three_normalised)
+
+    def batch_norms(self) -> list[nn.BatchNorm2d]:
+        """Of each stage, the batch norm with which the next one begins."""
+        return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
 
 
 class SwishBlock(nn.Module):
@@ -197,6 +193,18 @@ def wrn_34_20(**options: Any) -> WideResNet:
 
 
 @register_model
+def wrn_40_2(**options: Any) -> WideResNet:
+    """A teacher of the CIFAR-100 distillation tables: 2.3 million parameters."""
+    return WideResNet(40, 2, **without_timm_bookkeeping(options))
+
+
+@register_model
+def wrn_40_1(**options: Any) -> WideResNet:
+    """A student of the CIFAR-100 distillation tables: 0.6 million parameters."""
+    return WideResNet(40, 1, **without_timm_bookkeeping(options))
+
+
+@register_model
 def wrn_16_4(**options: Any) -> WideResNet:
     """Small: 2.7 million parameters."""
     return WideResNet(16, 4, **without_timm_bookkeeping(options))
@@ -204,7 +212,7 @@ def wrn_16_4(**options: Any) -> WideResNet:
 
 @register_model
 def wrn_16_2(**options: Any) -> WideResNet:
-    """Small: 0.7 million parameters; the scale `small`."""
+    """Small: 0.7 million parameters; the scale `small`, and a student of the CIFAR-100 distillation tables."""
     return WideResNet(16, 2, **without_timm_bookkeeping(options))
 
 
