@@ -4,9 +4,10 @@ Forward-equivalents follow from the recipe, FLOPs of one forward from the networ
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Cell:
     row: str
     config: dict[str, Any]
 
-    @property
+    @cached_property
     def record(self) -> Path:
         """Where the file that completes it is or will be."""
         record = record_path(self.config)
@@ -54,9 +55,9 @@ class Cell:
     @property
     def trained(self) -> bool:
         """Whether the run itself has its record."""
-        return record_path(self.config).exists()
+        return (record_path(self.config) if self.assessment else self.record).exists()
 
-    @property
+    @cached_property
     def teacher(self) -> "Cell | None":
         """The run that must be done before, where a student learns from another run."""
         made = teacher_config(self.config)
@@ -158,16 +159,20 @@ def summary(title: str, scale: str, plan: Sequence[Cell], tflops: float = TFLOPS
     total: float | None = 0.0
     for row in dict.fromkeys(cell.row for cell in plan):
         mine = [cell for cell in plan if cell.row == row]
+        names = sorted({cell.config["experiment"] for cell in mine})
         states = {state: [c.config["seed"] for c in mine if c.status == state] for state in STATES}
-        line = f"  {row:16} {mine[0].config['experiment']:22} "
-        line += ", ".join(
-            f"{state}: seed {' '.join(map(str, seeds))}" for state, seeds in states.items() if seeds
+        name = names[0] if len(names) == 1 else f"{os.path.commonprefix(names)}... ({len(names)} of them)"
+        line = f"  {row:16} {name:22} " + ", ".join(
+            f"{state}: seed {' '.join(map(str, seeds))}" if len(names) == 1 else f"{state}: {len(seeds)} runs"
+            for state, seeds in states.items()
+            if seeds
         )
         if left := [cell for cell in mine if cell.status != "done"]:
             hours = [gpu_hours(cell, tflops) for cell in left]
             mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
             total = None if mean is None or total is None else total + mean * len(left)
-            line += f"; each {_hours(mean)}, {disk_bytes(mine[0].config) / 1e9:.1g} GB on disk"
+            each = "each" if len(names) == 1 else "each, on average,"
+            line += f"; {each} {_hours(mean)}, {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
         lines.append(line)
     if any(cell.status != "done" for cell in plan):
         lines.append(
