@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows")}
     plan = cells(table, **chosen, overrides=rest)
     attacked = plan[-1].config.get("evaluation")
-    table["metrics"] = {"clean": "Clean", "aa": "AA"} if attacked else {"top1_best": "Best epoch", "top1": "Last epoch"}
+    table["metrics"] = (
+        {"clean": "Clean", "aa": "AA"} if attacked else {"top1_best": "Best epoch", "top1": "Last epoch"}
+    )
     if not carry_out(table["title"], plan, settings):
         return 0
     scale, protocol = settings["scale"], settings["protocol"]
@@ -63,7 +65,7 @@ def read_sweep(overrides: list[str]) -> tuple[str, dict[str, list[Any]], list[st
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException as error:
         raise ConfigError(f"cannot read the overrides: {' '.join(str(error).split())}") from None
-    experiments = [o.value() for o in parsed if o.key_or_group == "experiment"]
+    experiments = [str(o.value()) for o in parsed if o.key_or_group == "experiment"]
     if len(experiments) == 1 and (group := completed_by(experiments[0])):
         raise ConfigError(
             f"a sweep names its experiment whole: experiment={experiments[0]}/{choices(group)[0]}, or another {group}"
@@ -84,7 +86,7 @@ def read_sweep(overrides: list[str]) -> tuple[str, dict[str, list[Any]], list[st
             rest.append(str(override.input_line))
     if not swept:
         raise ConfigError("nothing to sweep: give a setting several values, as in loss.gamma=0,0.2,0.4")
-    return str(experiments[0]), swept, rest
+    return experiments[0], swept, rest
 
 
 if __name__ == "__main__":

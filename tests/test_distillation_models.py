@@ -1,6 +1,7 @@
 """The networks of the CIFAR-100 distillation tables: sizes, taps, published parameter names, and equality with a reference."""
 
 import importlib.util
+import math
 import os
 from pathlib import Path
 
@@ -41,6 +42,14 @@ KEYS = {
     "shufflenet_v1": {"layer1.0.conv3.weight": (216, 18, 1, 1), "linear.weight": (100, 960)},
     "shufflenet_v2": {"layer3.0.conv5.weight": (232, 232, 1, 1), "layer1.2.bn3.weight": (58,), "conv2.weight": (1024, 464, 1, 1)},
 }  # fmt: skip
+# As mdistiller's get_bn_before_relu() has them.
+MARGINS = {
+    "resnet_20": ["layer1.2.bn2", "layer2.2.bn2", "layer3.2.bn2"],
+    "resnet_50": ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"],
+    "wrn_16_2": ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
+    "vgg_13": ["block1.4", "block2.4", "block3.4", "block4.4"],
+    "mobilenet_v2_half": ["blocks.1.1.conv.7", "blocks.2.2.conv.7", "blocks.4.2.conv.7", "blocks.6.0.conv.7"],
+}
 LARGE = ("resnet_110", "resnet_32x4", "resnet_50", "vgg_13", "wrn_40_2", "resnet_56")
 SMALL = [name for name in NETWORKS if name not in LARGE]
 
@@ -81,11 +90,14 @@ def test_what_stands_before_the_activation(name: str) -> None:
         elif name.startswith("shufflenet_v2"):
             shuffled = after.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # undoes the shuffle
             assert torch.equal(F.relu(before), shuffled)
-        elif not name.startswith("wrn"):  # there `before` belongs to the next stage's first batch norm
+        elif not name.startswith("wrn"):
             assert torch.equal(F.relu(before), after)
+    if name.startswith("wrn"):  # a stage ends in the next one's first batch norm
+        for norm, before, after in zip(model.batch_norms(), taps.before[1:], taps.after[1:], strict=True):
+            assert torch.equal(norm(after), before)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [*SMALL, "resnet_50"])
 def test_gradients_reach_every_tap_and_every_batch_norm_sees_a_batch_once(name: str) -> None:
     model = made(name, 10).train()
     taps = model.forward_taps(torch.rand(4, 3, 16, 16))
@@ -96,12 +108,34 @@ def test_gradients_reach_every_tap_and_every_batch_norm_sees_a_batch_once(name: 
     assert {int(m.num_batches_tracked) for m in norms} == {1}
 
 
-def test_margins_can_be_taken_of_every_teacher() -> None:
-    for name in ("resnet_20", "resnet_50", "wrn_16_2", "vgg_8", "mobilenet_v2_half"):
-        norms = made(name, 10).batch_norms()
-        assert [norm.num_features for norm in norms] == list(NETWORKS[name][2][1:]), name
+@pytest.mark.parametrize("name", MARGINS)
+def test_margins_can_be_taken_of_every_teacher(name: str) -> None:
+    model = made(name, 10)
+    names = {module: at for at, module in model.named_modules()}
+    assert [names[norm] for norm in model.batch_norms()] == MARGINS[name]
+
+
+@pytest.mark.parametrize("name", ["shufflenet_v1", "shufflenet_v2"])
+def test_margins_are_refused_where_a_stage_ends_otherwise(name: str) -> None:
     with pytest.raises(ValueError, match="OFD needs"):
-        made("shufflenet_v1", 10).batch_norms()
+        made(name, 10).batch_norms()
+
+
+@pytest.mark.parametrize("name", ["resnet_8x4", "resnet_50", "wrn_16_2", "vgg_8", "mobilenet_v2_half"])
+def test_initialisation(name: str) -> None:
+    """Convolutions N(0, 2 / (k^2 c_out)), depthwise ones too; N(0, 0.01^2) where mdistiller sets the classifier so."""
+    model = made(name)
+    for at, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 2000:
+            std = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.weight.std().item() == pytest.approx(std, rel=0.1), at
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            assert (module.bias == 0).all(), at
+    classifier = model.get_classifier()
+    own = name.startswith(("vgg", "mobilenet"))
+    std = 0.01 if own else 1 / math.sqrt(3 * model.num_features)
+    assert classifier.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert (classifier.bias == 0).all() == (own or name.startswith("wrn"))
 
 
 def test_normalisation_is_inside() -> None:
@@ -147,7 +181,7 @@ def test_equal_to_the_reference(name: str) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     reference, model = getattr(module, function)(num_classes=100).double(), made(name).double()
-    model.load_state_dict(reference.state_dict())
+    assert list(model.state_dict()) == list(reference.state_dict())
     x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
     for mode in (
         True,

@@ -101,7 +101,8 @@ def completed(experiment: str) -> list[str]:
 def completed_by(experiment: str) -> str | None:
     """The group whose choices complete an experiment's name, None for one that is whole or does not exist."""
     path = CONFIGS / "experiment" / f"{experiment}.yaml"
-    return OmegaConf.load(path).get("completed_by") if path.is_file() else None
+    content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    return content.get("completed_by") if isinstance(content, dict) else None
 
 
 def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:

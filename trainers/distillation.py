@@ -7,7 +7,7 @@ vanilla teachers and students of the tables.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,10 @@ class Distillation(Training):
         if self.source is not None:
             loaded, self.origin = self.source.load(self.data.num_classes)
             self.teacher = tapped(self.placed(loaded).eval().requires_grad_(False))
-        for network in (self.model, self.teacher) if self.compiled else ():
-            if network is not None:
-                network.forward_taps = torch.compile(network.forward_taps)  # type: ignore[method-assign]
+        for network in (self.model, self.teacher):
+            if self.compiled and network is not None:
+                compiled: Any = torch.compile(cast(TappedClassifier, network).forward_taps)
+                network.forward_taps = compiled
         side = self.data.train_images.shape[-1]
         few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
         with torch.no_grad(), eval_mode(self.model):
@@ -54,7 +55,7 @@ class Distillation(Training):
                 num_classes=self.data.num_classes,
                 seed=self.seed,
             )
-        self.method = self.placed(self.make_method(context))
+        self.method = cast(Distiller, self.placed(self.make_method(context)))
         self.cache: LogitsCache | None = None
         if self.source is not None and self.source.cache and self.method.logits_alone:
             self.cache = LogitsCache(Path(self.source.cache), self.cache_key())

@@ -46,12 +46,12 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: Any) -> None:
     """Write tensors and plain values with torch.save, whole or not at all."""
     write_atomically(path, lambda temporary: _save(temporary, state))
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
+def _save(path: Path, state: Any) -> None:
     with open(path, "wb") as file:  # by a path, torch would not say why a write failed
         torch.save(state, file)
 

@@ -161,7 +161,7 @@ def summary(title: str, scale: str, plan: Sequence[Cell], tflops: float = TFLOPS
         mine = [cell for cell in plan if cell.row == row]
         names = sorted({cell.config["experiment"] for cell in mine})
         states = {state: [c.config["seed"] for c in mine if c.status == state] for state in STATES}
-        name = names[0] if len(names) == 1 else f"{os.path.commonprefix(names)}... ({len(names)} of them)"
+        name = names[0] if len(names) == 1 else f"{os.path.commonpath(names)}/... ({len(names)} of them)"
         line = f"  {row:16} {name:22} " + ", ".join(
             f"{state}: seed {' '.join(map(str, seeds))}" if len(names) == 1 else f"{state}: {len(seeds)} runs"
             for state, seeds in states.items()

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from trainers.batches import TrainingSet
 from trainers.report import Console
 
 Precision = Literal["float32", "tf32", "bf16", "float64"]
-Network = TypeVar("Network", bound=nn.Module)
 
 
 class Training(ABC):
@@ -137,12 +136,12 @@ class Training(ABC):
 
     # --- building blocks ----------------------------------------------------------------------------------------------
 
-    def placed(self, model: Network) -> Network:
+    def placed(self, model: nn.Module) -> nn.Module:
         """A network on the device, its batch norm in groups."""
         group_batch_norm(model, self.bn_groups)
         if self.dtype == torch.float64:  # else as it is: float32, but for sums that are kept in float64
             model = model.to(self.dtype)
-        return model.to(self.device, memory_format=self.memory_format)
+        return model.to(self.device).to(memory_format=self.memory_format)
 
     def logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
         """Network output in float32 or better, whatever precision the network computes in."""

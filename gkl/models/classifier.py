@@ -76,15 +76,12 @@ class TappedClassifier(Classifier):
         return Taps(after, before, pooled, self.get_classifier()(pooled))
 
 
-def staged_blocks(stem: Tensor, stages: Sequence[nn.Module]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def staged_blocks(stem: Tensor, stages: Sequence[nn.Sequential]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """What `staged` returns for stages whose last block ends in a ReLU and gives what stands `before` it."""
     after, before = [stem], [stem]
     for stage in stages:
-        *blocks, last = stage
-        x = after[-1]
-        for block in blocks:
-            x = block(x)
-        before.append(last.before(x))
+        last: Any = stage[-1]
+        before.append(last.before(stage[:-1](after[-1])))
         after.append(F.relu(before[-1]))
     return after, before, after[-1]
 

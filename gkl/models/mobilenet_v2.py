@@ -81,7 +81,8 @@ class MobileNetV2(TappedClassifier):
 
     def batch_norms(self) -> list[nn.BatchNorm2d]:
         """The last batch norm of each stage."""
-        return [self.blocks[number][-1].conv[-1] for number in TAPPED]  # type: ignore[index, union-attr, misc]
+        blocks: Any = self.blocks
+        return [blocks[number][-1].conv[-1] for number in TAPPED]
 
 
 @register_model

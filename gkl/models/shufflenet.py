@@ -167,11 +167,8 @@ class ShuffleNetV2(TappedClassifier):
         stem = F.relu(self.bn1(self.conv1(self.normalise(x))))
         after, before = [stem], [stem]
         for stage in (self.layer1, self.layer2, self.layer3):
-            *blocks, last = stage
-            x = after[-1]
-            for block in blocks:
-                x = block(x)
-            before.append(last.before(x))
+            last: Any = stage[-1]
+            before.append(last.before(stage[:-1](after[-1])))
             after.append(shuffled(F.relu(before[-1]), 2))
         return after, before, F.relu(self.bn2(self.conv2(after[-1])))
 

@@ -48,12 +48,9 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, width_in, H, W) -> the input as the first block normalises it, and (B, width, H / stride, W / stride)."""
-        first: Block = self.layer[0]
+        first: Any = self.layer[0]
         normalised = first.bn1(x)
-        x = first.after_norm(x, normalised)
-        for block in self.layer[1:]:
-            x = block(x)
-        return normalised, x
+        return normalised, self.layer[1:](first.after_norm(x, normalised))
 
 
 class WideResNet(TappedClassifier):
@@ -94,7 +91,8 @@ class WideResNet(TappedClassifier):
 
     def batch_norms(self) -> list[nn.BatchNorm2d]:
         """Of each stage, the batch norm with which the next one begins."""
-        return [self.block2.layer[0].bn1, self.block3.layer[0].bn1, self.bn1]
+        following: list[Any] = [self.block2.layer[0], self.block3.layer[0], self]
+        return [block.bn1 for block in following]
 
 
 class SwishBlock(nn.Module):
