@@ -63,7 +63,7 @@ eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_1
 doctor: $(STAMP) ## this machine, its versions and data, and what each table still needs
 	@$(PY) scripts/doctor.py
 
-bench: $(STAMP) ## speed as ratios measured side by side: the losses, the augmentation
+bench: $(STAMP) ## speed as ratios measured side by side: losses, augmentation, distillation steps
 	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)

@@ -264,7 +264,7 @@ def _cells(table: Table, row: Row) -> list[str]:
         printed, own = f"{paper:.2f}" if paper is not None else "–", f"{value} {count}" if value else "–"
         if aside := row.beside.get(metric):
             own += f"; {statistics.mean(aside):.2f}"
-        difference = f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and paper is not None else "–"
+        difference = f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and ours and paper is not None else "–"
         cells += [f"{printed} / {own}"] if _wide(table) else [printed, own, difference]
     return cells
 

@@ -16,7 +16,7 @@ from gkl.records import (
     without_excluded,
     write_record,
 )
-from gkl.tables import build, latex, markdown, paired_half_width
+from gkl.tables import build, experiments, latex, markdown, paired_half_width
 from trainers.configuration import check, compose, published
 from trainers.plan import (
     Cell,
@@ -278,7 +278,11 @@ def test_rows_of_tables_name_runs_that_compose_and_differ() -> None:
             plan = cells(table, scale="smoke", protocol="official", seeds=[0])
             for cell in plan:
                 check(cell.config, 1)
-            distinct = {(r["experiment"], str(r.get("overrides"))) for r in table["rows"]}
+            distinct = {
+                (name, str(row.get("overrides")))
+                for row in table["rows"]
+                for name in experiments(table, row).values()
+            }
             assert len(plan) == len(distinct), number
     shared = {c.record for n in ("10", "11", "12", "20") for c in cells(load_table(n), scale="smoke", protocol="official")
               if c.config["loss"].get("alpha") == 20.0 and c.config["loss"].get("beta") == 5.0
