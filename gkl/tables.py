@@ -226,7 +226,10 @@ def _row(
     attacked = {(r["evaluation"]["n"], r["data"]["test"]) for r in runs if "n" in r.get("evaluation", {})}
     if any(n < test for n, test in attacked):
         status += f", {min(n for n, _ in attacked)} images attacked"
-    known = set(row.get("overrides") or {})
+    known = {
+        *(row.get("overrides") or {}),
+        "teacher.weights",
+    }  # a published teacher is the paper's recipe as much as ours
     comparable = (
         bool(runs)
         and scale == "paper"
@@ -264,7 +267,9 @@ def _cells(table: Table, row: Row) -> list[str]:
         printed, own = f"{paper:.2f}" if paper is not None else "–", f"{value} {count}" if value else "–"
         if aside := row.beside.get(metric):
             own += f"; {statistics.mean(aside):.2f}"
-        difference = f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and ours and paper is not None else "–"
+        difference = (
+            f"{statistics.mean(ours) - paper:+.2f}" if row.comparable and ours and paper is not None else "–"
+        )
         cells += [f"{printed} / {own}"] if _wide(table) else [printed, own, difference]
     return cells
 

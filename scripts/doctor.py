@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     report_folders()
     report_data()
     report_generated()
+    report_teachers()
     report_tables()
     return 2 if wrong else 0
 
@@ -104,6 +105,16 @@ def report_generated() -> None:
             print(f"generated {name}: {len(open_shards(str(folder), 100)):,} pictures")
         except (FileNotFoundError, ValueError) as error:
             print(f"generated {name}: {error}")
+
+
+def report_teachers() -> None:
+    """Published teachers that distillation can start from instead of training its own."""
+    pairs = [compose("train", [f"experiment=kd/c100_kd/{pair}"])["teacher"] for pair in choices("pair")]
+    files = {make({**teacher, "weights": "published"}).file for teacher in pairs}
+    there = sorted(str(file) for file in files if file.is_file())
+    print(
+        f"published teachers: {len(there)} of {len(files)} files in {pairs[0]['folder']}; move it with GKL_TEACHERS"
+    )
 
 
 def report_tables() -> None:

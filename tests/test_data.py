@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import pickle
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -19,7 +20,7 @@ from torchvision.transforms.v2 import functional as TF
 from gkl import data as gkl_data
 from gkl.augment import CIFAR10_POLICY, Views, apply, autoaugment, crop_flip, rotate15, to_float
 from gkl.counter import integers, normal, sample_keys, uniform
-from gkl.data import ImageData, cifar10, cifar100, digits, image_folder
+from gkl.data import ImageData, cifar10, cifar100, digits, image_folder, tiny_imagenet
 
 INDEX = torch.arange(20_000)
 
@@ -409,3 +410,34 @@ def test_autoaugment_first_is_cropped_after_the_policy() -> None:
     cropped = crop_flip(images, keys, padding=2, flip=0.0)
     border = cropped == 0
     assert border.any() and (before[border] == 0).all() and not (after[border] == 0).all()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_tiny_imagenet_as_it_is_distributed(packed: bool, tmp_path: Path) -> None:
+    top, classes = tmp_path / "tiny-imagenet-200", ("n02", "n01")
+    for c, name in enumerate(classes):
+        folder = top / "train" / name / "images"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64), (50 * c, 10 * i, 0)).save(folder / f"{name}_{i}.png")
+    (top / "val" / "images").mkdir(parents=True)
+    for i in range(4):
+        Image.new("RGB", (64, 64), (0, 0, 20 * i)).save(top / "val" / "images" / f"val_{i}.png")
+    lines = [f"val_{i}.png\t{classes[i % 2]}\t0\t0\t62\t62\n" for i in range(4)]
+    (top / "val" / "val_annotations.txt").write_text("".join(lines))
+    (top / "wnids.txt").write_text("n02\nn01\n")
+    root = Path(shutil.make_archive(str(tmp_path / "tiny"), "zip", tmp_path, top.name)) if packed else top
+    data = tiny_imagenet(str(root), image_size=32, train_per_class=2)
+    assert (data.num_classes, data.class_names) == (2, ("n01", "n02"))
+    assert data.train_images.shape == (4, 3, 32, 32) and data.train_labels.tolist() == [0, 0, 1, 1]
+    assert data.train_images[:, 0].float().mean((1, 2)).tolist() == [50, 50, 0, 0]
+    assert data.test_labels.tolist() == [0, 0, 1, 1]
+    assert data.test_images[:, 2].float().mean((1, 2)).tolist() == [20, 60, 0, 40]
+    assert tiny_imagenet(str(root)).train_images.shape == (6, 3, 64, 64)
+
+
+def test_what_is_no_tiny_imagenet_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no Tiny-ImageNet at"):
+        tiny_imagenet(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="is not laid out as Tiny-ImageNet"):
+        tiny_imagenet(str(tmp_path))

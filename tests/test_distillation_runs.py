@@ -166,7 +166,8 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
         config = compose("train", [f"experiment={experiment}", "scale=paper", f"seed={seed}"])
         return {
             "experiment": experiment, "scale": "paper", "protocol": "official", "seed": seed, "status": "done",
-            "config": config, "metrics": {"top1": last, "top1_best": best}, "departures": {}, "path": "p.json",
+            "config": config, "metrics": {"top1": last, "top1_best": best}, "path": "p.json",
+            "departures": {"teacher.weights": ["own", "published"]},
             "data": {"name": "cifar100", "stand_in_for": None, "train": 50000, "test": 10000},
             "teacher": {"run": "kd/c100_vanilla/vgg_13", "top1": 74.5, "sha256": "0" * 64},
             "evaluation": {"weights": "last"}, "code": {"commit": "a" * 40}, "cost": {"device_hours": 1.0},
@@ -180,6 +181,7 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
     rows = {row.id: row for row in built.rows}
     assert rows["gkl"].ours["vgg13_vgg8"] == [75.0, 76.0] and rows["gkl"].beside["vgg13_vgg8"] == [74.0, 75.0]
     assert not rows["gkl"].ours["resnet56_resnet20"] and "some columns missing" in rows["gkl"].status
+    assert rows["gkl"].comparable
     text = markdown(built)
     assert "| 74.98 / 75.50 ± 0.71, se 0.50 (2); 74.50 |" in text
     assert "VGG13 → VGG8: paper / ours; last epoch" in text
