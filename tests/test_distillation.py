@@ -214,7 +214,8 @@ def ended(task: Distillation, epoch: int) -> dict[str, Any]:
 
 def test_gkl_kd_equals_the_published_loop(tmp_path: Path) -> None:
     """Two epochs of two whole steps in float64: network, class prior, warm-up, weight decay, learning rate."""
-    task = make_task("gkl", tmp_path, "distiller.weights=class", "distiller.gamma=0.2", "epochs=240")
+    task = make_task("gkl", tmp_path, "distiller.weights=class", "distiller.gamma=0.2", "epochs=240",
+                     "optimizer.lr=0.05", "distiller.warmup=20")  # fmt: skip
     assert task.teacher is not None
     student, teacher = copy.deepcopy(task.model), copy.deepcopy(task.teacher).eval()
     settings = configured("gkl", tmp_path)["distiller"]
