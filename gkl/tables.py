@@ -364,7 +364,7 @@ def latex(table: Table) -> str:
 def _escape(text: str) -> str:
     for plain, tex in (
         ("\\", "\\textbackslash{}"), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("$", "\\$"),
-        ("±", "$\\pm$"), ("–", "--"), ("—", "---"), ("ε", "$\\varepsilon$"), ("λ", "$\\lambda$"), ("γ", "$\\gamma$"),
+        ("±", "$\\pm$"), ("–", "--"), ("—", "---"), ("→", "$\\to$"), ("ε", "$\\varepsilon$"), ("λ", "$\\lambda$"), ("γ", "$\\gamma$"),
         ("β", "$\\beta$"), ("τ", "$\\tau$"), ("ℓ∞", "$\\ell_\\infty$"), ("=", "{=}"),
     ):  # fmt: skip
         text = text.replace(plain, tex)
