@@ -64,7 +64,7 @@ doctor: $(STAMP) ## this machine, its versions and data, and what each table sti
 	@$(PY) scripts/doctor.py
 
 bench: $(STAMP) ## speed as ratios measured side by side: losses, augmentation, distillation steps
-	@for file in benchmarks/*.py; do echo "== $$file"; $(PY) $$file || exit 1; done
+	@for name in loss augmentation distillation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
 	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \

@@ -9,25 +9,13 @@ update) with the given network. Second: throughput of the views over torchvision
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from timing import noise, timed
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop, RandomHorizontalFlip
 
 from gkl.augment import Views
-from gkl.data import ImageData
 from trainers.configuration import build, compose, make
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -39,10 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="wrn_16_2")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(100, (256,), generator=generator)
-    data = ImageData("noise", 100, pictures, labels, pictures, labels, tuple(map(str, range(100))))
+    data = noise()
     print(
         f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, batch 128 of 32x32, {arguments.model}"
     )

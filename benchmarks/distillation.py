@@ -10,10 +10,10 @@ logits" is KD with the teacher's logits read back. KD itself stands among the me
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 
 import torch
+from timing import noise, timed
 
 from gkl.data import ImageData
 from trainers.configuration import build, compose, make
@@ -28,16 +28,6 @@ class Untrained(Teacher):
 
     def load(self, num_classes: int) -> tuple[torch.nn.Module, dict[str, str]]:
         return self.network(num_classes=num_classes), {"sha256": "none"}
-
-
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def stepper(
@@ -65,10 +55,7 @@ def main() -> None:
     parser.add_argument("--pair", default="resnet32x4_resnet8x4")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (256, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(100, (256,), generator=generator)
-    data = ImageData("noise", 100, pictures, labels, pictures, labels, tuple(map(str, range(100))))
+    data = noise()
     name = (
         torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     )

@@ -10,11 +10,11 @@ included) or sample-wise. Both sides see the same logits and take turns within e
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from timing import timed
 from torch import Tensor
 
 from gkl.objectives import GKL
@@ -23,17 +23,9 @@ from gkl.prior import ClassPrior
 SIZES = ((128, 100), (512, 1000), (2048, 1000), (64, 21841), (16384, 150))
 
 
-def timed(call: Callable[[], None], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def ratios(ours: Callable[[], None], base: Callable[[], None], rounds: int, device: str) -> list[float]:
+def ratios(
+    ours: Callable[[], None], base: Callable[[], None], rounds: int, device: torch.device
+) -> list[float]:
     repeats = max(1, int(0.002 / timed(base, device)))
 
     def several(call: Callable[[], None]) -> Callable[[], None]:
@@ -71,8 +63,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
-    device = arguments.device
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.device(arguments.device)
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(
         f"torch {torch.__version__}, {name}; time(GKL) / time(kl_div), forward + backward, median [quartiles]"
     )
