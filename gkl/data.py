@@ -226,12 +226,14 @@ def _pictures(
 def tiny_imagenet(
     root: str,
     image_size: int = 64,
+    classes: int | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
 ) -> ImageData:
     """Tiny-ImageNet as it is distributed, unpacked or as the zip archive itself: 200 classes; its validation set is test.
 
     image_size, train_per_class, test_per_class and errors: as in `image_folder`; 64 leaves the pictures as they are.
+    classes: only the first so many of them, in the order of their WordNet ids.
     """
     path = Path(root)
     if not path.exists():
@@ -255,9 +257,9 @@ def tiny_imagenet(
         raise ValueError(
             f"{path} is not laid out as Tiny-ImageNet (train/<class>/images, val/images, val/val_annotations.txt, wnids.txt)"
         ) from None
-    classes = sorted(line.strip() for line in lists["wnids.txt"] if line.strip())
-    train: dict[str, list[str]] = {c: [] for c in classes}
-    test: dict[str, list[str]] = {c: [] for c in classes}
+    names = sorted(line.strip() for line in lists["wnids.txt"] if line.strip())
+    train: dict[str, list[str]] = {c: [] for c in names}
+    test: dict[str, list[str]] = {c: [] for c in names}
     for file in files:
         parts = Path(file).parts
         if parts[-4:-3] == ("train",) and parts[-3] in train:
@@ -266,7 +268,7 @@ def tiny_imagenet(
         name, label = line.split("\t")[:2]
         test[label].append(str(top / "val" / "images" / name))
     return _pictures(
-        "tiny_imagenet", classes, train, test, read, image_size, path, train_per_class, test_per_class
+        "tiny_imagenet", names[:classes], train, test, read, image_size, path, train_per_class, test_per_class
     )
 
 

@@ -434,6 +434,8 @@ def test_tiny_imagenet_as_it_is_distributed(packed: bool, tmp_path: Path) -> Non
     assert data.test_labels.tolist() == [0, 0, 1, 1]
     assert data.test_images[:, 2].float().mean((1, 2)).tolist() == [20, 60, 0, 40]
     assert tiny_imagenet(str(root)).train_images.shape == (6, 3, 64, 64)
+    first = tiny_imagenet(str(root), image_size=32, classes=1)
+    assert first.class_names == ("n01",) and first.train_images.shape[0] == 3 and not first.test_labels.any()
 
 
 def test_what_is_no_tiny_imagenet_is_named(tmp_path: Path) -> None:
