@@ -1,4 +1,4 @@
-"""The networks of the CIFAR-100 distillation tables: sizes, taps, published parameter names, and equality with a reference."""
+"""The networks of the distillation tables: sizes, taps, published parameter names, and equality with a reference."""
 
 import importlib.util
 import math
@@ -15,21 +15,27 @@ from gkl.models.classifier import TappedClassifier
 
 # ours -> (parameters at 100 classes, reference's module and function, channels of stem and stages, sides of their maps at 32x32)
 NETWORKS = {
-    "resnet_20": (278_324, "resnet.resnet20", (16, 16, 32, 64), (32, 32, 16, 8)),
-    "resnet_32": (472_756, "resnet.resnet32", (16, 16, 32, 64), (32, 32, 16, 8)),
-    "resnet_56": (861_620, "resnet.resnet56", (16, 16, 32, 64), (32, 32, 16, 8)),
-    "resnet_110": (1_736_564, "resnet.resnet110", (16, 16, 32, 64), (32, 32, 16, 8)),
-    "resnet_8x4": (1_233_540, "resnet.resnet8x4", (32, 64, 128, 256), (32, 32, 16, 8)),
-    "resnet_32x4": (7_433_860, "resnet.resnet32x4", (32, 64, 128, 256), (32, 32, 16, 8)),
-    "wrn_16_2": (703_284, "wrn.wrn_16_2", (16, 32, 64, 128), (32, 32, 16, 8)),
-    "wrn_40_1": (569_780, "wrn.wrn_40_1", (16, 16, 32, 64), (32, 32, 16, 8)),
-    "wrn_40_2": (2_255_156, "wrn.wrn_40_2", (16, 32, 64, 128), (32, 32, 16, 8)),
-    "vgg_8": (3_965_028, "vgg.vgg8_bn", (64, 128, 256, 512, 512), (32, 16, 8, 4, 4)),
-    "vgg_13": (9_462_180, "vgg.vgg13_bn", (64, 128, 256, 512, 512), (32, 16, 8, 4, 4)),
-    "mobilenet_v2_half": (812_836, "mobilenetv2.mobile_half", (16, 12, 16, 48, 160), (16, 16, 8, 4, 2)),
-    "shufflenet_v1": (949_258, "ShuffleNetv1.ShuffleV1", (24, 240, 480, 960), (32, 16, 8, 4)),
-    "shufflenet_v2": (1_355_528, "ShuffleNetv2.ShuffleV2", (24, 116, 232, 464), (32, 16, 8, 4)),
-    "resnet_50": (23_705_252, "resnetv2.ResNet50", (64, 256, 512, 1024, 2048), (32, 32, 16, 8, 4)),
+    "resnet_20": (278_324, "cifar/resnet.resnet20", (16, 16, 32, 64), (32, 32, 16, 8)),
+    "resnet_32": (472_756, "cifar/resnet.resnet32", (16, 16, 32, 64), (32, 32, 16, 8)),
+    "resnet_56": (861_620, "cifar/resnet.resnet56", (16, 16, 32, 64), (32, 32, 16, 8)),
+    "resnet_110": (1_736_564, "cifar/resnet.resnet110", (16, 16, 32, 64), (32, 32, 16, 8)),
+    "resnet_8x4": (1_233_540, "cifar/resnet.resnet8x4", (32, 64, 128, 256), (32, 32, 16, 8)),
+    "resnet_32x4": (7_433_860, "cifar/resnet.resnet32x4", (32, 64, 128, 256), (32, 32, 16, 8)),
+    "wrn_16_2": (703_284, "cifar/wrn.wrn_16_2", (16, 32, 64, 128), (32, 32, 16, 8)),
+    "wrn_40_1": (569_780, "cifar/wrn.wrn_40_1", (16, 16, 32, 64), (32, 32, 16, 8)),
+    "wrn_40_2": (2_255_156, "cifar/wrn.wrn_40_2", (16, 32, 64, 128), (32, 32, 16, 8)),
+    "vgg_8": (3_965_028, "cifar/vgg.vgg8_bn", (64, 128, 256, 512, 512), (32, 16, 8, 4, 4)),
+    "vgg_13": (9_462_180, "cifar/vgg.vgg13_bn", (64, 128, 256, 512, 512), (32, 16, 8, 4, 4)),
+    "mobilenet_v2_half": (812_836, "cifar/mobilenetv2.mobile_half", (16, 12, 16, 48, 160), (16, 16, 8, 4, 2)),
+    "shufflenet_v1": (949_258, "cifar/ShuffleNetv1.ShuffleV1", (24, 240, 480, 960), (32, 16, 8, 4)),
+    "shufflenet_v2": (1_355_528, "cifar/ShuffleNetv2.ShuffleV2", (24, 116, 232, 464), (32, 16, 8, 4)),
+    "resnet_50": (23_705_252, "cifar/resnetv2.ResNet50", (64, 256, 512, 1024, 2048), (32, 32, 16, 8, 4)),
+    "mobilenet_v1": (
+        3_309_476,
+        "imagenet/mobilenetv1.MobileNetV1",
+        (32, 128, 256, 512, 1024),
+        (16, 8, 4, 2, 1),
+    ),
 }
 # Telling names of the published files.
 KEYS = {
@@ -48,6 +54,7 @@ MARGINS = {
     "resnet_50": ["layer1.2.bn3", "layer2.3.bn3", "layer3.5.bn3", "layer4.2.bn3"],
     "wrn_16_2": ["block2.layer.0.bn1", "block3.layer.0.bn1", "bn1"],
     "vgg_13": ["block1.4", "block2.4", "block3.4", "block4.4"],
+    "mobilenet_v1": ["model.3.4", "model.5.4", "model.11.4", "model.13.4"],
     "mobilenet_v2_half": ["blocks.1.1.conv.7", "blocks.2.2.conv.7", "blocks.4.2.conv.7", "blocks.6.0.conv.7"],
 }
 LARGE = ("resnet_110", "resnet_32x4", "resnet_50", "vgg_13", "wrn_40_2", "resnet_56")
@@ -85,7 +92,7 @@ def test_what_stands_before_the_activation(name: str) -> None:
         taps = model.forward_taps(torch.rand(2, 3, 8, 8))
     assert taps.logits.shape == (2, 10)
     for before, after in zip(taps.before[1:], taps.after[1:], strict=True):
-        if name.startswith("mobilenet"):
+        if name.startswith("mobilenet_v2"):
             assert before is after
         elif name.startswith("shufflenet_v2"):
             shuffled = after.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)  # undoes the shuffle
@@ -132,7 +139,7 @@ def test_initialisation(name: str) -> None:
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             assert (module.bias == 0).all(), at
     classifier = model.get_classifier()
-    own = name.startswith(("vgg", "mobilenet"))
+    own = name.startswith(("vgg", "mobilenet_v2"))
     std = 0.01 if own else 1 / math.sqrt(3 * model.num_features)
     assert classifier.weight.std().item() == pytest.approx(std, rel=0.03)
     assert (classifier.bias == 0).all() == (own or name.startswith("wrn"))
@@ -175,14 +182,18 @@ def test_published_files_load(tmp_path: Path) -> None:
 def test_equal_to_the_reference(name: str) -> None:
     file, function = NETWORKS[name][1].split(".")
     spec = importlib.util.spec_from_file_location(
-        file, Path(os.environ["MDISTILLER_REF"]) / "mdistiller" / "models" / "cifar" / f"{file}.py"
+        Path(file).name, Path(os.environ["MDISTILLER_REF"]) / "mdistiller" / "models" / f"{file}.py"
     )
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    reference, model = getattr(module, function)(num_classes=100).double(), made(name).double()
+    side, classes = (32, 100) if file.startswith("cifar") else (224, 1000)
+    reference, model = (
+        getattr(module, function)(num_classes=classes).double(),
+        made(name, classes).double(),
+    )
     assert list(model.state_dict()) == list(reference.state_dict())
-    x = torch.rand(4, 3, 32, 32, dtype=torch.float64)
+    x = torch.rand(4, 3, side, side, dtype=torch.float64)
     for mode in (
         True,
         False,
@@ -193,7 +204,8 @@ def test_equal_to_the_reference(name: str) -> None:
             taps = model.train(mode).forward_taps(x)
         torch.testing.assert_close(taps.logits, logits, rtol=0, atol=1e-10)
         torch.testing.assert_close(taps.pooled, feats["pooled_feat"], rtol=0, atol=1e-10)
-        pairs = [*zip(taps.after, feats["feats"], strict=True)]
-        pairs += zip(taps.before, feats.get("preact_feats", feats["feats"]), strict=True)
+        known = len(feats["feats"])  # the reference's networks for ImageNet do not give their stem
+        pairs = [*zip(taps.after[-known:], feats["feats"], strict=True)]
+        pairs += zip(taps.before[-known:], feats.get("preact_feats", feats["feats"]), strict=True)
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

@@ -201,7 +201,7 @@ def test_initialisation(model: nn.Module) -> None:
         ({"name": "wrn_10_1", "num_classes": 10, "pretrained": True}, "no pretrained weights"),
         (
             {"name": "wrn_28_10_swish", "num_classes": 200},
-            "cifar10, cifar100, cifar100_kd, got cifar200; with 200 classes",
+            "cifar10, cifar100, cifar100_kd, imagenet, got cifar200; with 200 classes",
         ),
         ({"name": "wrn_28_10_swish", "num_classes": 10, "normalisation": "svhn"}, "got svhn"),
     ],
