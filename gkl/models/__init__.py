@@ -12,6 +12,7 @@ from torch import nn
 
 from gkl.models import (  # noqa: F401  (importing registers their networks with timm)
     cifar_resnet,
+    imagenet_resnet,
     mobilenet_v1,
     mobilenet_v2,
     preact_resnet,
