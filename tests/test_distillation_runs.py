@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distillation_models import NETWORKS
+from test_distillation_models import NETWORKS as ALL_NETWORKS
 from test_runs import scans  # noqa: F401  (a fixture)
 
 from gkl.records import differences, read_records
@@ -31,6 +31,7 @@ RECIPES = {
     "resnet50_mobilenetv2": (8, 1, 0.05, "class", 12, 1, 8, 5.0, 0.01),
     "resnet32x4_shufflenetv2": (12, 3, 0.1, "class", 12, 3, 8, 8.0, 0.01),
 }
+NETWORKS = [name for name, (_, origin, *_) in ALL_NETWORKS.items() if origin.startswith("cifar/")]
 METHODS = ("fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 COMMON = {
     "epochs": 240, "batch_size": 64, "drop_last": False, "bn_groups": 1, "precision": "float32", "evaluate": "last",

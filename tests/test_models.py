@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_distillation_models import NETWORKS
+from test_imagenet_models import NETWORKS as IMAGENET_NETWORKS
 from torch import Tensor, nn
 
 import gkl.models
@@ -83,7 +84,7 @@ def test_every_config_names_a_network(path: Path) -> None:
 def test_there_is_a_config_for_every_network() -> None:
     """The companions of LBGAT and LAS-AT stand in their experiments."""
     companions = {"resnet_18", "resnet_18_fine"}
-    known = {name for name, _ in PARAMETERS} | NETWORKS.keys()
+    known = {name for name, _ in PARAMETERS} | NETWORKS.keys() | IMAGENET_NETWORKS.keys()
     assert {path.stem for path in MODELS.glob("*.yaml")} == known - companions
 
 
