@@ -7,12 +7,11 @@ Files are torchvision's, verified by its checksums; pictures in folders or in a 
 """
 
 import hashlib
-import io
 import shutil
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+from gkl.pictures import Store, by_class, decode, open_store
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,18 @@ class ImageData:
                 raise ValueError(
                     f"{self.name} {part} labels must lie in 0..{self.num_classes - 1}, got {low}..{high}"
                 )
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return self.train_images.shape[-1]
+
+    def test_batches(
+        self, numbers: Tensor, batch_size: int, workers: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Test images (b, 3, H, W) uint8 and labels (b,) by number."""
+        for index in numbers.split(batch_size) if len(numbers) else ():
+            yield self.test_images[index], self.test_labels[index]
 
     @cached_property
     def sha256(self) -> str:
@@ -180,27 +191,36 @@ def image_folder(
     picture). train_per_class, test_per_class: only the first so many files of each class by name.
     Raises FileNotFoundError or ValueError naming what is missing, which picture is damaged, or which classes differ.
     """
-    path = Path(root)
-    if not path.exists():
-        raise FileNotFoundError(f"no picture folder or zip archive at {path}; set data.root=...")
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a zip archive")
-    files, read = _archive(path) if path.is_file() else _folder(path)
-    splits = {split: _by_class(files, split) for split in ("train", "test", "val")}
+    store = open_store(Path(root))
+    train, test = train_and_test(store)
+    return _pictures(
+        name or store.path.stem,
+        sorted(train),
+        train,
+        test,
+        store,
+        image_size,
+        train_per_class,
+        test_per_class,
+    )
+
+
+def train_and_test(store: Store) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The files of train/<class>/ and test/<class>/ (or val/) by class. Raises ValueError where they are not so laid out."""
+    splits = {split: by_class(store.names, split) for split in ("train", "test", "val")}
     test_split = "test" if splits["test"] else "val"
     train, test = splits["train"], splits[test_split]
     if not train or not test:
         raise ValueError(
-            f"{path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {len(files)} pictures elsewhere"
+            f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {len(store.names)} "
+            "pictures elsewhere"
         )
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
         raise ValueError(
-            f"{path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
+            f"{store.path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
         )
-    return _pictures(
-        name or path.stem, sorted(train), train, test, read, image_size, path, train_per_class, test_per_class
-    )
+    return train, test
 
 
 def _pictures(
@@ -208,17 +228,16 @@ def _pictures(
     classes: Sequence[str],
     train: dict[str, list[str]],
     test: dict[str, list[str]],
-    read: Callable[[str], bytes],
+    store: Store,
     image_size: int,
-    path: Path,
     train_per_class: int | None,
     test_per_class: int | None,
 ) -> ImageData:
     """A data set from files by class; no more than so many of each class."""
     images, labels = [], []
-    for by_class, limit in ((train, train_per_class), (test, test_per_class)):
-        chosen = [(file, k) for k, c in enumerate(classes) for file in by_class[c][:limit]]
-        images.append(_decode([file for file, _ in chosen], read, image_size, path))
+    for split, limit in ((train, train_per_class), (test, test_per_class)):
+        chosen = [(file, k) for k, c in enumerate(classes) for file in split[c][:limit]]
+        images.append(_decode([file for file, _ in chosen], store, image_size))
         labels.append(torch.tensor([k for _, k in chosen]))
     return ImageData(name, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes))
 
@@ -235,22 +254,25 @@ def tiny_imagenet(
     image_size, train_per_class, test_per_class and errors: as in `image_folder`; 64 leaves the pictures as they are.
     classes: only the first so many of them, in the order of their WordNet ids.
     """
-    path = Path(root)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"no Tiny-ImageNet at {path}; set data.root=... to tiny-imagenet-200.zip or the folder it holds"
-        )
-    if path.is_file() and not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a zip archive")
-    files, read = _archive(path) if path.is_file() else _folder(path)
+    names, train, test, store = tiny_imagenet_lists(Path(root))
+    return _pictures(
+        "tiny_imagenet", names[:classes], train, test, store, image_size, train_per_class, test_per_class
+    )
+
+
+def tiny_imagenet_lists(path: Path) -> tuple[list[str], dict[str, list[str]], dict[str, list[str]], Store]:
+    """Tiny-ImageNet's classes by WordNet id, its train and validation files by class, and where they lie."""
+    store = open_store(
+        path, "Tiny-ImageNet", "set data.root=... to tiny-imagenet-200.zip or the folder it holds"
+    )
     try:
         top = next(
             Path(f).parents[3]
-            for f in files
+            for f in store.names
             if Path(f).parts[-2:-1] == ("images",) and "train" in Path(f).parts
         )
         lists = {
-            name: read(str(top / name)).decode().splitlines()
+            name: store.read(str(top / name)).decode().splitlines()
             for name in ("wnids.txt", "val/val_annotations.txt")
         }
     except (StopIteration, KeyError, OSError):
@@ -260,46 +282,23 @@ def tiny_imagenet(
     names = sorted(line.strip() for line in lists["wnids.txt"] if line.strip())
     train: dict[str, list[str]] = {c: [] for c in names}
     test: dict[str, list[str]] = {c: [] for c in names}
-    for file in files:
+    for file in store.names:
         parts = Path(file).parts
         if parts[-4:-3] == ("train",) and parts[-3] in train:
             train[parts[-3]].append(file)
     for line in lists["val/val_annotations.txt"]:
         name, label = line.split("\t")[:2]
         test[label].append(str(top / "val" / "images" / name))
-    return _pictures(
-        "tiny_imagenet", names[:classes], train, test, read, image_size, path, train_per_class, test_per_class
-    )
+    return names, train, test, store
 
 
-def _folder(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    files = [str(p.relative_to(path)) for p in sorted(path.rglob("*")) if p.suffix.lower() in PICTURES]
-    return files, lambda file: (path / file).read_bytes()
-
-
-def _archive(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    archive = zipfile.ZipFile(path)  # kept open while its pictures are read
-    files = sorted(n for n in archive.namelist() if n.lower().endswith(PICTURES))
-    return files, archive.read
-
-
-def _by_class(files: Sequence[str], split: str) -> dict[str, list[str]]:
-    """Files at <anything/>split/<class>/<file>, by class."""
-    found: dict[str, list[str]] = {}
-    for file in files:
-        parts = Path(file).parts
-        if len(parts) >= 3 and parts[-3] == split:
-            found.setdefault(parts[-2], []).append(file)
-    return found
-
-
-def _decode(files: Sequence[str], read: Callable[[str], bytes], size: int, path: Path) -> Tensor:
+def _decode(files: Sequence[str], store: Store, size: int) -> Tensor:
     def one(file: str) -> np.ndarray[Any, Any]:
         try:
-            with Image.open(io.BytesIO(read(file))) as picture:
-                rgb = picture.convert("RGB")
-        except (UnidentifiedImageError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path}: picture {file} is damaged ({error}); replace or remove it") from error
+            rgb = decode(store.read(file), "pillow")
+        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{store.path}: picture {file} {error}") from error
+        assert isinstance(rgb, Image.Image)
         return np.asarray(
             rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)
         )

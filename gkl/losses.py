@@ -129,7 +129,7 @@ def gkl(
     `softmax(teacher)` (sample-wise) or `prior[labels]` (class-wise).
     gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
     pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
-    batches of all processes (see `mean_pair_weight`); 1 gives Eq. 13 without normalisation.
+    batches of all processes (see `mean_pair_weight`), or (B,), one for each example; 1 gives Eq. 13 without normalisation.
     break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
     validate: False skips the check of the weights' values, which on a GPU waits for the device.
     Returns the mean over the batch, or (B,) with reduction="none".

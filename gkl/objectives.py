@@ -65,9 +65,17 @@ class GKL:
             raise ValueError(f"loss.gamma must lie in [0, 1], got {self.gamma}")
 
     def __call__(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, prior: ClassPrior
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        labels: Tensor,
+        prior: ClassPrior,
+        group_size: int = 0,
     ) -> Tensor:
-        """Per-example values (B,), wMSE divided by the mean pair weight over all processes' batches."""
+        """Per-example values (B,), wMSE divided by the mean pair weight over all processes' batches.
+
+        group_size: where not 0, by the mean over each so many examples that follow one another.
+        """
         if self.weights == "class":
             smoothed = prior.rows(labels, self.gamma)
         else:
@@ -75,7 +83,10 @@ class GKL:
             probs = F.softmax(teacher, dim=-1)
             smoothed = losses.smooth(probs, self.gamma, validate=False)
         pair_weight = None
-        if world_size() > 1:
+        if group_size:
+            groups = smoothed.sum(-1).square().split(group_size)
+            pair_weight = torch.cat([g.mean().expand(len(g)) for g in groups])  # (b,)
+        elif world_size() > 1:
             local = smoothed.sum(-1).square()  # (b,) of this process
             total, count = world_sum(torch.stack([local.sum(), local.new_tensor(len(local))]))
             pair_weight = total / count
@@ -92,3 +103,33 @@ class GKL:
             validate=False,
             reduction="none",
         )
+
+
+class LabelLoss(Protocol):
+    """What a trainer needs of a loss between logits and labels."""
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Per-example values (B,). target: classes (B,), or distributions over them (B, C)."""
+        ...
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Softmax cross-entropy in nats. smoothing: the share of each label that is spread over all classes."""
+
+    smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Per-example values (B,)."""
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Mean over the classes of each one's own binary cross-entropy, in nats (Wightman et al. 2021; timm)."""
+
+    def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Per-example values (B,)."""
+        if target.ndim == 1:
+            target = F.one_hot(target, logits.shape[1]).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)

@@ -20,6 +20,8 @@ EXCLUDED = (
     "paths",
     "device",
     "devices",
+    "accumulate",
+    "workers",
     "logger",
     "launcher",
     "checkpoint_minutes",

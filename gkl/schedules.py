@@ -28,6 +28,16 @@ def piecewise(
     return factor ** sum(epoch - 1 >= (drop - 1) * epochs / of for drop in drops)
 
 
+def warmup_cosine(epoch: int, epochs: int, *, warmup: int) -> float:
+    """epoch / warmup until `warmup`, then 0.5 (1 + cos(pi (epoch - warmup) / (epochs - warmup + 1))).
+
+    ImageNet-LT's: 10 of 90 epochs. Source: adjust_learning_rate of the authors' script, whose epochs count from 0.
+    """
+    if epoch <= warmup:
+        return epoch / warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup + 1)))
+
+
 def one_cycle(
     epoch: int, epochs: int, *, start: float, peak: float, end: float, rise: float = 0.025
 ) -> float:

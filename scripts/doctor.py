@@ -86,8 +86,10 @@ def report_folders() -> None:
 def report_data() -> None:
     """Each data set that can be had without further settings, loaded and checked."""
     for name in choices("data"):
-        if name == "image_folder":
-            print("data image_folder: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
+        if name.startswith("smoke/"):
+            continue  # what scale=smoke takes: the digits
+        if name in ("image_folder", "image_files"):
+            print(f"data {name}: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
             continue
         node = compose("train", ["experiment=at/c100_basic_gkl", f"data={name}"])["data"]
         try:
@@ -109,12 +111,16 @@ def report_generated() -> None:
 
 def report_teachers() -> None:
     """Published teachers that distillation can start from instead of training its own."""
-    pairs = [compose("train", [f"experiment=kd/c100_kd/{pair}"])["teacher"] for pair in choices("pair")]
-    files = {make({**teacher, "weights": "published"}).file for teacher in pairs}
-    there = sorted(str(file) for file in files if file.is_file())
-    print(
-        f"published teachers: {len(there)} of {len(files)} files in {pairs[0]['folder']}; move it with GKL_TEACHERS"
-    )
+    for data, group, experiment in (("CIFAR-100", "pair", "c100_kd"), ("ImageNet", "imagenet_pair", "in_kd")):
+        pairs = [
+            compose("train", [f"experiment=kd/{experiment}/{pair}"])["teacher"] for pair in choices(group)
+        ]
+        files = {make({**teacher, "weights": "published"}).file for teacher in pairs}
+        missing = sorted(file.name for file in files if not file.is_file())
+        print(
+            f"published teachers, {data}: {len(files) - len(missing)} of {len(files)} files in {pairs[0]['folder']} "
+            f"(move it with GKL_TEACHERS){'; missing: ' + ', '.join(missing) if missing and group != 'pair' else ''}"
+        )
 
 
 def report_tables() -> None:

@@ -12,11 +12,14 @@ from test_ranks import assert_equal, scans
 from torch import Tensor
 
 from gkl.distillation import Context, Vanilla
+from gkl.distillation.dist import DIST
 from gkl.distillation.dkd import DKD
 from gkl.distillation.gkl_kd import GKLKD, IKLKD
+from gkl.distillation.jsd import JSD
 from gkl.distillation.kd import KD
 from gkl.models import create
 from gkl.models.classifier import Taps
+from gkl.objectives import CrossEntropy
 from trainers.configuration import ConfigError, build, check, compose, make
 from trainers.distillation import Distillation
 from trainers.teacher import teacher_config
@@ -52,7 +55,11 @@ def same_value_and_gradient(
     student, teacher, labels = logits
     method = method.double()
     terms = method(taps(student), taps(teacher), labels, epoch=epoch, index=torch.arange(B))
-    ours = torch.stack(list(terms.values())).sum(0).mean()
+    whole = {
+        "labels": method.label_weight * CrossEntropy()(student, labels),
+        **terms,
+    }  # as the trainer adds them up
+    ours = torch.stack(list(whole.values())).sum(0).mean()
     restated = slow(student, teacher, labels)
     torch.testing.assert_close(ours, restated, rtol=0, atol=1e-12)
     gradients = (torch.autograd.grad(value, student, retain_graph=True)[0] for value in (ours, restated))
@@ -154,6 +161,79 @@ def test_gkl_kd_over_two_epochs(logits: tuple[Tensor, Tensor, Tensor], weights: 
         seen.setdefault(y, []).append(softmax(t, 4.0))
     epoch = 2
     same_value_and_gradient(method, logits, epoch, slow)
+
+
+@pytest.mark.parametrize("weights", ["class", "sample"])
+def test_gkl_kd_by_group_is_divided_as_each_card_divides(
+    logits: tuple[Tensor, Tensor, Tensor], weights: Any
+) -> None:
+    """Groups of 3 of 7: wMSE over the sum of pair weights of 3, 3 and 1 pictures, each weighed by its share of the batch."""
+    method = GKLKD(context(), alpha=8.0, beta=2.0, gamma=0.3, temperature=1.0, prior_temperature=1.0, weights=weights,
+                   warmup=0, normaliser="group")  # fmt: skip
+    method.prior.probs.copy_(torch.rand(C, C).softmax(1))
+    method.group_size = 3
+    assert not method.whole_batch
+
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        total = cross_entropy(student, labels) + 2.0 * soft_cross_entropy(student, teacher, 1.0)
+        for few in (slice(0, 3), slice(3, 6), slice(6, 7)):
+            rows = [softmax(t) if weights == "sample" else list(method.prior.probs[y])
+                    for t, y in zip(teacher[few], labels[few].tolist(), strict=True)]  # fmt: skip
+            value, norm = wmse(student[few], teacher[few], [[w**0.3 for w in row] for row in rows])
+            total = total + 8.0 * value / norm * len(rows) / B
+        return total
+
+    same_value_and_gradient(method, logits, 1, slow)
+
+
+def test_gkl_kd_without_ba_is_kl_kd(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Table I (b): sample-wise, gamma 1, wMSE kept from the student: the gradient is KL's."""
+    student, teacher, labels = logits
+    dkl = GKLKD(context(), alpha=0.5, beta=0.5, gamma=1.0, temperature=1.0, prior_temperature=1.0, weights="sample",
+                warmup=0, break_asymmetry=False, label_weight=0.5).double()  # fmt: skip
+    kl = KD(context(), temperature=1.0, weight=0.5, label_weight=0.5)
+    one, other = (
+        torch.autograd.grad(
+            m(taps(student), taps(teacher), labels, epoch=1, index=labels)["distillation"].mean(), student
+        )[0]
+        for m in (dkl, kl)
+    )
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-14)
+
+
+def test_jsd(logits: tuple[Tensor, Tensor, Tensor]) -> None:
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        total = 0.0
+        for s, t in zip(student, teacher, strict=True):
+            for p, q in zip(softmax(s), softmax(t), strict=True):
+                middle = (p + q) / 2
+                total = total + 0.5 * (p * (p / middle).log() + q * (q / middle).log())
+        return cross_entropy(student, labels) + 3.0 * total / B
+
+    same_value_and_gradient(JSD(context(), weight=3.0), logits, 1, slow)
+
+
+@pytest.mark.parametrize("group", [0, 4])
+def test_dist(logits: tuple[Tensor, Tensor, Tensor], group: int) -> None:
+    """One minus Pearson's correlation: of each picture's predictions, and of each class's over a group of pictures."""
+
+    def pearson(one: list[Tensor], other: list[Tensor]) -> Tensor:
+        a, b = (torch.stack(v) - sum(v) / len(v) for v in (one, other))
+        return (a * b).sum() / (a.pow(2).sum().sqrt() * b.pow(2).sum().sqrt() + 1e-8)
+
+    def slow(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        p, q = ([softmax(row, 2.0) for row in z] for z in (student, teacher))
+        between = sum(1 - pearson(a, b) for a, b in zip(p, q, strict=True)) / B
+        within = torch.zeros(())
+        for first in range(0, B, group or B):
+            few = range(first, min(B, first + (group or B)))
+            columns = [1 - pearson([p[i][c] for i in few], [q[i][c] for i in few]) for c in range(C)]
+            within = within + sum(columns) / C * len(few) / B
+        return cross_entropy(student, labels) + 4.0 * (0.7 * between + 1.3 * within)
+
+    method = DIST(context(), inter=0.7, intra=1.3, temperature=2.0)
+    method.group_size = group
+    same_value_and_gradient(method, logits, 1, slow)
 
 
 def test_the_prior_learns_in_training_alone(logits: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -264,6 +344,42 @@ def test_stopped_within_an_epoch_and_gone_on(method: str, tmp_path: Path) -> Non
     resumed.load_state_dict(torch.load(tmp_path / "checkpoint.pt", weights_only=True))
     train(resumed, 2, range(1, 4))
     assert_equal(ended(task, 2), ended(resumed, 2), method, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "fitnet", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl"])
+def test_a_batch_in_turns_is_the_batch_at_once(method: str, tmp_path: Path) -> None:
+    """Four batch-norm groups in one, two and four turns: weights, running statistics, prior; the last batch has 8 pictures."""
+    group = ["distiller.normaliser=group"] if method == "gkl" else []
+    states = []
+    for turns in (1, 2, 4):
+        task = make_task(method, tmp_path, "bn_groups=4", f"accumulate={turns}", *group)
+        train(task, 2, range(task.steps_per_epoch))
+        states.append(ended(task, 2))
+    for other in states[1:]:
+        assert_equal(states[0], other, method, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["rkd", "crd", "gkl"])
+def test_what_needs_the_whole_batch_takes_no_turns(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="accumulate=2 cannot split the batch of .*use more devices"):
+        make_task(method, tmp_path, "bn_groups=2", "accumulate=2")
+
+
+def test_half_precision_scales_its_loss_and_the_checkpoint_knows_the_scale(tmp_path: Path) -> None:
+    task = make_task("kd", tmp_path, "precision=fp16")
+    task.scaler.load_state_dict(
+        {**task.scaler.state_dict(), "scale": 2.0**40}
+    )  # overflows: no step, half the scale
+    before = copy.deepcopy(task.model.state_dict())
+    train(task, 1, range(1))
+    assert task.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(before[n], p) for n, p in task.model.named_parameters())
+    task.scaler.update(new_scale=1024.0)
+    train(task, 1, range(1, 3))
+    assert any(not torch.equal(before[n], p) for n, p in task.model.named_parameters())
+    resumed = make_task("kd", tmp_path, "precision=fp16")
+    resumed.load_state_dict(copy.deepcopy(task.state_dict()))
+    assert resumed.scaler.state_dict() == task.scaler.state_dict() and resumed.scaler.get_scale() == 1024.0
 
 
 def twice(task: Distillation) -> list[dict[str, Any]]:

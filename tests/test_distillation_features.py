@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gkl.counter import choose, sample_keys
 from gkl.distillation import Context
+from gkl.distillation.attention import AttentionTransfer
 from gkl.distillation.crd import CRD
 from gkl.distillation.fitnet import FitNet, regressor
 from gkl.distillation.ofd import OFD, margin
@@ -235,10 +236,26 @@ def test_ofds_margin_is_the_mean_of_the_negative_half() -> None:
         assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_reviewkd(given: Any) -> None:
+def test_attention_transfer(given: Any) -> None:
     context, student, teacher, _, _ = given
-    method = ReviewKD(context, weight=5.0, warmup=20).double()
-    mine, targets = student_maps(student), teacher_maps(teacher)
+    total = torch.zeros(()).double()
+    for s, t in zip(student.after[1:], teacher.after[1:], strict=True):
+        size = min(s.shape[-1], t.shape[-1])
+        maps = []
+        for x in (s, t):
+            cell = x.shape[-1] // size
+            cells = x.unfold(2, cell, cell).unfold(3, cell, cell).mean((4, 5))
+            attention = (cells**2).mean(1).reshape(len(x), -1)
+            maps.append(attention / attention.pow(2).sum(1, keepdim=True).sqrt())
+        total = total + ((maps[0] - maps[1]) ** 2).mean()
+    same(AttentionTransfer(context, weight=1000.0).double(), given, 1000.0 * total)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_reviewkd(given: Any, before: bool) -> None:
+    context, student, teacher, _, _ = given
+    method = ReviewKD(context, weight=5.0, warmup=20, student_before=before).double()
+    mine, targets = student_maps(student, before), teacher_maps(teacher)
     assert [len(mine), len(targets)] == [4, 4]
     total, residual = torch.zeros(()).double(), None
     for number in (3, 2, 1, 0):

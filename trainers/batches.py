@@ -7,12 +7,18 @@
 What a step draws depends on (seed, epoch, step) alone: equal on any number of processes and after a restart.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from gkl.counter import sample_keys
+from gkl.crops import ResizedCrop
 from gkl.data import ImageData
 from gkl.evaluation import first_of_each_class
 from gkl.generated import Generated
+from gkl.imagenet import ImageFiles, Views, loader
 
 
 class TrainingSet:
@@ -89,3 +95,79 @@ class TrainingSet:
         x[here], y[here] = self.images[own], self.labels[own]
         x[~here], y[~here] = images.to(self.device), labels.to(self.device)
         return x, y
+
+
+class FileTrainingSet:
+    """Training pictures that stay in their files: worker processes read, decode and cut them ahead of the steps.
+
+    Every view follows from (seed, epoch, picture), so worker processes hold no state: a run goes on at any step by reading
+    on from there.
+    """
+
+    generated = None
+
+    def __init__(
+        self,
+        data: ImageFiles,
+        device: torch.device,
+        *,
+        batch_size: int,
+        drop_last: bool,
+        seed: int,
+        augment: ResizedCrop,
+        workers: int,
+        mine: Callable[[int], Tensor],
+    ) -> None:
+        """mine: which items of a batch of so many are this process's."""
+        self.data, self.device, self.batch_size, self.seed = data, device, batch_size, seed
+        self.augment, self.workers, self.mine = augment, workers, mine
+        self.labels = data.train_labels
+        full, rest = divmod(len(self.labels), batch_size)
+        self.steps_per_epoch = full + (1 if rest and not drop_last else 0)
+        self.next: tuple[int, int] = (0, 0)  # epoch and step that the stream gives next
+        self.stream: Iterator[Any] = iter(())
+
+    def shuffle(self, epoch: int) -> None:
+        """Put the pictures in the epoch's order, each `repeats` times in a row."""
+        generator = torch.Generator().manual_seed((self.seed << 20) + epoch)
+        order = torch.randperm(len(self.labels), generator=generator)
+        self.order = order.repeat_interleave(self.augment.repeats)[: len(order)]
+
+    def drawn(self, epoch: int, step: int) -> Tensor:
+        """Sample indices of a step over all processes, (B,) on the CPU."""
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def samples(self, step: int) -> int:
+        """How many a step draws."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+
+    def views(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's part of a step: views (b, 3, S, S) uint8, labels and sample indices (b,), on the device."""
+        if self.next != (epoch, step):
+            crops = Views(self.data.train, self.augment, self.data.image_size, self.data.decoder)
+            self.stream = loader(crops, _Steps(self, epoch, step), self.workers)
+        images, index = next(self.stream)
+        self.next = (epoch, step + 1)
+        x, y, index = (t.to(self.device, non_blocking=True) for t in (images, self.labels[index], index))
+        return x, y, index
+
+    def plan(self, epoch: int, step: int) -> list[tuple[int, int]]:
+        """(number, key) of the pictures of this process's part of a step."""
+        place = step * self.batch_size + self.mine(self.samples(step))
+        index, repeats = self.order[place], self.augment.repeats
+        keys = sample_keys(self.seed, epoch, index * repeats + place % repeats, "resized_crop")
+        return list(zip(index.tolist(), keys.tolist(), strict=True))
+
+
+class _Steps:
+    """The batches from a step to the end of its epoch, planned as they are asked for."""
+
+    def __init__(self, training: FileTrainingSet, epoch: int, first: int) -> None:
+        self.training, self.epoch, self.first = training, epoch, first
+
+    def __len__(self) -> int:
+        return self.training.steps_per_epoch - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.training.steps_per_epoch):
+            yield self.training.plan(self.epoch, step)

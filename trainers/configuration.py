@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "batch_size": int,
     "drop_last": bool,
     "bn_groups": int,
-    "precision": typing.Literal["float32", "tf32", "bf16", "float64"],
+    "precision": typing.Literal["float32", "tf32", "bf16", "fp16", "float64"],
     "channels_last": bool,
     "compile": bool,
     "evaluate": str,
@@ -47,6 +47,8 @@ SETTINGS: dict[str, Any] = {
     "held_out_by_class": bool | None,
     "checkpoint_minutes": float,
     "devices": int,
+    "accumulate": int,
+    "workers": int | typing.Literal["auto"],
     "device": typing.Literal["auto", "cpu", "cuda"],
 }
 
@@ -215,7 +217,7 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
     check_values(config)
     _check_parts(config)
     batch_size, groups = config["batch_size"], config["bn_groups"]
-    for name in ("epochs", "batch_size", "bn_groups", "devices"):
+    for name in ("epochs", "batch_size", "bn_groups", "devices", "accumulate"):
         if config[name] < 1:
             raise ConfigError(f"{name} must be at least 1, got {config[name]}")
     if batch_size % world_size:
@@ -227,6 +229,13 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
             f"bn_groups={groups} must be a multiple of devices={world_size} and divide batch_size={batch_size}: "
             f"each process normalises whole groups; set bn_groups={world_size} to give each device its own batch norm"
         )
+    if groups // world_size % config["accumulate"]:
+        raise ConfigError(
+            f"accumulate={config['accumulate']} must divide the {groups // world_size} batch-norm groups of a process "
+            f"(bn_groups={groups}, devices={world_size}): each turn normalises whole groups; choose a divisor, or more bn_groups"
+        )
+    if config["workers"] != "auto" and config["workers"] < 0:
+        raise ConfigError(f"workers must be auto or a number from 0, got {config['workers']}")
     known = [
         "last",
         *config["averages"],

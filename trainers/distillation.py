@@ -4,8 +4,9 @@ What is lost between the two is a method of gkl.distillation; without a teacher 
 vanilla teachers and students of the tables.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from gkl.distillation import Context, Distiller
+from gkl.distributed import rank, world_size
+from gkl.evaluation.shots import accuracy_by_shots
+from gkl.imagenet import ImageFiles
+from gkl.mixing import Mixing
 from gkl.models.batch_norm import eval_mode, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
+from gkl.objectives import CrossEntropy, LabelLoss
 from trainers.report import Console
-from trainers.robustness import clean_accuracy
+from trainers.robustness import clean_accuracy, correct_flags
 from trainers.teacher import LogitsCache, Teacher, unlike
 from trainers.training import Training
 
@@ -25,11 +31,23 @@ class Distillation(Training):
     """CE(student, labels) + whatever the distiller adds."""
 
     def __init__(
-        self, *, distiller: Callable[[Context], Distiller], teacher: Teacher | None = None, **common: Any
+        self,
+        *,
+        distiller: Callable[[Context], Distiller],
+        teacher: Teacher | None = None,
+        label_loss: LabelLoss | None = None,
+        mixing: Mixing | None = None,
+        **common: Any,
     ) -> None:
-        """common: see Training."""
+        """label_loss: between logits and labels, cross-entropy if None. mixing: of the pictures of a batch. common: see Training."""
         self.make_method, self.source = distiller, teacher
+        self.label_loss, self.mixing = label_loss or CrossEntropy(), mixing
         super().__init__(**common)
+        if self.accumulate > 1 and self.method.whole_batch:
+            raise ValueError(
+                f"accumulate={self.accumulate} cannot split the batch of {type(self.method).__name__} here: a picture's loss depends "
+                "on the whole batch; set accumulate=1 and use more devices"
+            )
         self.best: dict[str, Any] = {}
 
     def prepare(self) -> None:
@@ -44,7 +62,7 @@ class Distillation(Training):
             if self.compiled and network is not None:
                 compiled: Any = torch.compile(cast(TappedClassifier, network).forward_taps)
                 network.forward_taps = compiled
-        side = self.data.train_images.shape[-1]
+        side = self.data.image_size
         few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
         with torch.no_grad(), eval_mode(self.model):
             context = Context(
@@ -66,6 +84,8 @@ class Distillation(Training):
             "teacher": self.origin["sha256"],
             "data": self.data.sha256,
             "views": [vars(self.augment)[name] for name in sorted(vars(self.augment))],
+            "files": [self.data.image_size, self.data.decoder] if isinstance(self.data, ImageFiles) else None,
+            "mixing": repr(self.mixing) if self.mixing else None,
             "batches": [self.seed, self.training.batch_size, self.steps_per_epoch, self.bn_groups],
             "computed": [str(self.dtype), self.precision, str(self.memory_format), self.device.type],
             "machine": [
@@ -87,7 +107,7 @@ class Distillation(Training):
 
     def taps(self, x: Tensor, network: nn.Module) -> Taps:
         """A network's taps in float32 or better, whatever precision it computes in."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast():
             after, before, pooled, logits = network.forward_taps(
                 x.contiguous(memory_format=self.memory_format)
             )  # type: ignore[operator]
@@ -98,18 +118,12 @@ class Distillation(Training):
             logits.to(self.dtype),
         )
 
-    def taught(self, x: Tensor, step: int) -> Taps | None:
-        """The teacher's taps of a step's images, without gradient; its logits alone where they are kept."""
+    def taught(self, x: Tensor) -> Taps | None:
+        """The teacher's taps of images, without gradient."""
         if self.teacher is None:
             return None
-        if self.cache is not None and (kept := self.cache.get(step)) is not None:
-            logits = kept.to(self.device)
-            return Taps([], [], logits[:, :0], logits)
         with torch.no_grad(), self.teacher_mode():
-            taps = self.taps(x, self.teacher)
-        if self.cache is not None:
-            self.cache.put(step, taps.logits)
-        return taps
+            return self.taps(x, self.teacher)
 
     def teacher_mode(self) -> AbstractContextManager[None]:
         """The mode in which the method wants the teacher; its running statistics never change."""
@@ -123,16 +137,48 @@ class Distillation(Training):
         """One update; every term is this process's share of its mean over the global batch."""
         x, y, _, index = self.batch(epoch, step)
         items = self.training.samples(step) * len(self.augment.views)
+        group_size = self.method.group_size = self.group_size(items)
+        target: Tensor | None = None
+        if self.mixing is not None:
+            x, target = self.mixing(
+                x, y, num_classes=self.data.num_classes, draw=(self.seed, epoch, step), group_size=group_size,
+                first_group=rank() * self.bn_groups // world_size(),
+            )  # fmt: skip
+            y = target.argmax(1)
         self.model.train()
         self.method.train()
-        teacher = self.taught(x, step)
-        student = self.taps(x, self.model)
-        terms = self.method(student, teacher, y, epoch=epoch, index=index)
-        shares = {f"loss/{name}": values.sum() / items for name, values in terms.items()}
-        self.descend(torch.stack(list(shares.values())).sum())
+        kept = self.cache.get(step) if self.cache is not None else None
+        logits: list[Tensor] = []
+        shares: dict[str, Tensor] = {}
+
+        def parts() -> Iterator[Tensor]:
+            """Each turn's share of the loss; the first alone reaches the running statistics, as one turn would."""
+            own = max(1, math.ceil(len(x) / group_size / self.accumulate)) * group_size
+            for number, part in enumerate(torch.arange(len(x), device=x.device).split(own)):
+                if kept is None:
+                    teacher = self.taught(x[part])
+                else:
+                    few = kept[part.cpu()].to(self.device)
+                    teacher = Taps([], [], few[:, :0], few)
+                if kept is None and self.cache is not None and teacher is not None:
+                    logits.append(teacher.logits)
+                with frozen_statistics(self.model) if number else nullcontext():
+                    student = self.taps(x[part], self.model)
+                with frozen_statistics(self.method) if number else nullcontext():
+                    terms = self.method(student, teacher, y[part], epoch=epoch, index=index[part])
+                labels = self.label_loss(student.logits, y[part] if target is None else target[part])
+                terms = {"labels": self.method.label_weight * labels, **terms}
+                losses = {f"loss/{name}": values.sum() / items for name, values in terms.items()}
+                correct = (student.logits.detach().argmax(-1) == y[part]).sum() * (100.0 / items)
+                for name, value in {**losses, "train/top1": correct}.items():
+                    shares[name] = shares.get(name, 0.0) + value.detach()
+                yield torch.stack(list(losses.values())).sum()
+
+        self.descend(parts())
+        if self.cache is not None and kept is None:
+            self.cache.put(step, torch.cat(logits))
         self.after_step(epoch)
-        correct = (student.logits.detach().argmax(-1) == y).sum() * (100.0 / items)
-        return {**shares, "train/top1": correct}
+        return shares
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
@@ -157,11 +203,21 @@ class Distillation(Training):
 
     def measured(self, epoch: int) -> dict[str, float]:
         """Test accuracy; the weights of the best epoch are kept."""
-        top1 = clean_accuracy(self.model, self.data, self.device)
-        if not self.best or top1 > self.best["top1"]:
+        found = self.accuracies(self.model)
+        if not self.best or found["top1"] > self.best["metrics"]["top1"]:
             state = {key: value.clone() for key, value in self.model.state_dict().items()}
-            self.best = {"epoch": epoch, "top1": top1, "state": state}
-        return {"test/top1": top1}
+            self.best = {"epoch": epoch, "metrics": found, "state": state}
+        return {f"test/{name}": value for name, value in found.items()}
+
+    def accuracies(self, model: nn.Module) -> dict[str, float]:
+        """On the test pictures, percent: `top1`; of a long-tailed data set also `many`, `medium`, `few`, `all`, means over classes."""
+        correct = correct_flags(model, self.data, self.device, self.workers)
+        found = {"top1": 100.0 * correct.double().mean().item()}
+        if isinstance(self.data, ImageFiles) and self.data.shots:
+            counts = torch.bincount(self.data.train_labels, minlength=self.data.num_classes)
+            by_shots = accuracy_by_shots(correct, self.data.test_labels, counts, self.data.shots)
+            found |= {name: value for name, value in by_shots.items() if value is not None}
+        return found
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The networks a run ends with: `last`, `best` on the test images, each average by its name."""
@@ -170,13 +226,13 @@ class Distillation(Training):
     def evaluate(
         self, *, headline: str, settings: Mapping[str, Any], folder: Path, console: Console
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        """`top1`, of the headline's weights, and `top1_best`, the best epoch's on the test images, in percent."""
+        """`top1`, of the headline's weights, and `top1_best`, the best epoch's on the test images, and so on, in percent."""
         self.model.load_state_dict(self.weights()[headline])
-        top1 = clean_accuracy(self.model, self.data, self.device)
+        found = self.accuracies(self.model)
         if self.teacher is not None:
-            self.origin["top1"] = clean_accuracy(self.teacher, self.data, self.device)
+            self.origin["top1"] = clean_accuracy(self.teacher, self.data, self.device, self.workers)
         details = {"weights": headline, "best_epoch": self.best["epoch"]}
-        return {"top1": top1, "top1_best": self.best["top1"]}, details
+        return found | {f"{name}_best": value for name, value in self.best["metrics"].items()}, details
 
     def origins(self) -> dict[str, Any]:
         """The teacher: its run or file, its weights' sha256, its own accuracy."""

@@ -13,24 +13,37 @@ import torch
 from torch import Tensor
 
 from gkl.attacks import PGD, pgd
+from gkl.augment import Views
 from gkl.awp import perturbed
 from gkl.counter import sample_keys
+from gkl.data import ImageData
 from gkl.distributed import rank
 from gkl.models.batch_norm import eval_mode, frozen_statistics
 from gkl.objectives import Objective
 from gkl.prior import ClassPrior
 from gkl.selection import MostRobust
+from trainers.batches import TrainingSet
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy, pgd_accuracy
 from trainers.training import Training
 
 
 class RobustTraining(Training):
-    """Base of the methods."""
+    """Base of the methods. Pictures are in memory: AutoAttack takes them whole."""
 
-    def __init__(self, *, attack: PGD, selection: MostRobust | None = None, **common: Any) -> None:
+    data: ImageData
+    training: TrainingSet
+    augment: Views
+
+    def __init__(
+        self, *, data: ImageData, attack: PGD, selection: MostRobust | None = None, **common: Any
+    ) -> None:
         """selection: keeps the most robust epoch as the weights called best. common: see Training."""
-        super().__init__(**common)
+        if not isinstance(data, ImageData):
+            raise ValueError(
+                f"adversarial training needs a data set in memory (cifar100, image_folder, ...), got {data.name}"
+            )
+        super().__init__(data=data, **common)
         self.attack, self.selection = attack, selection
         if selection is not None and selection.images == "held_out" and not len(self.training.held_out):
             raise ValueError(

@@ -9,33 +9,43 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gkl.augment import to_float
 from gkl.data import ImageData
 from gkl.distributed import rank, world_size, world_sum
 from gkl.evaluation import (
     AutoAttackResult,
     LogitsFn,
-    accuracy,
     evaluate,
     first_of_each_class,
     pgd_robust,
 )
+from gkl.imagenet import ImageFiles
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console, duration
 
 
-def clean_accuracy(model: nn.Module, data: ImageData, device: torch.device) -> float:
-    """Accuracy on all test images, percent; each image is counted once, on one process."""
+def correct_flags(
+    model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
+) -> Tensor:
+    """Which test images are classified correctly, (N,) bool on the CPU of every process; each is looked at once, by one."""
     mine = torch.arange(len(data.test_labels)).tensor_split(world_size())[rank()]
     dtype = next(model.parameters()).dtype
-    with eval_mode(model):
-        correct = accuracy(
-            lambda x: model(x.to(dtype)),
-            data.test_images[mine],
-            data.test_labels[mine],
-            batch_size=500,
-            device=device,
-        )
-    return 100.0 * world_sum(correct.sum().double().to(device)).item() / len(data.test_labels)
+    flags = torch.zeros(len(data.test_labels), device=device)
+    correct = []
+    with eval_mode(model), torch.no_grad():
+        for x, y in data.test_batches(mine, 500, workers):
+            logits = model(to_float(x.to(device, non_blocking=True)).to(dtype))
+            correct.append(logits.argmax(-1) == y.to(device, non_blocking=True))
+    if correct:
+        flags[mine.to(device)] = torch.cat(correct).to(flags.dtype)
+    return world_sum(flags).bool().cpu()
+
+
+def clean_accuracy(
+    model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
+) -> float:
+    """Accuracy on all test images, percent."""
+    return 100.0 * correct_flags(model, data, device, workers).double().mean().item()
 
 
 def pgd_accuracy(

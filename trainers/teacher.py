@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.distributed import rank, world_size
-from gkl.models import load_checkpoint
+from gkl.models import load_checkpoint, published
 from gkl.records import differences, read_record
 from trainers.configuration import ConfigError, compose
 from trainers.folder import save_state
@@ -22,7 +22,7 @@ from trainers.folder import save_state
 # What a person changes in a student's data and schedule, its teacher is trained with, too.
 SHARED = (
     "data", "augment", "epochs", "batch_size", "drop_last", "bn_groups", "precision", "channels_last", "compile",
-    "device", "devices", "checkpoint_minutes", "logger", "paths",
+    "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "paths",
 )  # fmt: skip
 
 
@@ -30,8 +30,9 @@ SHARED = (
 class Teacher:
     """Which network teaches, and its weights.
 
-    run: the experiment that trains it, seed 0. weights: own, that run's; published, the file
-    <folder>/<published>/ckpt_epoch_240.pth, the layout of RepDistiller's and mdistiller's archives.
+    run: the experiment that trains it, seed 0. weights: own, that run's; published, a file below folder: of
+    torchvision/<weights> or timm/<model> the one that these download, else <published>/ckpt_epoch_240.pth, the layout of
+    RepDistiller's and mdistiller's archives, or a path of its own with a suffix.
     outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
     cache: folder for the teacher's logits, or None: they are computed anew in every step.
     """
@@ -49,7 +50,7 @@ class Teacher:
     def file(self) -> Path:
         """Where the weights are. Raises ConfigError when the teacher's run has no record."""
         if self.weights == "published":
-            return Path(self.folder) / self.published / "ckpt_epoch_240.pth"
+            return Path(self.folder) / published.file_name(self.published)
         if self.record is None or not Path(self.record).is_file():
             raise ConfigError(
                 f"the teacher {self.run} has no record{f' at {self.record}' if self.record else ''}; train it first: "
@@ -58,8 +59,16 @@ class Teacher:
         return Path(self.outputs) / read_record(Path(self.record))["checkpoint"]["path"]
 
     def check(self) -> None:
-        """Raises ConfigError when the weights or their run's record are missing."""
+        """Fetch torchvision's or timm's weights if need be. Raises ConfigError when weights or their run's record are missing."""
         file = self.file
+        if self.weights == "published" and not file.is_file():
+            try:
+                published.fetch(self.published, file)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"the teacher's weights {file} are missing and cannot be fetched ({error}); put the file there "
+                    "(GKL_TEACHERS), or set teacher.weights=own"
+                ) from error
         if not file.is_file():
             remedy = (
                 f"bring the file back (GKL_OUTPUTS), or move {self.record} away to train the teacher anew"

@@ -5,6 +5,7 @@ the global batch from `batch` and hands its share of the loss to `descend`.
 """
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,25 +17,32 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl.augment import Views, to_float
 from gkl.averaging import Average
+from gkl.crops import ResizedCrop
 from gkl.data import ImageData
 from gkl.distributed import broadcast_, rank, world_size, world_sum_
 from gkl.generated import Generated
+from gkl.imagenet import ImageFiles
 from gkl.models.batch_norm import eval_mode, group_batch_norm, set_group_size
-from trainers.batches import TrainingSet
+from trainers.batches import FileTrainingSet, TrainingSet
 from trainers.report import Console
 
-Precision = Literal["float32", "tf32", "bf16", "float64"]
+Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Training(ABC):
     """Base of all trainings. A `trainers.engine.Task`."""
 
+    data: Any  # ImageData, or ImageFiles; with them go
+    training: Any  # TrainingSet, or FileTrainingSet; and
+    augment: Any  # Views, or ResizedCrop
+
     def __init__(
         self,
         *,
-        data: ImageData,
+        data: ImageData | ImageFiles,
         model: nn.Module,
-        augment: Views,
+        augment: Views | ResizedCrop,
         optimizer: Callable[..., torch.optim.Optimizer],
         schedule: Callable[[int, int], float],
         momentum: Callable[[int, int], float] | None = None,
@@ -43,6 +51,8 @@ class Training(ABC):
         generated_share: float | None = None,
         held_out: float | None = None,
         held_out_by_class: bool | None = None,
+        accumulate: int = 1,
+        workers: int | Literal["auto"] = 0,
         seed: int,
         epochs: int,
         batch_size: int,
@@ -59,7 +69,9 @@ class Training(ABC):
         len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the
         first ones, or with held_out_by_class the first of each class.
         bn_groups: batch norm sees the batch in so many parts (4 cards: 4).
-        precision: of the networks alone; losses and averages are float32 (float64 in tests).
+        accumulate: each process takes its part of a batch in so many turns, whole batch-norm groups in each. workers:
+        processes that read and decode, where pictures stay in their files. Neither changes what is computed.
+        precision: of the networks alone; losses and averages are float32 (float64 in tests). fp16 scales the loss.
         """
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         if device.type == "cuda":
@@ -67,17 +79,32 @@ class Training(ABC):
             torch.backends.cudnn.deterministic = True
         self.data, self.device, self.precision = data, device, precision
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.bn_groups = bn_groups
+        self.bn_groups, self.accumulate = bn_groups, accumulate
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this machine
+        self.workers = min(8, (os.cpu_count() or 1) // local) if workers == "auto" else workers
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.model = self.placed(model)
         self.compiled = compile
         self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
         self.augment = augment
         self.seed, self.epochs = seed, epochs
-        self.training = TrainingSet(
-            data, device, batch_size=batch_size, drop_last=drop_last, seed=seed,
-            generated=generated(data) if generated else None, generated_share=generated_share,
-            held_out=held_out, held_out_by_class=bool(held_out_by_class),
-        )  # fmt: skip
+        shared: dict[str, Any] = {"batch_size": batch_size, "drop_last": drop_last, "seed": seed}
+        if isinstance(data, ImageFiles) and isinstance(augment, ResizedCrop):
+            if generated or held_out:
+                raise ValueError(
+                    f"{data.name} stays in its files: no generated pictures, none held out; leave both out"
+                )
+            self.training = FileTrainingSet(
+                data, device, augment=augment, workers=self.workers, mine=self.mine, **shared
+            )
+        elif isinstance(data, ImageData) and isinstance(augment, Views):
+            self.training = TrainingSet(
+                data, device, generated=generated(data) if generated else None, generated_share=generated_share,
+                held_out=held_out, held_out_by_class=bool(held_out_by_class), **shared,
+            )  # fmt: skip
+        else:
+            wanted = "resized_crop" if isinstance(data, ImageFiles) else "basic or autoaug"
+            raise ValueError(f"{data.name} needs augment={wanted}, got {type(augment).__name__}")
         self.steps_per_epoch = self.training.steps_per_epoch
         self.prepare()
         self.optimizer, self.schedule, self.momentum = optimizer(self.trained()), schedule, momentum
@@ -146,16 +173,28 @@ class Training(ABC):
     def logits(self, x: Tensor, network: nn.Module | None = None) -> Tensor:
         """Network output in float32 or better, whatever precision the network computes in."""
         run = self.network if network is None else network
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast():
             return run(x.contiguous(memory_format=self.memory_format)).to(self.dtype)
 
+    def autocast(self) -> torch.autocast:
+        """Inside, networks compute in the run's precision."""
+        return torch.autocast(self.device.type, HALF.get(self.precision), enabled=self.precision in HALF)
+
     def share(self, items: int) -> Tensor:
-        """Which of a batch's items are this process's: contiguous batch-norm groups, as DataParallel scatters them."""
-        group_size = math.ceil(items / self.bn_groups)
+        """Which of a batch's items are this process's; tells batch norm where to cut them."""
         for network in self.networks():
-            set_group_size(network, group_size)
+            set_group_size(network, self.group_size(items))
+        return self.mine(items)
+
+    def group_size(self, items: int) -> int:
+        """Items of a batch-norm group, where a batch has `items`."""
+        return math.ceil(items / self.bn_groups)
+
+    def mine(self, items: int) -> Tensor:
+        """Which of a batch's items are this process's: contiguous batch-norm groups, as DataParallel scatters them."""
         mine = self.bn_groups // world_size()  # batch-norm groups a process holds
-        return torch.cat(torch.arange(items).split(group_size)[rank() * mine : (rank() + 1) * mine])
+        groups = torch.arange(items).split(self.group_size(items))[rank() * mine : (rank() + 1) * mine]
+        return torch.cat(groups) if groups else torch.arange(0)
 
     def networks(self) -> Iterable[nn.Module]:
         """The networks whose batch norm follows the batch."""
@@ -166,6 +205,11 @@ class Training(ABC):
 
         The batch's views stand one after the other.
         """
+        if isinstance(self.training, FileTrainingSet):
+            self.share(self.training.samples(step))
+            images, y, index = self.training.views(epoch, step)
+            return to_float(images).to(self.dtype), y, torch.zeros_like(index), index
+        assert isinstance(self.augment, Views)
         index = self.training.drawn(epoch, step)
         item = self.share(len(self.augment.views) * len(index))
         view, index = item // len(index), index[item % len(index)]
@@ -175,13 +219,20 @@ class Training(ABC):
         x = torch.stack(views)[view, torch.arange(len(index), device=self.device)]
         return to_float(x).to(self.dtype), y, view, index
 
-    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """A step of the optimizer on the sum of all processes' shares of the loss."""
+    def descend(
+        self, loss: Tensor | Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """A step of the optimizer on the sum of all processes' shares of the loss.
+
+        loss: or its parts, each carried back before the next is computed.
+        """
         optimizer = optimizer or self.optimizer
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            self.scaler.scale(part).backward()
         world_sum_(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
-        optimizer.step()
+        self.scaler.step(optimizer)
+        self.scaler.update()
 
     def after_step(self, epoch: int) -> None:
         """Buffers and averages after an update."""
@@ -217,6 +268,7 @@ class Training(ABC):
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             **self.method_state(),
         }
@@ -225,6 +277,8 @@ class Training(ABC):
         """Go on from a checkpoint, on any number of processes."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name], self.device)
         self.load_method_state(state)

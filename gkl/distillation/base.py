@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, Taps
@@ -33,24 +32,26 @@ class Distiller(nn.Module):
         "eval"  # batch norm of the teacher; `train` leaves its running statistics alone
     )
     logits_alone: bool = False  # sees nothing of the teacher but its logits
+    whole_batch: bool = (
+        False  # a picture's value depends on others beyond its group, so the batch cannot be taken in parts
+    )
+    group_size: int = (
+        0  # pictures of a batch-norm group, one card's share in the published runs; set by the trainer
+    )
 
     def __init__(self, context: Context, *, label_weight: float = 1.0) -> None:
-        """label_weight: of the cross-entropy with the labels."""
+        """label_weight: of the loss with the labels, which is the trainer's to compute."""
         super().__init__()
         self.label_weight = label_weight
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch.
+        """The loss terms of this process's part of a batch but the labels' own.
 
         labels: (b,). epoch: 1, 2, .... index: (b,) places in the training set. The teacher's taps carry no gradient.
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward")
-
-    def labelled(self, student: Taps, labels: Tensor) -> Tensor:
-        """The weighted cross-entropy with the labels, (b,)."""
-        return self.label_weight * F.cross_entropy(student.logits, labels, reduction="none")
 
     def end_epoch(self) -> None:
         """What the method does after the last step of an epoch."""
@@ -63,15 +64,15 @@ class Distiller(nn.Module):
 
 
 class Vanilla(Distiller):
-    """No distillation: the cross-entropy with the labels."""
+    """No distillation: the labels alone."""
 
     logits_alone = True
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
-        return {"labels": self.labelled(student, labels)}
+        """The loss terms of this process's part of a batch."""
+        return {}
 
 
 def warmed_up(epoch: int, warmup: int) -> float:

@@ -21,6 +21,7 @@ class CRD(Distiller):
     are those of pictures of other classes. Source: Eq. 10 and 17 to 19 of the paper, in RepDistiller's form.
     """
 
+    whole_batch = True
     memory_student: Tensor
     memory_teacher: Tensor
     constants: Tensor
@@ -55,7 +56,7 @@ class CRD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch; in training the stored features move on."""
+        """The loss terms of this process's part of a batch; in training the stored features move on."""
         mine = F.normalize(self.embed_student(student.pooled))
         theirs = F.normalize(self.embed_teacher(teacher_taps(teacher).pooled))
         chosen = torch.cat([index[:, None], self.drawn(epoch, index, labels)], dim=1)
@@ -64,7 +65,7 @@ class CRD(Distiller):
         )
         if self.training:
             self.store(mine.detach(), theirs.detach(), index)
-        return {"labels": self.labelled(student, labels), "distillation": self.weight * losses}
+        return {"distillation": self.weight * losses}
 
     def drawn(self, epoch: int, index: Tensor, labels: Tensor) -> Tensor:
         """Numbers of the training pictures that are a picture's negatives in this epoch, (b, negatives)."""

@@ -31,11 +31,10 @@ class DKD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         own, among = dkd(student.logits, teacher_logits(teacher), labels, temperature=self.temperature)
         scale = warmed_up(epoch, self.warmup) * self.temperature**2
         return {
-            "labels": self.labelled(student, labels),
             "distillation": scale * (self.alpha * own + self.beta * among),
         }
 

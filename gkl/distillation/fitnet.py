@@ -22,11 +22,10 @@ class FitNet(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         target = teacher_taps(teacher).after[self.layer]
         distance = F.mse_loss(self.regressor(student.after[self.layer]), target, reduction="none")
         return {
-            "labels": self.labelled(student, labels),
             "distillation": self.weight * distance.flatten(1).mean(1),
         }
 

@@ -33,26 +33,35 @@ class GKLKD(Distiller):
         prior_temperature: float,
         weights: Literal["class", "sample"],
         warmup: int,
+        break_asymmetry: bool | None = None,
+        normaliser: Literal["batch", "group"] | None = None,
         label_weight: float = 1.0,
     ) -> None:
-        """alpha, beta, gamma, temperature: as gkl.losses.gkl. weights: the prior's row, or softmax(teacher / prior_temperature)."""
+        """alpha, beta, gamma, temperature: as gkl.losses.gkl. weights: the prior's row, or softmax(teacher / prior_temperature).
+
+        break_asymmetry: False keeps wMSE's gradient from the student. normaliser: wMSE is divided by the mean pair weight of
+        the global batch (the default), or of a batch-norm group, one card's share.
+        """
         super().__init__(context, label_weight=label_weight)
         self.objective = GKL(
-            alpha, beta, gamma, temperature, weights=weights, weights_temperature=prior_temperature
-        )
+            alpha, beta, gamma, temperature, weights=weights, weights_temperature=prior_temperature,
+            break_asymmetry=break_asymmetry is not False,
+        )  # fmt: skip
+        self.by_group = normaliser == "group"
+        self.whole_batch = not self.by_group and gamma not in (0.0, 1.0)
         self.prior = ClassPrior(context.num_classes, prior_temperature)
         self.warmup = warmup
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch; the teacher's predictions are added to the prior."""
+        """The loss terms of this process's part of a batch; the teacher's predictions are added to the prior."""
         target = teacher_logits(teacher)
-        divergence = self.objective(student.logits, target, labels, self.prior)
+        group_size = self.group_size if self.by_group else 0
+        divergence = self.objective(student.logits, target, labels, self.prior, group_size)
         if self.training:
             self.prior.update(target, labels)
         return {
-            "labels": self.labelled(student, labels),
             "distillation": warmed_up(epoch, self.warmup) * divergence,
         }
 
@@ -98,7 +107,7 @@ class IKLKD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         target = teacher_logits(teacher)
         weights = F.softmax(losses.at_least_float32(target) / self.weights_temperature, dim=-1)
         divergence = losses.gkl(
@@ -114,6 +123,5 @@ class IKLKD(Distiller):
             reduction="none",
         )
         return {
-            "labels": self.labelled(student, labels),
             "distillation": warmed_up(epoch, self.warmup) * divergence,
         }

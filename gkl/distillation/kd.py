@@ -20,11 +20,10 @@ class KD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         divergence = losses.kl(
             student.logits, teacher_logits(teacher), temperature=self.temperature, reduction="none"
         )
         return {
-            "labels": self.labelled(student, labels),
             "distillation": self.weight * self.temperature**2 * divergence,
         }

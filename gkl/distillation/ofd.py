@@ -39,7 +39,7 @@ class OFD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         stages = len(self.connectors)
         targets = teacher_taps(teacher).before[-stages:]
         total = torch.zeros(len(labels), dtype=student.logits.dtype, device=student.logits.device)
@@ -49,7 +49,7 @@ class OFD(Distiller):
             lowest = getattr(self, f"margin{number}")
             mine, target = connect(mine), F.adaptive_avg_pool2d(target, mine.shape[-2:])
             total = total + partial_distance(mine, target, lowest) / 2 ** (stages - number - 1)
-        return {"labels": self.labelled(student, labels), "distillation": self.weight * total}
+        return {"distillation": self.weight * total}
 
 
 def partial_distance(student: Tensor, target: Tensor, margin: Tensor) -> Tensor:

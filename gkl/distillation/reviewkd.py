@@ -11,8 +11,8 @@ from gkl.models.classifier import Taps
 class ReviewKD(Distiller):
     """min(epoch / warmup, 1) * weight * hierarchical context loss between fused student maps and the teacher's.
 
-    The student's maps are those after the ReLU, the teacher's those before it, each with the pooled feature as a last map of
-    1 x 1; the stems do not take part. Source: mdistiller's ReviewKD with its STU_PREACT off, as all CIFAR-100 runs have it.
+    The student's maps are those after the ReLU (its STU_PREACT off, as all CIFAR-100 runs have it), the teacher's those before
+    it, each with the pooled feature as a last map of 1 x 1; the stems do not take part. Source: mdistiller's ReviewKD.
     """
 
     def __init__(
@@ -22,12 +22,16 @@ class ReviewKD(Distiller):
         weight: float,
         warmup: int,
         max_width: int = 512,
+        student_before: bool | None = None,
         label_weight: float = 1.0,
     ) -> None:
-        """max_width: of the fused maps. Raises ValueError for networks of different numbers of stages."""
+        """max_width: of the fused maps. student_before: the student's maps before the ReLU, too (ImageNet). Raises ValueError for networks of different numbers of stages."""
         super().__init__(context, label_weight=label_weight)
-        self.weight, self.warmup = weight, warmup
-        student, teacher = student_maps(context.student), teacher_maps(teacher_taps(context.teacher))
+        self.weight, self.warmup, self.student_before = weight, warmup, bool(student_before)
+        student, teacher = (
+            student_maps(context.student, self.student_before),
+            teacher_maps(teacher_taps(context.teacher)),
+        )
         if len(student) != len(teacher):
             raise ValueError(
                 f"ReviewKD needs as many stages in the student as in the teacher, got {len(student) - 1} and {len(teacher) - 1}"
@@ -41,17 +45,16 @@ class ReviewKD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch."""
+        """The loss terms of this process's part of a batch."""
         targets = teacher_maps(teacher_taps(teacher))
         total = torch.zeros(len(labels), dtype=student.logits.dtype, device=student.logits.device)
         residual: Tensor | None = None
         for fusion, own, target in reversed(
-            list(zip(self.fusions, student_maps(student), targets, strict=True))
+            list(zip(self.fusions, student_maps(student, self.student_before), targets, strict=True))
         ):
             fused, residual = fusion(own, residual, target.shape[-2:])
             total = total + hierarchical_distance(fused, target)
         return {
-            "labels": self.labelled(student, labels),
             "distillation": warmed_up(epoch, self.warmup) * self.weight * total,
         }
 
@@ -83,9 +86,9 @@ class Fusion(nn.Module):
         return self.outward(x), x
 
 
-def student_maps(taps: Taps) -> list[Tensor]:
-    """The stages after their activation, and the pooled feature (B, F, 1, 1)."""
-    return [*taps.after[1:], taps.pooled[:, :, None, None]]
+def student_maps(taps: Taps, before: bool) -> list[Tensor]:
+    """The stages after their activation (or before), and the pooled feature (B, F, 1, 1)."""
+    return [*(taps.before if before else taps.after)[1:], taps.pooled[:, :, None, None]]
 
 
 def teacher_maps(taps: Taps) -> list[Tensor]:

@@ -16,6 +16,8 @@ class RKD(Distiller):
     included.
     """
 
+    whole_batch = True
+
     def __init__(
         self,
         context: Context,
@@ -30,7 +32,7 @@ class RKD(Distiller):
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
-        """Every loss term of this process's part of a batch: the pairs and triples that start at its pictures."""
+        """The loss terms of this process's part of a batch: the pairs and triples that start at its pictures."""
         every, target = world_cat(student.pooled), world_cat(teacher_taps(teacher).pooled)
         own = _own_rows(len(labels), every.device)
         d, wanted = distances(every), distances(target)
@@ -39,7 +41,6 @@ class RKD(Distiller):
         )
         angle = F.smooth_l1_loss(angles(every, own), angles(target, own), reduction="none").mean((1, 2))
         return {
-            "labels": self.labelled(student, labels),
             "distillation": self.distance_weight * distance + self.angle_weight * angle,
         }
 

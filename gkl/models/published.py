@@ -1,0 +1,57 @@
+"""Weights that torchvision and timm publish, by name: which file they are, and how to fetch it.
+
+file = folder / file_name("torchvision/ResNet34_Weights.IMAGENET1K_V1")       # resnet34-b627a593.pth
+fetch("torchvision/ResNet34_Weights.IMAGENET1K_V1", file)
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+import torchvision
+
+
+def file_name(name: str) -> Path:
+    """Where below a folder of teachers the weights called `name` lie; names see trainers.teacher.Teacher."""
+    origin, _, weights = name.partition("/")
+    if origin == "torchvision":
+        return Path(_torchvision(weights).rpartition("/")[2])
+    if origin == "timm":
+        return Path(f"{weights}.safetensors")
+    return (
+        Path(name)
+        if Path(name).suffix in (".pth", ".pt", ".safetensors")
+        else Path(name) / "ckpt_epoch_240.pth"
+    )
+
+
+def fetch(name: str, file: Path) -> None:
+    """Download torchvision's or timm's weights to a file, whole or not at all; other names are left alone.
+
+    Raises OSError, RuntimeError or ValueError when they cannot be had or are damaged.
+    """
+    origin, _, weights = name.partition("/")
+    if origin not in ("torchvision", "timm"):
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        if origin == "torchvision":
+            digest = re.search(r"-([0-9a-f]{8})\.", file.name)
+            torch.hub.download_url_to_file(
+                _torchvision(weights), str(temporary), digest[1] if digest else None, progress=False
+            )
+        else:
+            from huggingface_hub import hf_hub_download
+
+            shutil.copyfile(hf_hub_download(f"timm/{weights}", "model.safetensors"), temporary)
+        temporary.rename(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _torchvision(weights: str) -> str:
+    """URL of a torchvision weights entry. Raises ValueError for an unknown one."""
+    return str(torchvision.models.get_weight(weights).url)
