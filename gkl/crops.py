@@ -48,7 +48,7 @@ class ResizedCrop:
             raise ValueError(
                 f"augment needs scale=[a, b] with 0 < a <= b <= 1 and flip in [0, 1], got {scale} and {flip}"
             )
-        if (repeats or 1) < 1:
+        if repeats is not None and repeats < 1:
             raise ValueError(f"augment.repeats must be at least 1, got {repeats}")
         self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
         self.interpolation, self.rand_augment, self.repeats = interpolation, rand_augment, repeats or 1

@@ -159,6 +159,59 @@ def structure(table: Table) -> Figure | None:
     return figure
 
 
+SHOTS = {"many": BLUE, "medium": "#009E73", "few": RED}
+
+
+def class_scores(table: Table) -> Figure | None:
+    """Figure 3: each class's mean score, sorted; of the long-tailed data set coloured by how many pictures a class has.
+
+    One panel for each row with records, over its lowest seed.
+    """
+    found = [(row, _details(row, "class_scores")) for row in table.rows]
+    if not any(details for _, details in found):
+        return None
+    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(found), sharey=True)
+    for axes, letter, (row, details) in zip(panels, "abcdef", found, strict=False):
+        axes.set_title(f"({letter}) {row.label[-1]}: {row.label[0]}\n{row.status}", fontsize=9)
+        axes.set(xlabel="classes, sorted by score", ylim=(0, 1), xticks=[])
+        if details is None:
+            axes.text(0.5, 0.5, "not run", transform=axes.transAxes, ha="center")
+            continue
+        counts, scores = details["pictures"], details["scores"]
+        order = sorted(range(len(scores)), key=[-s for s in scores].__getitem__)
+        uneven = max(counts) > 2 * min(counts)
+        colours = [
+            SHOTS["many" if counts[c] > 100 else "few" if counts[c] < 20 else "medium"] if uneven else BLACK
+            for c in order
+        ]
+        axes.bar(
+            range(len(order)),
+            [scores[c] for c in order],
+            color=colours,
+            width=1.0 if len(order) > 50 else 0.85,
+        )
+        mean = statistics.mean(scores)
+        axes.axhline(mean, color="grey", linewidth=0.8, linestyle="--")
+        axes.text(len(order) - 0.5, mean + 0.02, f"mean {mean:.2f}", ha="right", fontsize=8, color="grey")
+    panels[0].set_ylabel("mean probability of the true class")
+    handles = [
+        Line2D([], [], linestyle="", marker="s", color=colour, label=name) for name, colour in SHOTS.items()
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=3, frameon=False,
+        title="training pictures of a class: many > 100, few < 20", title_fontsize=8, fontsize=8,
+    )  # fmt: skip
+    figure.suptitle(f"{table.title}\nours, scale {table.scale}", fontsize=10)
+    return figure
+
+
+def _details(row: Row, assessment: str) -> Any:
+    """What an assessment measured beside metrics, of the row's lowest seed that has it; None for none."""
+    runs = sorted((r for r in row.records if assessment in r["assessments"]), key=lambda r: int(r["seed"]))
+    return runs[0]["assessments"][assessment]["details"] if runs else None
+
+
 def _provenance(table: Table) -> str:
     """What ours stand for, from the status of the first row that has any."""
     status = next(row.status for row in table.rows if row.records)
@@ -171,4 +224,5 @@ def _provenance(table: Table) -> str:
 DRAWINGS: dict[str, Callable[[Table], Figure | None]] = {
     "clean_against_aa": clean_against_aa,
     "structure": structure,
+    "class_scores": class_scores,
 }

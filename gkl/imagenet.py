@@ -288,11 +288,25 @@ def read_list(path: Path, lines: int) -> list[tuple[str, int]]:
     return found
 
 
-def long_tail(classes: int, largest: int, smallest: int) -> list[int]:
+def long_tail(classes: int, largest: int, smallest: int) -> list[int | None]:
     """Pictures a class keeps when their number falls exponentially from the first class to the last (Cui et al. 2019)."""
     if not 1 <= smallest <= largest or classes < 2:
         raise ValueError(f"a long tail needs 1 <= smallest <= largest, got {smallest} and {largest}")
     return [round(largest * (smallest / largest) ** (k / (classes - 1))) for k in range(classes)]
+
+
+def _kept(
+    store: Store, names: Sequence[str], files: Mapping[str, list[str]], counts: Sequence[int | None]
+) -> Split:
+    """The first so many files of each class. Raises ValueError naming a class that has fewer."""
+    for c, count in zip(names, counts, strict=True):
+        if count is not None and len(files[c]) < count:
+            raise ValueError(
+                f"{store.path}: class {c} needs {count} training pictures, got {len(files[c])}; ask for fewer "
+                "(data.largest, data.train_per_class)"
+            )
+    limits = dict(zip(names, counts, strict=True))
+    return split(store, [(f, k) for k, c in enumerate(names) for f in files[c][: limits[c]]])
 
 
 def tiny_imagenet_files(
@@ -313,19 +327,11 @@ def tiny_imagenet_files(
     """
     names, train, test, store = tiny_imagenet_lists(Path(root))
     names = names[:classes]
-    have = [len(train[c]) for c in names]
-    kept, shots = have, None
-    if largest is not None or smallest is not None:
-        kept = long_tail(len(names), largest or max(have), smallest or 1)
-        shots = (many, few)
-    if short := [(c, n, h) for c, n, h in zip(names, kept, have, strict=True) if n > h]:
-        raise ValueError(
-            f"{root}: class {short[0][0]} needs {short[0][1]} training pictures, got {short[0][2]}; lower data.largest"
-        )
-    parts = (
-        split(store, [(f, k) for k, c in enumerate(names) for f in train[c][: kept[k]]]),
-        split(store, [(f, k) for k, c in enumerate(names) for f in test[c]]),
-    )
+    kept: list[int | None] = [None] * len(names)
+    shots = None
+    if largest is not None:
+        kept, shots = long_tail(len(names), largest, smallest or 1), (many, few)
+    parts = _kept(store, names, train, kept), _kept(store, names, test, [None] * len(names))
     name = "tiny_imagenet" if shots is None else "tiny_imagenet_lt"
     return ImageFiles(name, tuple(names), *parts, image_size, resize or image_size, decoder, shots)
 
@@ -350,13 +356,11 @@ def digits_files(
     store = open_store(path)
     train, test = train_and_test(store)
     names = sorted(train)
-    kept, shots = [train_per_class] * len(names), None
+    kept = [train_per_class] * len(names)
+    shots = None
     if largest is not None:
-        kept, shots = list(long_tail(len(names), largest, smallest or 1)), (100, 20)
-    parts = (
-        split(store, [(f, k) for k, c in enumerate(names) for f in train[c][: kept[k]]]),
-        split(store, [(f, k) for k, c in enumerate(names) for f in test[c]]),
-    )
+        kept, shots = long_tail(len(names), largest, smallest or 1), (100, 20)
+    parts = _kept(store, names, train, kept), _kept(store, names, test, [None] * len(names))
     name = "digits" if shots is None else "digits_lt"
     return ImageFiles(name, tuple(names), *parts, image_size, resize or image_size, decoder, shots)
 

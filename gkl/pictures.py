@@ -7,6 +7,7 @@ picture = decode(store.read(store.names[0]), "pillow")
 import io
 import os
 import tarfile
+import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +15,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 Decoder = Literal["pillow", "torchvision"]
+# torchvision announces that its decoders will move to torchcodec; until they do they are the fastest (benchmarks/decoding.py).
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning, r"torchvision\.io")
 
 
 class Store:
@@ -169,7 +172,7 @@ def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
     try:
         if decoder == "torchvision":
             raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_image(raw, ImageReadMode.RGB)
+            return torchvision.io.decode_image(raw, torchvision.io.ImageReadMode.RGB)
         with Image.open(io.BytesIO(data)) as picture:
             return picture.convert("RGB")
     except (UnidentifiedImageError, OSError, RuntimeError, SyntaxError) as error:

@@ -1,10 +1,11 @@
-"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure.
+"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure,
+other pictures of the same classes, the score of each class.
 
 An assessment is a configs/assessment file and a class here: called with a Subject it returns metrics in percent, which
 tables show, and details, which figures draw. It runs on every process of a run.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.attacks import pgd, random_start
+from gkl.augment import to_float
 from gkl.counter import sample_keys
-from gkl.data import ImageData
-from gkl.distributed import rank
+from gkl.distributed import rank, world_size, world_sum
 from gkl.evaluation import first_of_each_class, pgd_robust
+from gkl.imagenet import Split, other_pictures
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console
 from trainers.robustness import autoattack_result
@@ -26,14 +28,18 @@ from trainers.robustness import autoattack_result
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained network and what it is attacked with. settings: the run's configs/evaluation file."""
+    """A trained network and what it is tested with. settings: the run's configs/evaluation file.
+
+    data: ImageData, or ImageFiles, whose pictures `workers` processes read.
+    """
 
     model: nn.Module
-    data: ImageData
+    data: Any
     settings: Mapping[str, Any]
     folder: Path
     device: torch.device
     console: Console
+    workers: int = 0
 
     def attacked(self) -> Tensor:
         """The numbers of the test images that the run's own record attacked."""
@@ -49,10 +55,23 @@ Measured = tuple[dict[str, float], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Epsilons:
-    """AutoAttack at several radii and their average (Table XIV). eighths: of the evaluation's epsilon."""
+class Assessment:
+    """Base of all. name: of its file beside the record."""
 
     name: str
+
+    def check(self) -> None:
+        """Before the run's training: raises ValueError when what it needs is missing."""
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics in percent, and details. Runs on every process."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+
+@dataclass(frozen=True)
+class Epsilons(Assessment):
+    """AutoAttack at several radii and their average (Table XIV). eighths: of the evaluation's epsilon."""
+
     eighths: Sequence[int]
 
     def __call__(self, subject: Subject) -> Measured:
@@ -67,10 +86,9 @@ class Epsilons:
 
 
 @dataclass(frozen=True)
-class Attacks:
+class Attacks(Assessment):
     """PGD and CW of several lengths, and the share of images that withstand these and AutoAttack (Table XV)."""
 
-    name: str
     steps: Sequence[int]
 
     def __call__(self, subject: Subject) -> Measured:
@@ -102,14 +120,13 @@ class Attacks:
 
 
 @dataclass(frozen=True)
-class Structure:
+class Structure(Assessment):
     """Margins of the classes (Eq. 14, clean test images) and a t-SNE of natural and adversarial features (Fig. 4).
 
     classes: how many, drawn with a fixed seed; all when there are fewer. images: natural ones of those classes.
     steps: of the PGD that makes the adversarial ones.
     """
 
-    name: str
     classes: int
     images: int
     steps: int
@@ -163,6 +180,69 @@ class Structure:
                 for number, (p, label) in enumerate(zip(points, labels, strict=False))
             ],
         }
+
+
+@dataclass(frozen=True)
+class Renditions(Assessment):
+    """Top-1 on ImageNet-R, among its classes alone, and on ImageNet-Sketch (Table XIII), with the test view.
+
+    root: the folder above the two. renditions, sketch: their folders, <class>/* each. classes: that ImageNet-R must have.
+    """
+
+    root: str
+    renditions: str
+    sketch: str
+    classes: int
+
+    def check(self) -> None:
+        """Raises ValueError naming a folder that is missing."""
+        for folder, what in ((self.renditions, "ImageNet-R"), (self.sketch, "ImageNet-Sketch")):
+            if not (Path(self.root) / folder).is_dir():
+                raise ValueError(
+                    f"no {what} at {Path(self.root) / folder}; unpack its class folders there, or set assessment.root=..."
+                )
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics imagenet_r and imagenet_sketch."""
+        metrics, details = {}, {}
+        for metric, folder, classes in (
+            ("imagenet_r", self.renditions, self.classes),
+            ("imagenet_sketch", self.sketch, None),
+        ):
+            pictures, among = other_pictures(Path(self.root) / folder, subject.data.class_names, classes)
+            hits = torch.zeros(2, dtype=torch.float64, device=subject.device)
+            for logits, y in _predictions(subject, pictures):
+                chosen = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
+                hits += torch.stack([(chosen == y).sum(), torch.tensor(len(y), device=y.device)])
+            right, total = world_sum(hits).tolist()
+            metrics[metric] = 100.0 * right / total
+            details[metric] = {"n": int(total), "classes": int(among.sum())}
+        return metrics, details
+
+
+@dataclass(frozen=True)
+class ClassScores(Assessment):
+    """Mean predicted probability of the true class over each class's training pictures, with the test view (Figure 3)."""
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Details: `scores` and `pictures`, one a class."""
+        classes = subject.data.num_classes
+        sums, counts = (torch.zeros(classes, dtype=torch.float64, device=subject.device) for _ in range(2))
+        for logits, y in _predictions(subject, subject.data.train):
+            own = F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
+            sums.index_add_(0, y, own.double())
+            counts += torch.bincount(y, minlength=classes)
+        sums, counts = world_sum(sums), world_sum(counts)
+        scores = (sums / counts.clamp_min(1)).tolist()
+        return {}, {"scores": [round(s, 6) for s in scores], "pictures": [int(n) for n in counts]}
+
+
+def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
+    mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
+    with eval_mode(subject.model), torch.no_grad():
+        for x, y in subject.data.test_batches(mine, 500, subject.workers, part):
+            yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
 
 
 def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:

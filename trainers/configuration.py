@@ -74,9 +74,12 @@ def register_resolvers() -> None:
             raise ValueError(unknown("pair for this experiment", str(_root_.get("pair")), list(choices)))
         return choices[_root_.pair]
 
+    def per_class(weight: float, *, _root_: DictConfig) -> float:
+        return weight * (_root_.class_share or 1.0)
+
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
-    for resolver in (scaled, by_model, by_pair):
+    for resolver in (scaled, by_model, by_pair, per_class):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

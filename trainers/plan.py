@@ -31,6 +31,9 @@ SIZES = {
     "cifar10": (50_000, 10_000, 32, 10),
     "cifar100": (50_000, 10_000, 32, 100),
     "digits": (1_437, 360, 8, 10),
+    "digits_files": (514, 360, 32, 10),
+    "imagenet": (1_281_167, 50_000, 224, 1000),
+    "imagenet_lt": (115_846, 50_000, 224, 1000),
 }
 
 
@@ -74,8 +77,8 @@ class Cell:
 
 
 def tables(kind: str = "table") -> dict[str, Path]:
-    """The tables (or figures) that can be made, by the number a person types: "3" -> configs/table/table03.yaml."""
-    return {str(int(p.stem.removeprefix(kind))): p for p in sorted((CONFIGS / kind).glob(f"{kind}*.yaml"))}
+    """The tables (or figures) that can be made, by what a person types: "3" -> configs/table/table03.yaml, "1kd" -> table01kd."""
+    return {p.stem.removeprefix(kind).lstrip("0"): p for p in sorted((CONFIGS / kind).glob(f"{kind}*.yaml"))}
 
 
 def load_table(number: str, kind: str = "table") -> dict[str, Any]:
@@ -86,7 +89,7 @@ def load_table(number: str, kind: str = "table") -> dict[str, Any]:
     table = OmegaConf.to_container(OmegaConf.load(known[str(number)]))
     assert isinstance(table, dict)
     if "rows_of" in table:
-        source = load_table(str(int(table.pop("rows_of").removeprefix("table"))))
+        source = load_table(table.pop("rows_of").removeprefix("table").lstrip("0"))
         table = {**{key: source[key] for key in ("labels", "metrics", "rows")}, **table}
     return {str(key): value for key, value in table.items()} | {"name": known[str(number)].stem}
 

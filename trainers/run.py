@@ -93,7 +93,9 @@ def run(config: dict[str, Any]) -> None:
         model = configuration.make(config["model"], num_classes=data.num_classes)
         try:
             task = configuration.build(config, data=data, model=model, device=device)
-        except ValueError as error:
+            if config.get("assessment"):
+                configuration.make(config["assessment"]).check()
+        except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     if not done:
         _train(config, task, folder, console, code, title)
@@ -170,7 +172,15 @@ def _assess(
     task.model.float()
     started = time.monotonic()
     metrics, details = measure(
-        assess.Subject(task.model, task.data, config["evaluation"], folder.path, task.device, console)
+        assess.Subject(
+            task.model,
+            task.data,
+            config.get("evaluation") or {},
+            folder.path,
+            task.device,
+            console,
+            task.workers,
+        )
     )
     if rank() == 0:
         made = {
