@@ -10,10 +10,10 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,7 @@ class ImageFiles:
     """A data set whose pictures stay in their files.
 
     image_size: side of the views that networks see. resize: the shorter side before the middle is cut out for testing.
-    shots: for a long-tailed data set, the bounds of many and few: more than the first, fewer than the second.
+    interpolation: of the test views. shots: for a long-tailed data set, the bounds of many and few: more than the first, fewer than the second.
     """
 
     name: str
@@ -72,6 +72,7 @@ class ImageFiles:
     resize: int
     decoder: Decoder
     shots: tuple[int, int] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
         if not (self.image_size <= self.resize and len(self.train.labels) and len(self.test.labels)):
@@ -109,7 +110,7 @@ class ImageFiles:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Test views (b, 3, S, S) uint8 and labels (b,) of pictures by number. part: another split than the test pictures."""
         part = part or self.test
-        views = Views(part, CentreCrop(self.resize), self.image_size, self.decoder)
+        views = Views(part, CentreCrop(self.resize, self.interpolation), self.image_size, self.decoder)
         batches = [[(number, 0) for number in few] for few in numbers.split(batch_size) if len(few)]
         for x, index in loader(views, [[(int(n), k) for n, k in batch] for batch in batches], workers):
             yield x, part.labels[index]
@@ -193,9 +194,15 @@ def _first(files: Sequence[tuple[str, int]], limit: int | None) -> list[tuple[st
 
 
 def imagenet(
-    root: str, image_size: int = 224, resize: int = 256, decoder: Decoder = "torchvision"
+    root: str,
+    image_size: int = 224,
+    resize: int = 256,
+    decoder: Decoder = "torchvision",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> ImageFiles:
-    """ImageNet-1k (ILSVRC 2012): train/<wnid>/ and val/<wnid>/, or WebDataset shards. Arguments as `image_files`.
+    """ImageNet-1k (ILSVRC 2012): train/<wnid>/ and val/<wnid>/, or WebDataset shards.
+
+    interpolation: of the test views. Other arguments as `image_files`.
 
     Raises ValueError when it is not whole: 1,281,167 training and 50,000 validation pictures of 1,000 classes.
     """
@@ -207,7 +214,7 @@ def imagenet(
             f"{root} is not the whole of ImageNet: needs {_counts(IMAGENET)}, got {_counts(found)}; complete it, or use "
             "data=image_files for a part of it"
         )
-    return data
+    return replace(data, interpolation=interpolation)
 
 
 def _counts(found: Mapping[str, int]) -> str:

@@ -1,6 +1,7 @@
 """Optimizers as the recipes use them."""
 
 import torch
+from timm.optim import Lamb, param_groups_weight_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -26,3 +27,8 @@ def sgd(
             {"params": [p for p in model.parameters() if id(p) in own], "weight_decay": 0.0},
         ]
     return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def lamb(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """timm's LAMB (You et al. 2020), no weight decay on biases and norms: strong ImageNet recipes."""
+    return Lamb(param_groups_weight_decay(model, weight_decay), lr=lr)

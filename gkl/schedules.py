@@ -38,6 +38,16 @@ def warmup_cosine(epoch: int, epochs: int, *, warmup: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup + 1)))
 
 
+def timm_cosine(epoch: int, epochs: int, *, warmup: int, start: float, end: float) -> float:
+    """From `start` linearly to 1 over `warmup` epochs, then the cosine from 1 in epoch 1 to `end`, which is cut into there.
+
+    Source: timm's CosineLRScheduler as its training script makes it, whose epochs count from 0.
+    """
+    if epoch <= warmup:
+        return start + (1.0 - start) * (epoch - 1) / warmup
+    return _cosine(1.0, end, (epoch - 1) / epochs)
+
+
 def one_cycle(
     epoch: int, epochs: int, *, start: float, peak: float, end: float, rise: float = 0.025
 ) -> float:

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gkl.counter import sample_keys
 from gkl.distillation import Context, Distiller
 from gkl.distributed import rank, world_size
 from gkl.evaluation.shots import accuracy_by_shots
@@ -20,6 +21,7 @@ from gkl.imagenet import ImageFiles
 from gkl.mixing import Mixing
 from gkl.models.batch_norm import eval_mode, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
+from gkl.models.timm_network import set_sample_keys
 from gkl.objectives import CrossEntropy, LabelLoss
 from trainers.report import Console
 from trainers.robustness import clean_accuracy, correct_flags
@@ -72,6 +74,12 @@ class Distillation(Training):
                 train_labels=self.data.train_labels,
                 num_classes=self.data.num_classes,
                 seed=self.seed,
+            )
+        sees_stages = not getattr(getattr(self.make_method, "func", None), "logits_alone", True)
+        if sees_stages and not (context.student.after and context.teacher and context.teacher.after):
+            raise ValueError(
+                f"{self.make_method.func.__name__} needs the stages of both networks, and one of them shows its logits alone; "  # type: ignore[attr-defined]
+                "choose networks of this package, or a method of logits (kd, dkd, dist, jsd, ikl, gkl)"
             )
         self.method = cast(Distiller, self.placed(self.make_method(context)))
         self.cache: LogitsCache | None = None
@@ -145,6 +153,8 @@ class Distillation(Training):
                 first_group=rank() * self.bn_groups // world_size(),
             )  # fmt: skip
             y = target.argmax(1)
+        place = step * self.training.batch_size + self.mine(items).to(x.device)
+        keys = sample_keys(self.seed, epoch, place, "inside_the_network")
         self.model.train()
         self.method.train()
         kept = self.cache.get(step) if self.cache is not None else None
@@ -162,6 +172,7 @@ class Distillation(Training):
                     teacher = Taps([], [], few[:, :0], few)
                 if kept is None and self.cache is not None and teacher is not None:
                     logits.append(teacher.logits)
+                set_sample_keys(self.model, keys[part])
                 with frozen_statistics(self.model) if number else nullcontext():
                     student = self.taps(x[part], self.model)
                 with frozen_statistics(self.method) if number else nullcontext():

@@ -5,6 +5,7 @@ print(load_checkpoint(model, "cifar100_a4b20t4.pt"))
 """
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -22,15 +23,22 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     wide_resnet,
 )
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
+from gkl.models.timm_network import TimmNetwork
 
 __all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]
 
 
-def create(name: str, num_classes: int, normalisation: str | None = None, **options: Any) -> nn.Module:
+def create(
+    name: str,
+    num_classes: int,
+    normalisation: str | None = None,
+    timm_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> nn.Module:
     """A freshly initialised network: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
 
-    name: any of timm's or ours. normalisation: whose statistics our wide residual networks shift and scale images by.
-    options: what else that network takes.
+    name: any of timm's or ours. normalisation: whose statistics it shifts and scales images by. timm_options, options: what
+    else timm's, or our, network takes.
     Raises ValueError for an unknown name, naming the closest ones, and for fewer than two classes.
     """
     if not timm.is_model(name):
@@ -39,6 +47,12 @@ def create(name: str, num_classes: int, normalisation: str | None = None, **opti
         raise ValueError(f"no network is called {name!r}; the closest names are {', '.join(closest)}")
     if num_classes < 2:
         raise ValueError(f"a classifier needs num_classes >= 2, got {num_classes}")
+    entry = timm.model_entrypoint(name)
+    if not entry.__module__.startswith("gkl."):
+        made = timm.create_model(name, num_classes=num_classes, **{**options, **(timm_options or {})})
+        return TimmNetwork(made, normalisation)
+    if timm_options:
+        raise ValueError(f"timm_options are for timm's own networks, {name} is not one; leave them out")
     if normalisation is not None:
         options["normalisation"] = normalisation
     return timm.create_model(name, num_classes=num_classes, **options)

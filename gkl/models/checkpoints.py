@@ -15,11 +15,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gkl.models.timm_network import TimmNetwork
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 # What DataParallel and DDP, torch.compile, RobustBench and a Sequential put before the network's own names.
 PREFIX = re.compile(r"^((module|_orig_mod|model|0)\.)+")
-# TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights.
-UNUSED = "sub_block1."
+# TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
+# timm's BEiT hold a table that is computed anew.
+UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
     Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code or no state dict;
     CheckpointMismatch (a ValueError) for weights of another architecture or number of classes.
     """
+    if isinstance(model, TimmNetwork):  # its files have timm's names, ours a prefix that is stripped
+        return load_checkpoint(model.model, path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pt, .pth or .safetensors file")
@@ -86,9 +91,9 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
     report = LoadReport(
         matched=tuple(name for name in both if name not in wrong),
         missing=tuple(name for name in wanted if name not in state),
-        unexpected=tuple(name for name in extra if not name.startswith(UNUSED)),
+        unexpected=tuple(name for name in extra if not UNUSED.search(name)),
         mismatched=tuple(f"{name}: {a} in the file, {b} in the model" for name, (a, b) in wrong.items()),
-        unused=tuple(name for name in extra if name.startswith(UNUSED)),
+        unused=tuple(name for name in extra if UNUSED.search(name)),
         wrapper=wrapper,
     )
     if not report.fits:
