@@ -109,7 +109,9 @@ def test_structure_and_figure_4(trained: Subject, tmp_path: Path) -> None:
             save(picture, path, kind)
         assert twice[0].read_bytes() == twice[1].read_bytes()
     assert drawn(records[:1]) is None  # one method alone is no comparison
-    with pytest.raises(ValueError, match="figures are clean_against_aa, structure, got 'figure9'"):
+    with pytest.raises(
+        ValueError, match="figures are clean_against_aa, structure, class_scores, got 'figure9'"
+    ):
         draw("figure9", None)
 
 

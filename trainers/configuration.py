@@ -84,9 +84,13 @@ def register_resolvers() -> None:
 
 
 def choices(group: str) -> list[str]:
-    """Names in a configuration group, subfolders included: "at/c100_basic_gkl"."""
+    """Names in a configuration group, subfolders included: "at/c100_basic_gkl"; what they are based on left out."""
     root = CONFIGS / group
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml") if p.stem != "base")
+    return sorted(
+        str(p.relative_to(root).with_suffix(""))
+        for p in root.rglob("*.yaml")
+        if p.stem != "base" and not p.stem.endswith("_base")
+    )
 
 
 def completed(experiment: str) -> list[str]:
