@@ -11,7 +11,7 @@ SCALE    ?= paper#      paper | small | smoke
 PROTOCOL ?= official#   official: as the authors' code runs | paper: as the text describes it
 SEEDS    ?=#            0,1,2      (default: three, at smoke scale one)
 ROWS     ?=#            row ids of the table (default: all)
-PAIRS    ?=#            teacher-student pairs of Tables XVII and XVIII (default: all)
+PAIRS    ?=#            teacher-student pairs of Tables V, XVII and XVIII (default: all)
 PLAN     ?=#            1: only say what is missing and what it costs
 DEVICES  ?= 1#          devices per run
 JOBS     ?= auto#       runs at the same time
@@ -31,18 +31,18 @@ STAMP := $(VENV)/.installed
 REPRODUCE = $(PY) scripts/reproduce.py scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) devices=$(DEVICES) \
 	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(PAIRS),'columns=[$(PAIRS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(ARGS)
 
-table%: $(STAMP) ## table1 3 4 10 11 12 14 to 18 20 21: run what is missing, print it (SCALE SEEDS ROWS PAIRS PLAN PROTOCOL DEVICES ARGS)
+table%: $(STAMP) ## table1 1kd 2 to 6, 10 to 21, 24: run what is missing, print it (SCALE SEEDS ROWS PAIRS PLAN PROTOCOL DEVICES ARGS)
 	@$(REPRODUCE) table=$*
 
-figure%: $(STAMP) ## figure1, figure4: run what is missing, draw it as PNG and PDF
+figure%: $(STAMP) ## figure1, figure3, figure4: run what is missing, draw it as PNG and PDF
 	@$(REPRODUCE) figure=$*
 
-tables: table1 table3 table4 table10 table11 table12 table14 table15 table16 table17 table18 table20 table21 ## every table there is
+tables: $(addprefix table,1 1kd 2 3 4 5 6 10 11 12 13 14 15 16 17 18 19 20 21 24) ## every table there is
 
 teachers: ## the teachers of Tables XVII and XVIII, trained here (published files: GKL_TEACHERS=folder, teacher.weights=published)
 	@$(MAKE) --no-print-directory table17 table18 ROWS=teacher SEEDS=0
 
-figures: figure1 figure4 ## every figure there is
+figures: figure1 figure3 figure4 ## every figure there is
 
 sweep-alpha: table10 ## the paper's sweep over the weight of wMSE (Table X); scripts/sweep.py sweeps anything else
 sweep-beta: table11 ## over the weight of the cross-entropy (Table XI)
@@ -63,8 +63,11 @@ eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_1
 doctor: $(STAMP) ## this machine, its versions and data, and what each table still needs
 	@$(PY) scripts/doctor.py
 
-bench: $(STAMP) ## speed as ratios measured side by side: losses, augmentation, distillation steps
-	@for name in loss augmentation distillation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
+speed5: $(STAMP) ## Table V's seconds per iteration, all methods in one run, beside the paper's (ARGS: --batch --precision)
+	@$(PY) benchmarks/table5.py $(ARGS)
+
+bench: $(STAMP) ## speed as ratios measured side by side: losses, augmentation, decoding, distillation steps
+	@for name in loss augmentation decoding distillation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
 	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \

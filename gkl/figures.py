@@ -180,9 +180,11 @@ def class_scores(table: Table) -> Figure | None:
             continue
         counts, scores = details["pictures"], details["scores"]
         order = sorted(range(len(scores)), key=[-s for s in scores].__getitem__)
-        uneven = max(counts) > 2 * min(counts)
+        bounds = details.get("shots") or ([100, 20] if max(counts) > 2 * min(counts) else None)
         colours = [
-            SHOTS["many" if counts[c] > 100 else "few" if counts[c] < 20 else "medium"] if uneven else BLACK
+            SHOTS["many" if counts[c] > bounds[0] else "few" if counts[c] < bounds[1] else "medium"]
+            if bounds
+            else BLACK
             for c in order
         ]
         axes.bar(

@@ -31,6 +31,7 @@ def main(arguments: list[str]) -> int:
     report_folders()
     report_data()
     report_generated()
+    report_renditions()
     report_teachers()
     report_tables()
     return 2 if wrong else 0
@@ -86,8 +87,8 @@ def report_folders() -> None:
 def report_data() -> None:
     """Each data set that can be had without further settings, loaded and checked."""
     for name in choices("data"):
-        if name.startswith("smoke/"):
-            continue  # what scale=smoke takes: the digits
+        if name.startswith("smoke/") or name == "digits_files":
+            continue  # what scale=smoke takes: the digits, which it writes itself
         if name in ("image_folder", "image_files"):
             print(f"data {name}: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
             continue
@@ -107,6 +108,18 @@ def report_generated() -> None:
             print(f"generated {name}: {len(open_shards(str(folder), 100)):,} pictures")
         except (FileNotFoundError, ValueError) as error:
             print(f"generated {name}: {error}")
+
+
+def report_renditions() -> None:
+    """The pictures of Table XIII beside ImageNet's own."""
+    node = compose("train", ["experiment=kd/lt_kl/resnext101_resnet18", "assessment=renditions"])[
+        "assessment"
+    ]
+    try:
+        make(node).check()
+        print(f"ImageNet-R and ImageNet-Sketch: both in {node['root']}")
+    except ValueError as error:
+        print(f"Table XIII: {error}")
 
 
 def report_teachers() -> None:

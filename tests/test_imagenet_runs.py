@@ -400,6 +400,9 @@ def test_a_run_names_what_is_missing_before_it_starts(tmp_path: Path) -> None:
     config = compose(
         "train", [f"experiment=kd/lt_kl/{X18}", "assessment=renditions", f"assessment.root={tmp_path}"]
     )
-    with pytest.raises(ValueError, match=r"no ImageNet-R at .*imagenet-r; unpack its class folders there"):
+    with pytest.raises(
+        ValueError,
+        match=r"no ImageNet-R at .*imagenet-r and no ImageNet-Sketch at .*imagenet-sketch; unpack their",
+    ):
         make(config["assessment"]).check()
     assert str(record_path(config)).startswith("results/runs/kd/lt_kl/")

@@ -196,11 +196,16 @@ class Renditions(Assessment):
 
     def check(self) -> None:
         """Raises ValueError naming a folder that is missing."""
-        for folder, what in ((self.renditions, "ImageNet-R"), (self.sketch, "ImageNet-Sketch")):
-            if not (Path(self.root) / folder).is_dir():
-                raise ValueError(
-                    f"no {what} at {Path(self.root) / folder}; unpack its class folders there, or set assessment.root=..."
-                )
+        wanted = {"ImageNet-R": self.renditions, "ImageNet-Sketch": self.sketch}
+        missing = [
+            f"{what} at {Path(self.root) / f}"
+            for what, f in wanted.items()
+            if not (Path(self.root) / f).is_dir()
+        ]
+        if missing:
+            raise ValueError(
+                f"no {' and no '.join(missing)}; unpack their class folders there, or set assessment.root=..."
+            )
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics imagenet_r and imagenet_sketch."""
@@ -225,7 +230,7 @@ class ClassScores(Assessment):
     """Mean predicted probability of the true class over each class's training pictures, with the test view (Figure 3)."""
 
     def __call__(self, subject: Subject) -> Measured:
-        """Details: `scores` and `pictures`, one a class."""
+        """Details: `scores` and `pictures`, one a class; `shots`, the bounds of many and few where the data set has them."""
         classes = subject.data.num_classes
         sums, counts = (torch.zeros(classes, dtype=torch.float64, device=subject.device) for _ in range(2))
         for logits, y in _predictions(subject, subject.data.train):
@@ -234,7 +239,11 @@ class ClassScores(Assessment):
             counts += torch.bincount(y, minlength=classes)
         sums, counts = world_sum(sums), world_sum(counts)
         scores = (sums / counts.clamp_min(1)).tolist()
-        return {}, {"scores": [round(s, 6) for s in scores], "pictures": [int(n) for n in counts]}
+        return {}, {
+            "scores": [round(s, 6) for s in scores],
+            "pictures": [int(n) for n in counts],
+            "shots": list(subject.data.shots or ()),
+        }
 
 
 def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor]]:

@@ -83,8 +83,15 @@ class Teacher:
         file = self.file
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         if self.weights == "own":
-            wanted = read_record(Path(str(self.record)))["checkpoint"]["sha256"]
-            if sha256 != wanted:
+            record = read_record(Path(str(self.record)))
+            trained = {key: value for key, value in record["config"]["model"].items() if key != "_target_"}
+            given = getattr(self.network, "keywords", trained)
+            if changed := differences(trained, given):
+                told = ", ".join(f"{key}={one!r}, here {other!r}" for key, (one, other) in changed.items())
+                raise ConfigError(
+                    f"the teacher {self.run} was trained with another network than teacher.network says: {told}; make them alike"
+                )
+            if sha256 != record["checkpoint"]["sha256"]:
                 raise ConfigError(
                     f"the teacher's weights {file} are not those of its record {self.record}; bring them back, or move "
                     "the record away to train the teacher anew"

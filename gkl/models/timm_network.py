@@ -16,7 +16,8 @@ class TimmNetwork(TappedClassifier):
     def __init__(self, model: Any, normalisation: str | None) -> None:
         """model: as timm makes it. normalisation: a name in STATISTICS."""
         super().__init__(model.num_classes, model.num_features)
-        self.model, self.normalise = keyed_drop_path(model), normaliser(normalisation)
+        self.model: Any = keyed_drop_path(model)
+        self.normalise = normaliser(normalisation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
