@@ -85,7 +85,7 @@ class Shards(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.shards = sorted(path.rglob("*.tar"))
+        self.shards = _tars(path)
         kept = path / "gkl-shards.npz"
         state = np.array([f"{p.relative_to(path)} {p.stat().st_size}" for p in self.shards])
         index = _kept_index(kept, state)
@@ -105,6 +105,11 @@ class Shards(Store):
         with open(self.shards[shard], "rb") as file:
             file.seek(start)
             return file.read(size)
+
+
+def _tars(path: Path) -> list[Path]:
+    """The tar files of a folder and of the folders in it; no deeper, where a million pictures may lie."""
+    return sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
 
 
 def _kept_index(path: Path, state: "np.ndarray[Any, Any]") -> dict[str, Any] | None:
@@ -151,7 +156,7 @@ def open_store(
     if not path.exists():
         raise FileNotFoundError(f"no {what} at {path}; {remedy}")
     if path.is_dir():
-        return Shards(path) if next(path.rglob("*.tar"), None) else Folder(path)
+        return Shards(path) if _tars(path) else Folder(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip archive")
     return Zip(path)
