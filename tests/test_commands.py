@@ -67,10 +67,10 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("reproduce", r"name one table=\.\.\. of 1, 3, 4, .* or one figure=\.\.\. of 1, 4"),
-        ("reproduce table=3 figure=1", r"name one table=\.\.\. of 1, 3, 4, .* or one figure=\.\.\. of 1, 4"),
-        ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 1, 3, 4"),
-        ("reproduce figure=3", r"unknown figure '3'; there are: 1, 4"),
+        ("reproduce", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 3, 4"),
+        ("reproduce table=3 figure=1", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 3, 4"),
+        ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 1, 1kd, 2, 3, 4"),
+        ("reproduce figure=2", r"unknown figure '2'.*there are: 1, 3, 4"),
         ("reproduce table=3 tflops=fast", "tflops must be a number above 0, got 'fast'"),
         ("reproduce table=3 scale=smoek", r"unknown scale 'smoek'; did you mean 'smoke'\?"),
         ("reproduce table=3 protocol=mine", r"unknown protocol 'mine'; there are: official, paper"),
@@ -98,7 +98,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
         (f"train {GKL} scale=smoke +loss.gama=0.3", r"gkl\.objectives\.GKL takes no loss\.gama; did you mean 'gamma'\?"),
         (f"train {GKL} scale=smoke epochs=many", r"epochs must be int, got 'many' \(str\)"),
         (f"train {GKL} scale=smoke loss.gamma=high", r"loss\.gamma must be float, got 'high' \(str\)"),
-        (f"train {GKL} scale=smoke precision=fp8", r"precision must be Literal\['float32', 'tf32', 'bf16', 'float64'\], got 'fp8'"),
+        (f"train {GKL} scale=smoke precision=fp8", r"precision must be Literal\['float32', 'tf32', 'bf16', 'fp16', 'float64'\], got 'fp8'"),
         (f"train {GKL} scale=smoke epochs=0", "epochs must be at least 1, got 0"),
         (f"train {GKL} scale=smoke seed=0,1", "names several values; one run takes one value each"),
         (f"train {GKL} scale=smoke devices=3", r"batch_size=128 cannot be shared by 3 processes; choose devices= a divisor"),

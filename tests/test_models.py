@@ -24,6 +24,10 @@ from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 from trainers.configuration import compose
 
 MODELS = Path(__file__).parent.parent / "configs" / "model"
+TIMM = {
+    "beitv2_large": "beitv2_large_patch16_224",
+    "timm_resnet_50": "resnet50",
+}  # timm's networks have names like ours
 
 PARAMETERS = {  # (name, classes): recipes of the paper for the first four, the field's networks for the rest
     ("wrn_34_10", 10): 46_160_474,
@@ -74,8 +78,9 @@ def test_every_config_names_a_network(path: Path) -> None:
         assert config.pop("_target_") == "gkl.models.create"
         with torch.device("meta"):
             model = gkl.models.create(**config, num_classes=10)
-            assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
-        assert scale != "paper" or config["name"] == path.stem
+            side = 32 if scale == "smoke" or path.stem != "beitv2_large" else 224
+            assert model(torch.empty(2, 3, side, side)).shape == (2, 10)
+        assert scale != "paper" or config["name"] == TIMM.get(path.stem, path.stem)
         assert ("swish" in config["name"]) == (
             "swish" in path.stem
         )  # a network of the same family at every scale
@@ -85,7 +90,7 @@ def test_there_is_a_config_for_every_network() -> None:
     """The companions of LBGAT and LAS-AT stand in their experiments."""
     companions = {"resnet_18", "resnet_18_fine"}
     known = {name for name, _ in PARAMETERS} | NETWORKS.keys() | IMAGENET_NETWORKS.keys()
-    assert {path.stem for path in MODELS.glob("*.yaml")} == known - companions
+    assert {path.stem for path in MODELS.glob("*.yaml")} == (known | TIMM.keys()) - companions
 
 
 def small_networks() -> list[nn.Module]:
