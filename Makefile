@@ -78,7 +78,7 @@ clean: ## remove .venv and caches; never outputs/, data/ or results/
 	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
 
 help: ## this list
-	@awk -F': .*## ' '/^[a-z%-]+: .*## /{sub("%", "N", $$1); printf "  make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F': .*## ' '/^[a-z0-9%-]+: .*## /{sub("%", "N", $$1); printf "  make %-11s %s\n", $$1, $$2}' Makefile
 	@echo; awk -F' *[?]= *|# +' '/^[A-Z]+ +[?]=.*# /{printf "  %-10s %-10s %s\n", $$1, $$2, $$3}' Makefile
 
 $(STAMP): pyproject.toml requirements.lock
