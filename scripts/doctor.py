@@ -20,7 +20,7 @@ from gkl.generated import open_shards
 from trainers.command import run_main
 from trainers.configuration import choices, compose, make
 from trainers.folder import RunError
-from trainers.launch import default_jobs
+from trainers.launchers.local import Local
 from trainers.plan import cells, load_table, tables
 
 
@@ -69,7 +69,7 @@ def report_devices() -> None:
         print(
             f"no GPU that torch {torch.__version__} sees; {os.cpu_count()} CPU cores carry scale=smoke, and scale=small with patience"
         )
-    print(f"a table starts {default_jobs(1)} runs at a time (JOBS=...)")
+    print(f"a table starts {Local().at_once(1)} runs at a time (JOBS=...)")
 
 
 def report_folders() -> None:

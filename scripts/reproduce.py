@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gkl.records import read_records
 from gkl.tables import markdown
-from trainers.batch import carry_out, read_settings, setting_of
+from trainers.batch import carry_out, ended, read_settings, setting_of
 from trainers.command import run_main
 from trainers.configuration import ConfigError
 from trainers.plan import cells, load_table, tables
@@ -31,7 +31,8 @@ def main(arguments: list[str]) -> int:
     table = load_table(settings[kind], kind)
     chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows", "columns")}
     plan = cells(table, **chosen, overrides=overrides)
-    if not carry_out(table["title"], plan, settings):
+    failures = carry_out(table, plan, settings)
+    if failures is None:
         return 0
     results = Path(plan[0].config["paths"]["results"])
     records = read_records(results / "runs")
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         print("\n" + markdown(section(table, records, settings["scale"], settings["protocol"], setting)))
         written = render(table, records, results)
     print("wrote " + " and ".join(map(str, written)) if written else "nothing to draw from yet")
-    return 0
+    return ended(failures)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 
 from gkl.records import read_records
 from gkl.tables import build, markdown
-from trainers.batch import carry_out, read_settings, setting_of
+from trainers.batch import carry_out, ended, read_settings, setting_of
 from trainers.command import run_main
 from trainers.configuration import ConfigError, choices, completed, completed_by
 from trainers.plan import cells, usual
@@ -43,7 +43,8 @@ def main(arguments: list[str]) -> int:
     table["metrics"] = (
         {"clean": "Clean", "aa": "AA"} if attacked else {"top1_best": "Best epoch", "top1": "Last epoch"}
     )
-    if not carry_out(table["title"], plan, settings):
+    failures = carry_out(table, plan, settings)
+    if failures is None:
         return 0
     scale, protocol = settings["scale"], settings["protocol"]
     built = build(
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
         setting=setting_of(rows, plan),
     )
     print("\n" + markdown(built))
-    return 0
+    return ended(failures)
 
 
 def read_sweep(overrides: list[str]) -> tuple[str, dict[str, list[Any]], list[str]]:

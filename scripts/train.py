@@ -12,10 +12,12 @@ import sys
 
 from omegaconf import OmegaConf
 
+from trainers.batch import ended
 from trainers.command import run_main
-from trainers.configuration import check, check_machine, compose
+from trainers.configuration import check, compose, make
+from trainers.launch import run_all
 from trainers.plan import Cell
-from trainers.run import check_teacher, freeze, run_folder
+from trainers.run import check_teacher, freeze, processes
 
 
 def main(arguments: list[str]) -> int:
@@ -24,18 +26,17 @@ def main(arguments: list[str]) -> int:
     if "--cfg" in arguments:
         print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
         return 0
-    check(config, config["devices"])
-    check_machine(config)
-    record = Cell(config["experiment"], config).record
-    if record.exists():
-        print(f"this run is done: {record}")
+    check(config, processes(config))
+    launcher = make(config["launcher"])
+    launcher.check(config)
+    cell = Cell(config["experiment"], config)
+    if cell.record.exists():
+        print(f"this run is done: {cell.record}")
         return 0
     check_teacher(config)
-    with run_folder(config).locked():
-        path = freeze(config)
-    os.execv(
-        sys.executable, [sys.executable, "-m", "trainers.run", str(path)]
-    )  # the run takes this process's place
+    if launcher.here:
+        os.execv(sys.executable, launcher.command(freeze(config)))  # the run takes this process's place
+    return ended(run_all([cell], launcher, 1, keep_going=False))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from gkl.models import create
 from trainers import run as run_module
 from trainers.command import run_main
 from trainers.configuration import ConfigError, check_values, choices, compose
-from trainers.launch import default_jobs
+from trainers.launchers.local import Local
 from trainers.run import freeze
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -249,7 +249,7 @@ def test_plan_help_and_printed_configuration(command: Command, tmp_path: Path) -
     for script in ("train", "reproduce", "evaluate", "doctor"):
         code, out, _ = command(script, "--help")
         assert code == 0 and f"scripts/{script}.py" in out
-    assert written(tmp_path) == [] and default_jobs(10**6) == 1
+    assert written(tmp_path) == [] and Local().at_once(10**6) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.ENOENT, None)])

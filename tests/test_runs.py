@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -206,6 +207,8 @@ def test_wandb_mirrors_the_run(tmp_path: Path) -> None:
     process.communicate(timeout=90)
     code, _, err = finish(tmp_path, "logger=offline")
     assert code == 0, err
+    for wandb_log in tmp_path.glob("outputs/**/mirror.log"):
+        assert wandb_log.read_text() == ""
     files = sorted(tmp_path.glob("outputs/**/wandb/offline-run-*/run-*.wandb"))
     (record,) = read_records(tmp_path / "results/runs")
     assert len(files) == 2 and {f.stem for f in files} == {f"run-{record['identity']}-seed0"}
@@ -219,7 +222,20 @@ def test_wandb_in_trouble_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     code, _, err = finish(tmp_path, "logger=online", "epochs=1")
     assert code == 0, err
-    assert "wandb is out" in err and "training goes on, history.jsonl has everything" in err
+    assert "wandb is out (" in err and "history.jsonl has everything" in err
+    (written,) = tmp_path.glob("outputs/**/wandb/offline-run-*/run-*.wandb")
+    assert b"test/clean" in written.read_bytes(), "what could not be sent is kept for later"
+
+
+def test_a_service_that_never_answers_holds_no_run_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A listening socket that says nothing: the run trains, ends and has its record while wandb still waits."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        code, _, err = finish(tmp_path, "logger=online", "logger.patience=1", "epochs=1")
+    assert code == 0, err
+    assert "wandb is still sending after 1 s and goes on by itself" in err
+    assert len(read_records(tmp_path / "results/runs")) == 1
 
 
 def test_a_killed_table_leaves_no_run_behind_and_goes_on(tmp_path: Path) -> None:

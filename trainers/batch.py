@@ -1,15 +1,16 @@
 """What a person asks of many runs at once: a table, a figure or a sweep; settings read, runs planned, missing ones run."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from gkl.records import differences
-from trainers.configuration import CONFIGS, ConfigError, check, check_machine, choices, unknown
-from trainers.launch import default_jobs, run_all
+from trainers.configuration import CONFIGS, ConfigError, check, choices, make, unknown
+from trainers.launch import run_all
 from trainers.plan import Cell, row_config, summary
-from trainers.run import check_teacher
+from trainers.run import check_teacher, processes
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -30,8 +31,9 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             isinstance(given, list) and given and all(type(x) is kind for x in given)
         ):
             raise ConfigError(f"{name} must be a list such as {name}=[{example}], got {given!r}")
-    if type(settings["plan"]) is not bool:
-        raise ConfigError(f"plan must be true or false, got {settings['plan']!r}")
+    for name in ("plan", "keep_going"):
+        if type(settings[name]) is not bool:
+            raise ConfigError(f"{name} must be true or false, got {settings[name]!r}")
     if settings["jobs"] != "auto" and not (type(settings["jobs"]) is int and settings["jobs"] > 0):
         raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
     if type(settings["tflops"]) not in (int, float) or settings["tflops"] <= 0:
@@ -39,21 +41,33 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
 
 
-def carry_out(title: str, plan: Sequence[Cell], settings: Mapping[str, Any]) -> bool:
-    """Say what is done and missing; unless only the plan is wanted, check and run what is missing. False: only planned."""
+def carry_out(table: Mapping[str, Any], plan: Sequence[Cell], settings: Mapping[str, Any]) -> list[str] | None:
+    """Say what is done and missing; unless only the plan is wanted, check and run what is missing.
+
+    Returns a line for each run that failed (with keep_going; otherwise the first raises), or None when only planned.
+    """
     missing = [cell for cell in plan if cell.status != "done"]
-    print(summary(title, settings["scale"], plan, settings["tflops"]), flush=True)
+    print(summary(table["title"], settings["scale"], plan, settings["tflops"]), flush=True)
     if settings["plan"]:
-        return False
+        return None
+    if not missing:
+        return []
+    launcher = make(missing[0].config["launcher"])
     for cell in missing:
-        check(cell.config, cell.config["devices"])
+        check(cell.config, processes(cell.config))
         if cell.teacher is None:
             check_teacher(cell.config)  # a published file; a run of ours is in the plan
-    if missing:
-        check_machine(missing[0].config)
-        jobs = default_jobs(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
-        run_all(missing, jobs)
-    return True
+        cell.config["logger"] = {**cell.config["logger"], "table": table["name"], "row": cell.row}
+    launcher.check(missing[0].config)
+    jobs = launcher.at_once(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
+    return run_all(missing, launcher, jobs, keep_going=settings["keep_going"])
+
+
+def ended(failures: Sequence[str]) -> int:
+    """The exit code of a table, figure or sweep, after telling what failed."""
+    for line in failures:
+        print(f"error: {line}", file=sys.stderr)
+    return 2 if failures else 0
 
 
 def setting_of(rows: Sequence[Mapping[str, Any]], plan: Sequence[Cell]) -> dict[str, Any]:

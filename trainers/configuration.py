@@ -371,7 +371,7 @@ def _check_parts(config: Mapping[str, Any]) -> None:
         for n, node in config.items()
         if isinstance(node, dict) and "_target_" in node and n not in parameters
     ]
-    if idle := [n for n in idle if n not in ("method", "assessment")]:
+    if idle := [n for n in idle if n not in ("method", "assessment", "launcher")]:
         raise ConfigError(
             f"{config['method']['_target_']} takes no {idle[0]}; leave it out or set {idle[0]}: null"
         )

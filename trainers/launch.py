@@ -1,134 +1,210 @@
-"""Runs the missing cells of a plan: a process each, a pool over the devices, fail fast, nothing lost when killed."""
+"""Runs the missing cells of a plan through a launcher: teachers first, fail fast or carry on, nothing lost when killed."""
 
-import ctypes
-import os
+import json
 import signal
-import subprocess
+import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 from trainers.command import Interrupted
+from trainers.engine import signals
 from trainers.folder import RunError
 from trainers.plan import Cell
-from trainers.report import duration
-from trainers.run import freeze, run_folder
+from trainers.report import LINES_EVERY_SECONDS, duration, told
 
 
-@dataclass
-class Job:
-    """A cell being run."""
+class Job(Protocol):
+    """A run that was started."""
 
     cell: Cell
-    slot: int
-    process: subprocess.Popen[bytes]
     log: Path
-    started: float
+
+    @property
+    def state(self) -> str:
+        """running, or what it waits for."""
+
+    def poll(self) -> int | None:
+        """0 done, another number failed, None not ended."""
+
+    def stop(self) -> None:
+        """Ask it to save and end; returns at once."""
+
+    def wait(self) -> None:
+        """Until it has ended, where that is this process's to wait for."""
 
 
-def default_jobs(devices: int) -> int:
-    """Runs at the same time: as many as the GPUs carry, or one per CPU core and process."""
-    return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // devices)
+class Launcher(Protocol):
+    """Starts runs somewhere."""
+
+    outlive: bool  # whether they go on when this process ends
+    poll_seconds: float
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raises ConfigError for what cannot be started."""
+
+    def at_once(self, devices: int) -> int:
+        """How many runs go at the same time unless told."""
+
+    def start(self, cells: Sequence[Cell], at_once: int) -> Sequence[Job]:
+        """Start the runs."""
 
 
-def run_all(cells: Sequence[Cell], jobs: int) -> None:
-    """Run every cell; raises RunError naming the row of the first one that fails, after stopping the others.
+def run_all(cells: Sequence[Cell], launcher: Launcher, jobs: int, *, keep_going: bool) -> list[str]:
+    """Run every cell, `jobs` at the same time; returns one line for each that failed.
 
-    Each run writes what it says to run.log in its folder. Stopped runs have saved themselves: the same command goes on.
+    Unless keep_going, the first that fails stops the others and raises RunError. Stopped runs have saved themselves, those of a
+    launcher that outlives this process go on: the same command finds either. Each run writes to run.log in its folder.
     """
     waiting, running = list(cells), list[Job]()
-    total, done = len(waiting), 0
-    stop: list[int] = []
-    before = {
-        s: signal.signal(s, lambda signum, _: stop.append(signum)) for s in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        while waiting or running:
-            while len(running) < jobs and not stop:
-                ready = next((c for c in waiting if c.teacher is None or c.teacher.trained), None)
-                if ready is None:
+    board = Board(len(cells), jobs)
+    failures: list[str] = []
+    with signals() as stopped, board:
+        try:
+            while (waiting or running) and not stopped():
+                ready = [c for c in waiting if c.teacher is None or c.teacher.trained][: jobs - len(running)]
+                if ready:
+                    waiting = [c for c in waiting if c not in ready]
+                    started = launcher.start(ready, jobs)
+                    running += started
+                    for job in started:
+                        board.started(job)
+                elif not running:  # what they wait for has failed
+                    for cell in waiting:
+                        failures.append(f"{name(cell)} was not started: its teacher failed")
                     break
-                waiting.remove(ready)
-                slot = min(set(range(jobs)) - {job.slot for job in running})
-                running.append(_start(ready, slot, jobs))
-                print(
-                    f"[{done}/{total}] started {_name(running[-1].cell)}; log {running[-1].log}", flush=True
-                )
-            time.sleep(0.2)
-            for job in [job for job in running if job.process.poll() is not None]:
-                running.remove(job)
-                if job.process.returncode == 0:
-                    done += 1
-                    took = duration(time.monotonic() - job.started)
-                    print(
-                        f"[{done}/{total}] done {_name(job.cell)} in {took}: {_last_line(job.log)}",
-                        flush=True,
+                board.show(running, len(waiting))
+                time.sleep(launcher.poll_seconds)
+                for job in [job for job in running if job.poll() is not None]:
+                    running.remove(job)
+                    if job.poll() == 0:
+                        board.ended(job)
+                        continue
+                    if stopped():  # a Ctrl-C reached it, too
+                        break
+                    row, seed = job.cell.row, job.cell.config["seed"]
+                    failures.append(
+                        f"row {row}, seed {seed} failed: {_last_line(job.log)} (whole log: {job.log})"
                     )
-                elif not stop:
-                    raise RunError(
-                        f"row {job.cell.row}, seed {job.cell.config['seed']} failed: {_last_line(job.log)} "
-                        f"(whole log: {job.log})"
-                    )
-            if stop and not waiting and not running:
-                break
-            if stop:
-                waiting.clear()
-                for job in running:
-                    job.process.terminate()
-                for job in running:
-                    job.process.wait()
+                    if not keep_going:
+                        _stop(running)
+                        raise RunError(failures[0])
+                    board.line(failures[-1])
+            if signum := stopped():
+                if not launcher.outlive:
+                    _stop(running)
+                kept = "goes on in the queue" if launcher.outlive else "saved where it was"
                 raise Interrupted(
-                    f"stopped by {signal.Signals(stop[0]).name} with {done} of {total} runs done; the others saved where "
-                    "they were. The same command goes on from there",
-                    stop[0],
+                    f"stopped by {signal.Signals(signum).name} with {board.done} of {len(cells)} runs done; each of the others "
+                    f"that had begun {kept}. The same command goes on from there",
+                    signum,
                 )
-    finally:
-        for job in running:
-            if job.process.poll() is None:
-                job.process.terminate()
-                job.process.wait()
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        except BaseException:
+            if not launcher.outlive:
+                _stop(running)
+            raise
+    return failures
 
 
-def _start(cell: Cell, slot: int, jobs: int) -> Job:
-    path = freeze(cell.config)
-    log = run_folder(cell.config).path / "run.log"
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    devices = cell.config["devices"]
-    if torch.cuda.is_available():
-        visible = os.environ.get(
-            "CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))
-        ).split(",")
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * devices : (slot + 1) * devices])
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * devices))))
-    with open(log, "ab") as output:
-        # Its own session: a Ctrl-C at the terminal reaches this process alone, which then ends the runs in order.
-        process = subprocess.Popen(
-            [sys.executable, "-m", "trainers.run", str(path)],
-            env=environment,
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+def _stop(running: Sequence[Job]) -> None:
+    for job in running:
+        job.stop()
+    for job in running:
+        job.wait()
+
+
+class Board:
+    """What a person sees of many runs: a live table on a terminal, lines elsewhere."""
+
+    def __init__(self, total: int, at_once: int) -> None:
+        self.total, self.at_once, self.done = total, at_once, 0
+        self.began: dict[Path, float] = {}
+        self.took: list[float] = []
+        self.printed = time.monotonic()
+        console = Console(file=sys.stdout)
+        self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> "Board":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def started(self, job: Job) -> None:
+        """A run was started, or found in the queue."""
+        self.began[job.log] = time.monotonic()
+        self.line(f"[{self.done}/{self.total}] started {name(job.cell)}; log {job.log}")
+
+    def ended(self, job: Job) -> None:
+        """A run is done."""
+        self.done += 1
+        self.took.append(time.monotonic() - self.began[job.log])
+        took = duration(self.took[-1])
+        self.line(f"[{self.done}/{self.total}] done {name(job.cell)} in {took}: {_last_line(job.log)}")
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        if self.live:
+            self.live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def show(self, running: Sequence[Job], waiting: int) -> None:
+        """Where each run is and the time left, now on a terminal and every half minute elsewhere."""
+        left = self._left(running, waiting)
+        head = f"{self.done} of {self.total} runs done, {len(running)} started, {waiting} to come" + (
+            f"; about {duration(left)} left" if left is not None else ""
         )
-    return Job(cell, slot, process, log, time.monotonic())
+        if self.live:
+            table = Table("run", "seed", "state", "where", "left", "since", title=head, title_justify="left")
+            for job in running:
+                where, seconds = self._where(job)
+                since = duration(time.monotonic() - self.began[job.log])
+                cells = (job.cell.row, str(job.cell.config["seed"]), job.state, where)
+                table.add_row(*cells, duration(seconds) if seconds is not None else "–", since)
+            self.live.update(table)
+        elif time.monotonic() - self.printed > LINES_EVERY_SECONDS:
+            self.printed = time.monotonic()
+            each = "; ".join(
+                f"{job.cell.row} seed {job.cell.config['seed']}: {told(*self._where(job)) or job.state}"
+                for job in running[:8]
+            )
+            print(f"{head}. {each}", flush=True)
+
+    def _where(self, job: Job) -> tuple[str, float | None]:
+        """What the run said last of itself."""
+        path = job.log.with_name("progress.json")
+        try:
+            found = json.loads(path.read_text())
+            return found["where"], found["left"]
+        except (OSError, ValueError, KeyError):
+            return "", None
+
+    def _left(self, running: Sequence[Job], waiting: int) -> float | None:
+        """Seconds until all are done, at the mean time of those that were; None before the first."""
+        if not self.took:
+            return None
+        mean = statistics.mean(self.took)
+        now = time.monotonic()
+        begun = sum(max(mean - (now - self.began[job.log]), self._where(job)[1] or 0.0) for job in running)
+        return (begun + waiting * mean) / min(self.at_once, len(running) + waiting)
 
 
-def _end_with_parent() -> None:
-    """In the child: be sent SIGTERM when the parent dies, so that a killed table leaves no run behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-
-
-def _name(cell: Cell) -> str:
+def name(cell: Cell) -> str:
+    """A run in a line."""
     return f"{cell.row} seed {cell.config['seed']} ({cell.config['experiment']})"
 
 
 def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"

@@ -21,7 +21,7 @@ from gkl.evaluation import (
 )
 from gkl.imagenet import ImageFiles
 from gkl.models.batch_norm import eval_mode
-from trainers.report import Console, duration
+from trainers.report import Console
 
 
 def correct_flags(
@@ -97,7 +97,7 @@ def autoattack_result(
 
     def progress(done: int, total: int) -> None:
         left = (time.monotonic() - started) / done * (total - done)
-        console.say(f"AutoAttack {settings['version']}: batch {done}/{total}, {duration(left)} left")
+        console.phase(f"AutoAttack {settings['version']}: batch {done}/{total}", left)
 
     options = {key: settings[key] for key in ("version", "norm", "epsilon", "batch_size", "seed")}
     arguments = {"folder": folder, "device": device, **options}

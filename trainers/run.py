@@ -1,12 +1,14 @@
 """One run from its frozen configuration: train, evaluate, write the record.
 
     python -m trainers.run outputs/<experiment>/<scale>/<identity>/seed0/config.yaml
-    torchrun --nproc_per_node 4 -m trainers.run .../config.yaml        # also on several nodes
+    python -m trainers.run .../config.yaml --nodes 2 --endpoint HOST:29500          # the same command on each of two machines
+    torchrun --nproc_per_node 4 -m trainers.run .../config.yaml
 
 Started alone with `devices` above 1 it starts that many processes itself, as torchrun would.
 Exit code: 0 done, 2 something the person can mend (one line says what), 128 + signal when stopped by it.
 """
 
+import argparse
 import hashlib
 import os
 import subprocess
@@ -30,8 +32,12 @@ from trainers.command import run_main
 from trainers.configuration import ConfigError
 from trainers.engine import fit
 from trainers.folder import RunError, RunFolder, save_state, write_atomically, write_text
-from trainers.report import Console, Mirror
+from trainers.mirror import Mirror
+from trainers.report import Console
 from trainers.teacher import teacher_config
+
+
+STOPPED_SECONDS = 2.0  # that a run which was stopped gives wandb: the rest of its grace is the next checkpoint's
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:
@@ -39,6 +45,11 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
     identity = records.identity(config)
     path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / identity
     return RunFolder(path / f"seed{config['seed']}")
+
+
+def processes(config: dict[str, Any]) -> int:
+    """How many processes share each batch of a run."""
+    return int(config["devices"] * config["launcher"].get("nodes", 1))
 
 
 def record_path(config: dict[str, Any]) -> Path:
@@ -70,6 +81,7 @@ def freeze(config: dict[str, Any]) -> Path:
     """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
     config = with_teacher(config)
     path = run_folder(config).path / "config.yaml"
+    path.with_name("progress.json").unlink(missing_ok=True)
     write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
     return path
 
@@ -83,7 +95,7 @@ def run(config: dict[str, Any]) -> None:
     device, code = device_of(config), _code()  # as it is now: the files may change while the run goes on
     folder = run_folder(config)
     title = f"{config['experiment']} seed {config['seed']}"
-    console = Console(title, enabled=rank() == 0)
+    console = Console(title, enabled=rank() == 0, folder=folder.path)
     torch.manual_seed(config["seed"])
     done = record_path(config).exists()
     if world_size() > 1:
@@ -98,9 +110,41 @@ def run(config: dict[str, Any]) -> None:
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     if not done:
-        _train(config, task, folder, console, code, title)
+        with mirrored(config, folder, console):
+            _train(config, task, folder, console, code)
     if config.get("assessment"):
         _assess(config, task, folder, console, code)
+
+
+@contextmanager
+def mirrored(config: dict[str, Any], folder: RunFolder, console: Console) -> Iterator[None]:
+    """Inside, wandb repeats what the run's files say, unless logger=off."""
+    logger = config["logger"]
+    if rank() != 0 or logger["mode"] == "off":
+        yield
+        return
+    table, row = logger["table"] or config["experiment"], logger["row"]
+    mirror = Mirror(
+        folder,
+        {
+            **{key: logger[key] for key in ("mode", "project", "entity")},
+            "id": f"{records.identity(config)}-seed{config['seed']}",
+            "name": f"{row or config['experiment']} seed {config['seed']}",
+            "group": f"{table}/{row}" if row else table,
+            "job_type": config["scale"],
+            "tags": [config["scale"], config["protocol"]],
+            "config": {**config, "table": logger["table"], "row": row},
+            "folder": str(folder.path),
+            "record": str(record_path(config)),
+        },
+    )
+    try:
+        yield
+    except BaseException:
+        mirror.close(STOPPED_SECONDS)
+        raise
+    if trouble := mirror.close(logger["patience"]):
+        console.warn(trouble)
 
 
 def _train(
@@ -109,18 +153,7 @@ def _train(
     folder: RunFolder,
     console: Console,
     code: dict[str, Any],
-    title: str,
 ) -> None:
-    if rank() == 0 and config["logger"]["mode"] != "off":
-        console.mirror = Mirror(
-            **config["logger"],
-            name=title,
-            group=config["experiment"],
-            folder=folder.path,
-            warn=console.warn,
-            run_id=f"{records.identity(config)}-seed{config['seed']}",
-            config=config,
-        )
     try:
         seconds = fit(
             task,
@@ -145,10 +178,8 @@ def _train(
         seconds += time.monotonic() - started
         record = _record(config, folder, task, metrics, evaluation, seconds, code)
         path = records.write_record(Path(config["paths"]["results"]) / "runs", record)
-        if console.mirror:
-            console.mirror.close(metrics)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-        print(f"{title}: {shown}; record {path}")
+        print(f"{console.title}: {shown}; record {path}")
 
 
 def _assess(
@@ -334,20 +365,23 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def launch(path: Path, devices: int) -> int:
+def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
     """Start `devices` processes on a frozen configuration, as torchrun does; returns the exit code of the run."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=shared.nodes,
+        max_nodes=shared.nodes,
         nproc_per_node=devices,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=path.parent.name,
-        max_restarts=0,
+        rdzv_endpoint=shared.endpoint,
+        rdzv_configs={"join_timeout": shared.wait},
+        run_id="-".join(path.parts[-5:-1]),
+        max_restarts=shared.restarts,
+        local_addr=shared.address,
     )
     try:
         elastic_launch(launch_config, sys.executable)("-m", "trainers.run", str(path))
@@ -355,25 +389,38 @@ def launch(path: Path, devices: int) -> int:
         return error.get_first_failure()[1].exitcode or 1
     except SignalException as error:
         return 128 + int(error.sigval)
+    except RendezvousError as error:
+        raise RunError(
+            f"the {shared.nodes} machines did not meet at {shared.endpoint} ({error}); is the same command running on each, and "
+            "can each reach that address? What was finished is kept"
+        ) from error
     return 0
 
 
 def main(arguments: list[str]) -> int:
     """Command line of one run. Returns the exit code."""
-    if len(arguments) != 1 or not Path(arguments[0]).is_file():
-        raise ConfigError(
-            f"usage: python -m trainers.run CONFIG.yaml, got {' '.join(arguments) or 'nothing'}"
-        )
-    path = Path(arguments[0])
-    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
-    if "WORLD_SIZE" in os.environ:  # one of torchrun's processes
-        with process_group(config):
+    parser = argparse.ArgumentParser(prog="python -m trainers.run", exit_on_error=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--endpoint", default="localhost:0")
+    parser.add_argument("--address")
+    parser.add_argument("--restarts", type=int, default=0)
+    parser.add_argument("--wait", type=float, default=600.0)
+    try:
+        given = parser.parse_args(arguments)
+        if not given.config.is_file():
+            raise argparse.ArgumentError(None, f"{given.config} is no file")
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"usage: python -m trainers.run CONFIG.yaml; {error}") from None
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(given.config)))
+    if "WORLD_SIZE" not in os.environ and config["devices"] * given.nodes > 1:
+        return launch(given.config, config["devices"], given)
+    with process_group(config):
+        if rank() == 0:
+            with run_folder(config).locked():
+                run(config)
+        else:
             run(config)
-        return 0
-    with run_folder(config).locked():
-        if config["devices"] > 1:
-            return launch(path, config["devices"])
-        run(config)
     return 0
 
 

@@ -22,7 +22,7 @@ from trainers.folder import save_state
 # What a person changes in a student's data and schedule, its teacher is trained with, too.
 SHARED = (
     "data", "augment", "epochs", "batch_size", "drop_last", "bn_groups", "precision", "channels_last", "compile",
-    "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "paths",
+    "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "launcher", "paths",
 )  # fmt: skip
 
 
