@@ -42,6 +42,8 @@ def main(arguments: list[str]) -> int:
         setting = setting_of(table["rows"], plan)
         print("\n" + markdown(section(table, records, settings["scale"], settings["protocol"], setting)))
         written = render(table, records, results)
+        if "draw" in table:
+            written += render_figure(table, records, results)
     print("wrote " + " and ".join(map(str, written)) if written else "nothing to draw from yet")
     return ended(failures)
 

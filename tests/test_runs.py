@@ -227,7 +227,9 @@ def test_wandb_in_trouble_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.
     assert b"test/clean" in written.read_bytes(), "what could not be sent is kept for later"
 
 
-def test_a_service_that_never_answers_holds_no_run_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_service_that_never_answers_holds_no_run_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A listening socket that says nothing: the run trains, ends and has its record while wandb still waits."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)

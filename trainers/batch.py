@@ -1,7 +1,7 @@
 """What a person asks of many runs at once: a table, a figure or a sweep; settings read, runs planned, missing ones run."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -36,31 +36,56 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise ConfigError(f"{name} must be true or false, got {settings[name]!r}")
     if settings["jobs"] != "auto" and not (type(settings["jobs"]) is int and settings["jobs"] > 0):
         raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
+    if settings["trials"] is not None and not (type(settings["trials"]) is int and settings["trials"] > 0):
+        raise ConfigError(f"trials must be a number above 0, got {settings['trials']!r}")
     if type(settings["tflops"]) not in (int, float) or settings["tflops"] <= 0:
         raise ConfigError(f"tflops must be a number above 0, got {settings['tflops']!r}")
     return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
 
 
-def carry_out(table: Mapping[str, Any], plan: Sequence[Cell], settings: Mapping[str, Any]) -> list[str] | None:
+def carry_out(
+    table: Mapping[str, Any],
+    plan: Sequence[Cell],
+    settings: Mapping[str, Any],
+    then: Callable[[Cell], Sequence[Cell]] = lambda done: (),
+) -> list[str] | None:
     """Say what is done and missing; unless only the plan is wanted, check and run what is missing.
 
-    Returns a line for each run that failed (with keep_going; otherwise the first raises), or None when only planned.
+    then: further runs after each, see run_all. Returns a line for each run that failed (with keep_going; otherwise the first
+    raises), or None when only planned.
     """
-    missing = [cell for cell in plan if cell.status != "done"]
     print(summary(table["title"], settings["scale"], plan, settings["tflops"]), flush=True)
     if settings["plan"]:
         return None
-    if not missing:
-        return []
-    launcher = make(missing[0].config["launcher"])
-    for cell in missing:
+
+    def ready(cell: Cell) -> Cell:
         check(cell.config, processes(cell.config))
         if cell.teacher is None:
             check_teacher(cell.config)  # a published file; a run of ours is in the plan
         cell.config["logger"] = {**cell.config["logger"], "table": table["name"], "row": cell.row}
+        return cell
+
+    missing = [ready(cell) for cell in plan if cell.status != "done"]
+    if not missing:
+        return []
+    launcher = make(missing[0].config["launcher"])
     launcher.check(missing[0].config)
-    jobs = launcher.at_once(missing[0].config["devices"]) if settings["jobs"] == "auto" else settings["jobs"]
-    return run_all(missing, launcher, jobs, keep_going=settings["keep_going"])
+    return run_all(
+        missing,
+        launcher,
+        at_once(missing[0].config, settings),
+        keep_going=settings["keep_going"],
+        then=lambda done: [ready(cell) for cell in then(done)],
+    )
+
+
+def at_once(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+    """How many runs go at the same time."""
+    return int(
+        make(config["launcher"]).at_once(config["devices"])
+        if settings["jobs"] == "auto"
+        else settings["jobs"]
+    )
 
 
 def ended(failures: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,8 +56,15 @@ class Launcher(Protocol):
         """Start the runs."""
 
 
-def run_all(cells: Sequence[Cell], launcher: Launcher, jobs: int, *, keep_going: bool) -> list[str]:
-    """Run every cell, `jobs` at the same time; returns one line for each that failed.
+def run_all(
+    cells: Sequence[Cell],
+    launcher: Launcher,
+    jobs: int,
+    *,
+    keep_going: bool,
+    then: Callable[[Cell], Sequence[Cell]] = lambda done: (),
+) -> list[str]:
+    """Run every cell, `jobs` at the same time, and after each those that `then` names; returns a line for each that failed.
 
     Unless keep_going, the first that fails stops the others and raises RunError. Stopped runs have saved themselves, those of a
     launcher that outlives this process go on: the same command finds either. Each run writes to run.log in its folder.
@@ -84,6 +91,9 @@ def run_all(cells: Sequence[Cell], launcher: Launcher, jobs: int, *, keep_going:
                 for job in [job for job in running if job.poll() is not None]:
                     running.remove(job)
                     if job.poll() == 0:
+                        more = then(job.cell)
+                        waiting += more
+                        board.total += len(more)
                         board.ended(job)
                         continue
                     if stopped():  # a Ctrl-C reached it, too
@@ -101,7 +111,7 @@ def run_all(cells: Sequence[Cell], launcher: Launcher, jobs: int, *, keep_going:
                     _stop(running)
                 kept = "goes on in the queue" if launcher.outlive else "saved where it was"
                 raise Interrupted(
-                    f"stopped by {signal.Signals(signum).name} with {board.done} of {len(cells)} runs done; each of the others "
+                    f"stopped by {signal.Signals(signum).name} with {board.done} of {board.total} runs done; each of the others "
                     f"that had begun {kept}. The same command goes on from there",
                     signum,
                 )
@@ -128,7 +138,9 @@ class Board:
         self.took: list[float] = []
         self.printed = time.monotonic()
         console = Console(file=sys.stdout)
-        self.live = Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        self.live = (
+            Live(console=console, refresh_per_second=2, transient=True) if console.is_terminal else None
+        )
 
     def __enter__(self) -> "Board":
         if self.live:

@@ -63,11 +63,15 @@ def follow(settings: dict[str, Any]) -> None:
     """
     folder, record = RunFolder(Path(settings["folder"])), Path(settings["record"])
     lock = open(folder.path / "mirror.lock", "a")
-    fcntl.flock(lock, fcntl.LOCK_EX)  # the process of a run that was stopped a moment ago may still be at work
+    fcntl.flock(
+        lock, fcntl.LOCK_EX
+    )  # the process of a run that was stopped a moment ago may still be at work
     sent, over = int(_state(folder).get("epoch", 0)), False
     run, trouble = _start(settings)
     while not over:
-        over = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing is ever written: readable means ended
+        over = bool(
+            select.select([sys.stdin], [], [], POLL_SECONDS)[0]
+        )  # nothing is ever written: readable means ended
         for row in folder.history():
             if row["epoch"] > sent:
                 run.log(row)

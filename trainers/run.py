@@ -36,8 +36,9 @@ from trainers.mirror import Mirror
 from trainers.report import Console
 from trainers.teacher import teacher_config
 
-
-STOPPED_SECONDS = 2.0  # that a run which was stopped gives wandb: the rest of its grace is the next checkpoint's
+STOPPED_SECONDS = (
+    2.0  # that a run which was stopped gives wandb: the rest of its grace is the next checkpoint's
+)
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:

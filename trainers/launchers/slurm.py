@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -43,7 +44,9 @@ class Queue:
             told = subprocess.run(
                 ["squeue", "--me", "-h", "-r", "-o", "%i|%T"], capture_output=True, text=True, check=False
             )
-            if told.returncode == 0:  # a controller that does not answer for a while says nothing about the jobs
+            if (
+                told.returncode == 0
+            ):  # a controller that does not answer for a while says nothing about the jobs
                 self.states = dict(line.strip().split("|") for line in told.stdout.splitlines())
                 self.seen = time.monotonic()
         return self.states.get(job) if self.seen > float("-inf") else "UNKNOWN"
@@ -108,7 +111,12 @@ class Slurm:
         extra: dict[str, Any],
     ) -> None:
         """See configs/launcher/slurm.yaml."""
-        self.requeues, self.nodes, self.cpus_per_device, self.python = requeues, nodes, cpus_per_device, python
+        self.requeues, self.nodes, self.cpus_per_device, self.python = (
+            requeues,
+            nodes,
+            cpus_per_device,
+            python,
+        )
         self.parameters = {
             "partition": partition, "account": account, "qos": qos, "time": minutes, "signal_delay_s": warning_seconds,
             "array_parallelism": array, "nodes": nodes, "gpus_per_node": gpus or None, "setup": setup or None,
@@ -136,15 +144,23 @@ class Slurm:
         jobs, new = [], []
         for cell in cells:
             job = self._submitted(cell)
-            if job and self.queue.state(job):
+            if job and self._goes_on(job):
                 jobs.append(SlurmJob(cell, _log(cell), job, self.queue))
             else:
                 new.append(cell)
         for cell, job in zip(new, self._submit(new) if new else [], strict=True):
             write_text(_ticket(cell), json.dumps({"job": job}))
             jobs.append(SlurmJob(cell, _log(cell), job, self.queue))
-        self.queue.seen = min(self.queue.seen, time.monotonic() - QUEUE_SECONDS)  # look before the next answer
+        self.queue.seen = min(
+            self.queue.seen, time.monotonic() - QUEUE_SECONDS
+        )  # look before the next answer
         return jobs
+
+    def _goes_on(self, job: str) -> bool:
+        """Whether a job is in the queue; one that is being ended may yet come back to it."""
+        while (state := self.queue.state(job)) == "COMPLETING":
+            time.sleep(QUEUE_SECONDS)
+        return state is not None
 
     def _submitted(self, cell: Cell) -> str | None:
         ticket = _ticket(cell)
@@ -164,10 +180,15 @@ class Slurm:
         executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
         try:
             with executor.batch():
-                jobs = [executor.submit(SlurmRun(freeze(c.config).resolve(), self.nodes, self.cpus_per_device)) for c in cells]
+                jobs = [
+                    executor.submit(SlurmRun(freeze(c.config).resolve(), self.nodes, self.cpus_per_device))
+                    for c in cells
+                ]
         except submitit.core.utils.FailedJobError as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
-            raise RunError(f"Slurm refused the jobs: {lines[-1] if lines else 'it did not say why'}") from error
+            raise RunError(
+                f"Slurm refused the jobs: {lines[-1] if lines else 'it did not say why'}"
+            ) from error
         return [job.job_id for job in jobs]
 
 
@@ -192,6 +213,7 @@ class SlurmRun:
             command += ["--restarts", str(RESTARTS)]
         threads = {"OMP_NUM_THREADS": str(self.cpus_per_device), "PYTHONUNBUFFERED": "1"}
         self.process = spawn(command, self.path.with_name("run.log"), {**os.environ, **threads})
+        _until_ended(self.process)
         if code := self.process.wait():
             sys.exit(code)
 
@@ -203,18 +225,26 @@ class SlurmRun:
         return DelayedSubmission(SlurmRun(self.path, self.nodes, self.cpus_per_device))
 
     def _save(self) -> None:
-        if self.process and self.process.poll() is None:
+        if self.process:
             self.process.terminate()
-            self.process.wait()
+            _until_ended(self.process)
 
     def _terminated(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM is a preemption that wants the job back, or a cancellation that does not: the queue knows."""
         self._save()
         job = os.environ["SLURM_JOB_ID"]
-        told = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
+        told = subprocess.run(
+            ["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False
+        )
         if told.stdout.strip() == "RUNNING" and callable(self.requeue):
             self.requeue(signum, frame)
         sys.exit(128 + signum)
+
+
+def _until_ended(process: subprocess.Popen[bytes]) -> None:
+    """Wait without reaping: Popen.wait holds a lock, for which a signal handler that interrupts it would wait for ever."""
+    with suppress(ChildProcessError):
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
 
 
 def _log(cell: Cell) -> Path:
