@@ -58,7 +58,7 @@ def clean_against_aa(table: Table) -> Figure | None:
         if row.ours["clean"] and row.ours["aa"]
     ]
     _scatter(left, printed, "the paper's values")
-    _scatter(right, ours, _provenance(table))
+    _scatter(right, ours, provenance(table))
     key.axis("off")
     for row in table.rows:
         where = (0.02, 1.0 - 0.074 * number[row.id])
@@ -219,7 +219,7 @@ def ablation(table: Table) -> Figure | None:
     """
     if not any(row.records for row in table.rows):
         return None
-    found = [("ours, " + _provenance(table).removeprefix("ours, "), {row.id: row.ours for row in table.rows})]
+    found = [("ours, " + provenance(table).removeprefix("ours, "), {row.id: row.ours for row in table.rows})]
     if any(row.paper for row in table.rows):
         paper = {row.id: {k: [v] for k, v in row.paper.items() if v is not None} for row in table.rows}
         found.insert(0, ("the paper's values", paper))
@@ -352,10 +352,10 @@ def _details(row: Row, assessment: str) -> Any:
     return runs[0]["assessments"][assessment]["details"] if runs else None
 
 
-def _provenance(table: Table) -> str:
+def provenance(table: Table) -> str:
     """What ours stand for, from the status of the first row that has any."""
     status = next(row.status for row in table.rows if row.records)
-    seeds = sorted({len(row.records) for row in table.rows if row.records})
+    seeds = sorted({len({r["seed"] for r in row.records}) for row in table.rows if row.records})
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = f"ours, scale {table.scale}, {count} seed{'s' if seeds[-1] > 1 else ''}\n{status}"
     return what + (f"\n{table.setting}" if table.setting else "")

@@ -41,6 +41,18 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One row minus another over the seeds that both have, in one metric: points, with the interval's half-width."""
+
+    ours: str
+    other: str
+    metric: str
+    seeds: int
+    mean: float
+    half_width: float
+
+
+@dataclass(frozen=True)
 class Table:
     """What both renderings print. setting: what all its runs change against the scale's own configuration."""
 
@@ -52,7 +64,7 @@ class Table:
     metrics: Mapping[str, str]
     rows: Sequence[Row]
     beside: str = ""
-    comparisons: Sequence[str] = field(default_factory=list)
+    comparisons: Sequence[Comparison] = field(default_factory=list)
     remarks: Sequence[str] = field(default_factory=list)
 
 
@@ -97,11 +109,7 @@ def build(
         row["id"]: [r for r, own in placed.get(row["id"], []) if own == setting] for row in config["rows"]
     }
     rows = [_row(config, row, mine[row["id"]], scale, bool(setting)) for row in config["rows"]]
-    firsts = [row.label[0] for row in rows]
-    named = {
-        row.id: row.label[0] if firsts.count(row.label[0]) == 1 else f"{row.label[0]} ({row.label[-1]})"
-        for row in rows
-    }
+    named = {row.id: _name(row, rows) for row in rows}
     metrics = config.get("columns") or config["metrics"]
     by_id = {row["id"]: row for row in config["rows"]}
     seen = {
@@ -109,13 +117,15 @@ def build(
         for name, runs in mine.items()
     }
     comparisons = [
-        _comparison(metrics, named, seen, ours, other) for ours, other in config.get("compare", [])
+        found
+        for ours, other in config.get("compare", [])
+        for found in _compare(metrics, named[ours], named[other], seen[ours], seen[other])
     ]
     shown = next((r for runs in mine.values() for r in runs), None)
     return Table(
         title=config["title"], scale=scale, protocol=protocol, setting=_told(setting, shown),
         labels=list(config["labels"].values()), metrics=metrics, rows=rows, beside=config.get("beside_name", ""),
-        comparisons=[line for line in comparisons if line], remarks=config.get("remarks", []),
+        comparisons=comparisons, remarks=config.get("remarks", []),
     )  # fmt: skip
 
 
@@ -171,28 +181,47 @@ def _told(setting: Overrides, run: Record | None) -> str:
     return ", ".join([*(data if any(key.startswith("data.") for key in setting) else []), *rest])
 
 
-def _comparison(
+def _name(row: Row, rows: Sequence[Row]) -> str:
+    """A row in a sentence: its first label, with the last where others share it, with the next where it is a mere letter."""
+    first = row.label[0]
+    if [other.label[0] for other in rows].count(first) > 1:
+        return f"{first} ({row.label[-1]})"
+    return f"{first}, {row.label[1]}" if len(first) < 3 and len(row.label) > 1 else first
+
+
+def _compare(
     metrics: Mapping[str, str],
-    named: Mapping[str, str],
-    seen: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]],
     ours: str,
     other: str,
-) -> str:
-    """One row minus another over the seeds both have, with a Student interval; empty below two seeds."""
-    parts: dict[int, list[str]] = {}  # by number of seeds
+    one: Sequence[tuple[int, Mapping[str, float]]],
+    two: Sequence[tuple[int, Mapping[str, float]]],
+) -> list[Comparison]:
+    """Two rows in every metric of which both have at least two seeds; one, two: each run's seed and values."""
+    found = []
     for metric, title in metrics.items():
-        one, two = ({seed: v[metric] for seed, v in seen[row] if metric in v} for row in (ours, other))
-        differences = [one[seed] - two[seed] for seed in sorted(set(one) & set(two))]
+        first, second = ({seed: v[metric] for seed, v in runs if metric in v} for runs in (one, two))
+        differences = [first[seed] - second[seed] for seed in sorted(set(first) & set(second))]
         if len(differences) > 1:
-            half = paired_half_width(differences)
-            parts.setdefault(len(differences), []).append(
-                f"{title} {statistics.mean(differences):+.2f} ± {half:.2f}"
-            )
-    told = "; ".join(
-        f"paired over {n} seeds, mean ± half-width of the {100 * CONFIDENCE:.0f} % interval: {', '.join(found)} points"
-        for n, found in parts.items()
-    )
-    return f"{named[ours]} minus {named[other]}, {told}." if told else ""
+            mean, half = statistics.mean(differences), paired_half_width(differences)
+            found.append(Comparison(ours, other, title, len(differences), mean, half))
+    return found
+
+
+def told(comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence for each pair of rows, its metrics grouped by their number of seeds."""
+    pairs: dict[tuple[str, str], dict[int, list[str]]] = {}
+    for c in comparisons:
+        parts = pairs.setdefault((c.ours, c.other), {})
+        parts.setdefault(c.seeds, []).append(f"{c.metric} {c.mean:+.2f} ± {c.half_width:.2f}")
+    return [
+        f"{ours} minus {other}, "
+        + "; ".join(
+            f"paired over {n} seeds, mean ± half-width of the {100 * CONFIDENCE:.0f} % interval: {', '.join(found)} points"
+            for n, found in parts.items()
+        )
+        + "."
+        for (ours, other), parts in pairs.items()
+    ]
 
 
 def paired_half_width(values: Sequence[float]) -> float:
@@ -314,7 +343,7 @@ def markdown(table: Table) -> str:
         legend += " A stand-in ran on other data than the paper's: compare it with other stand-ins alone."
     lines += ["", legend, ""]
     if table.comparisons:
-        lines += [*table.comparisons, ""]
+        lines += [*told(table.comparisons), ""]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += [f"- {remark}" for remark in table.remarks]
     if any(row.records for row in table.rows):

@@ -16,7 +16,7 @@ from gkl.records import (
     without_excluded,
     write_record,
 )
-from gkl.tables import build, experiments, latex, markdown, paired_half_width
+from gkl.tables import build, experiments, latex, markdown, paired_half_width, told
 from trainers.configuration import check, compose, published
 from trainers.plan import (
     Cell,
@@ -310,7 +310,7 @@ def test_paired_comparison_is_students() -> None:
     usual_configs = {"at/c100_basic_gkl": config(), "at/c100_basic_kl": kl_config}
     runs = [{**r, "path": "p"} for r in runs]
     built = build(table, runs, scale="smoke", protocol="official", usual=usual_configs, claims={})
-    (line,) = built.comparisons
+    (line,) = told(built.comparisons)
     assert line.startswith("GKL_AT minus KL, paired over 3 seeds") and "AA +2.00 ± 2.48 points" in line
     assert paired_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302652729911275 / 3**0.5)
     alone = build(
