@@ -7,10 +7,9 @@ import itertools
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, kaiming_, staged_blocks, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, kaiming_, register_model, staged_blocks
 from gkl.models.normalise import normaliser
 
 
@@ -83,34 +82,34 @@ NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 @register_model
 def resnet_20(**options: Any) -> CifarResNet:
     """0.3 million parameters."""
-    return CifarResNet(20, NARROW, **without_timm_bookkeeping(options))
+    return CifarResNet(20, NARROW, **options)
 
 
 @register_model
 def resnet_32(**options: Any) -> CifarResNet:
     """0.5 million parameters."""
-    return CifarResNet(32, NARROW, **without_timm_bookkeeping(options))
+    return CifarResNet(32, NARROW, **options)
 
 
 @register_model
 def resnet_56(**options: Any) -> CifarResNet:
     """0.9 million parameters."""
-    return CifarResNet(56, NARROW, **without_timm_bookkeeping(options))
+    return CifarResNet(56, NARROW, **options)
 
 
 @register_model
 def resnet_110(**options: Any) -> CifarResNet:
     """1.7 million parameters."""
-    return CifarResNet(110, NARROW, **without_timm_bookkeeping(options))
+    return CifarResNet(110, NARROW, **options)
 
 
 @register_model
 def resnet_8x4(**options: Any) -> CifarResNet:
     """1.2 million parameters."""
-    return CifarResNet(8, WIDE, **without_timm_bookkeeping(options))
+    return CifarResNet(8, WIDE, **options)
 
 
 @register_model
 def resnet_32x4(**options: Any) -> CifarResNet:
     """7.4 million parameters."""
-    return CifarResNet(32, WIDE, **without_timm_bookkeeping(options))
+    return CifarResNet(32, WIDE, **options)

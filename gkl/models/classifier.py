@@ -1,10 +1,13 @@
 """What every network of this package can do: timm's methods, so that one caller serves both."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
+from timm.models import load_pretrained, resolve_pretrained_cfg
+from timm.models import register_model as timm_register_model
 from torch import Tensor, nn
 
 
@@ -105,9 +108,35 @@ def normal_(model: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def without_timm_bookkeeping(options: dict[str, Any]) -> dict[str, Any]:
-    """The options meant for the network. Raises ValueError if timm was asked for pretrained weights."""
-    if options.get("pretrained"):
-        raise ValueError("no pretrained weights to download; load a file with gkl.models.load_checkpoint")
-    own = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    return {key: value for key, value in options.items() if key not in own}
+def register_model(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a network with timm, which then also loads the weights that `scripts/release.py` packs for it.
+
+    timm.create_model("wrn_34_10", num_classes=100); timm.create_model("hf-hub:NAME/REPO", pretrained=True), or "local-dir:FOLDER".
+    Raises ValueError when timm is asked for pretrained weights without saying where they are.
+    """
+
+    @functools.wraps(build)
+    def entry(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: Any = None,
+        pretrained_model_args: Any = None,
+        cache_dir: Any = None,
+        **options: Any,
+    ) -> nn.Module:
+        model = build(**options)
+        if pretrained:
+            source = resolve_pretrained_cfg(build.__name__, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+            if not any(source.get(key) for key in ("file", "hf_hub_id", "url")):
+                raise ValueError(
+                    "no pretrained weights to download; load a file with gkl.models.load_checkpoint"
+                )
+            load_pretrained(
+                model,
+                source,
+                num_classes=options.get("num_classes", source["num_classes"]),
+                cache_dir=cache_dir,
+            )
+        return model
+
+    return timm_register_model(entry)

@@ -6,11 +6,10 @@ Layers, initialisation and parameter names are torchvision's, so that its publis
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 from torchvision.models import resnet as torchvision
 
-from gkl.models.classifier import TappedClassifier, staged_blocks, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, register_model, staged_blocks
 from gkl.models.normalise import normaliser
 
 
@@ -81,30 +80,28 @@ class ImageNetResNet(TappedClassifier):
 @register_model
 def imagenet_resnet_18(**options: Any) -> ImageNetResNet:
     """11.7 million parameters at 1000 classes."""
-    return ImageNetResNet(BasicBlock, [2, 2, 2, 2], **without_timm_bookkeeping(options))
+    return ImageNetResNet(BasicBlock, [2, 2, 2, 2], **options)
 
 
 @register_model
 def imagenet_resnet_34(**options: Any) -> ImageNetResNet:
     """21.8 million parameters at 1000 classes."""
-    return ImageNetResNet(BasicBlock, [3, 4, 6, 3], **without_timm_bookkeeping(options))
+    return ImageNetResNet(BasicBlock, [3, 4, 6, 3], **options)
 
 
 @register_model
 def imagenet_resnet_50(**options: Any) -> ImageNetResNet:
     """25.6 million parameters at 1000 classes."""
-    return ImageNetResNet(Bottleneck, [3, 4, 6, 3], **without_timm_bookkeeping(options))
+    return ImageNetResNet(Bottleneck, [3, 4, 6, 3], **options)
 
 
 @register_model
 def imagenet_resnet_101(**options: Any) -> ImageNetResNet:
     """44.5 million parameters at 1000 classes."""
-    return ImageNetResNet(Bottleneck, [3, 4, 23, 3], **without_timm_bookkeeping(options))
+    return ImageNetResNet(Bottleneck, [3, 4, 23, 3], **options)
 
 
 @register_model
 def imagenet_resnext_101_32x4d(**options: Any) -> ImageNetResNet:
     """44.2 million parameters at 1000 classes: the teacher of the ImageNet-LT tables."""
-    return ImageNetResNet(
-        Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, **without_timm_bookkeeping(options)
-    )
+    return ImageNetResNet(Bottleneck, [3, 4, 23, 3], groups=32, width_per_group=4, **options)

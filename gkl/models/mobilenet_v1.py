@@ -6,10 +6,9 @@ Source: mdistiller, parameter names included; pooled over whatever map there is,
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, register_model
 from gkl.models.normalise import normaliser
 
 # channels and stride of each depthwise block, by stage
@@ -67,4 +66,4 @@ class MobileNetV1(TappedClassifier):
 @register_model
 def mobilenet_v1(**options: Any) -> MobileNetV1:
     """4.23 million parameters at 1000 classes."""
-    return MobileNetV1(**without_timm_bookkeeping(options))
+    return MobileNetV1(**options)

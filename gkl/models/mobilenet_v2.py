@@ -5,10 +5,9 @@ Source: RepDistiller and mdistiller, parameter names included.
 
 from typing import Any
 
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, normal_, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, normal_, register_model
 from gkl.models.normalise import normaliser
 
 # expansion, channels at full width, blocks, stride of the first
@@ -88,4 +87,4 @@ class MobileNetV2(TappedClassifier):
 @register_model
 def mobilenet_v2_half(**options: Any) -> MobileNetV2:
     """Half as wide: 0.8 million parameters."""
-    return MobileNetV2(0.5, **without_timm_bookkeeping(options))
+    return MobileNetV2(0.5, **options)

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import Classifier, without_timm_bookkeeping
+from gkl.models.classifier import Classifier, register_model
 
 
 class PreActBlock(nn.Module):
@@ -62,4 +61,4 @@ def _stage(blocks: int, width_in: int, width: int, stride: int) -> nn.Sequential
 @register_model
 def preact_resnet_18(**options: Any) -> PreActResNet:
     """PreActResNet-18: 11.2 million parameters."""
-    return PreActResNet((2, 2, 2, 2), **without_timm_bookkeeping(options))
+    return PreActResNet((2, 2, 2, 2), **options)

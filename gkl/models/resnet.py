@@ -6,10 +6,9 @@ ResNet-18: the companion networks of LBGAT and LAS-AT. ResNet-50: a teacher of t
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, kaiming_, staged_blocks, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, kaiming_, register_model, staged_blocks
 from gkl.models.normalise import normaliser
 
 
@@ -117,18 +116,18 @@ class ResNet(TappedClassifier):
 @register_model
 def resnet_18(**options: Any) -> ResNet:
     """ResNet-18 at 1/8 of the resolution, torch's initialisation: LAS-AT's strategy network. 11.2 million parameters."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), (1, 2, 2, 2), **without_timm_bookkeeping(options))
+    return ResNet(BasicBlock, (2, 2, 2, 2), (1, 2, 2, 2), **options)
 
 
 @register_model
 def resnet_18_fine(**options: Any) -> ResNet:
     """ResNet-18 at 1/4 of the resolution, torch's initialisation: LBGAT's natural network."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), (1, 1, 2, 2), **without_timm_bookkeeping(options))
+    return ResNet(BasicBlock, (2, 2, 2, 2), (1, 1, 2, 2), **options)
 
 
 @register_model
 def resnet_50(**options: Any) -> ResNet:
     """ResNet-50 at 1/8 of the resolution: 23.7 million parameters."""
-    model = ResNet(Bottleneck, (3, 4, 6, 3), (1, 2, 2, 2), **without_timm_bookkeeping(options))
+    model = ResNet(Bottleneck, (3, 4, 6, 3), (1, 2, 2, 2), **options)
     kaiming_(model)
     return model

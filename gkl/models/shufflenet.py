@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, staged_blocks, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, register_model, staged_blocks
 from gkl.models.normalise import normaliser
 
 
@@ -176,10 +175,10 @@ class ShuffleNetV2(TappedClassifier):
 @register_model
 def shufflenet_v1(**options: Any) -> ShuffleNetV1:
     """Three groups: 0.9 million parameters."""
-    return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, **without_timm_bookkeeping(options))
+    return ShuffleNetV1((240, 480, 960), (4, 8, 4), 3, **options)
 
 
 @register_model
 def shufflenet_v2(**options: Any) -> ShuffleNetV2:
     """Width 1: 1.4 million parameters."""
-    return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), **without_timm_bookkeeping(options))
+    return ShuffleNetV2((116, 232, 464, 1024), (3, 7, 3), **options)

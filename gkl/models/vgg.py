@@ -6,10 +6,9 @@ Source: RepDistiller and mdistiller, parameter names included, so that their tea
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import TappedClassifier, normal_, without_timm_bookkeeping
+from gkl.models.classifier import TappedClassifier, normal_, register_model
 from gkl.models.normalise import normaliser
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -67,10 +66,10 @@ def _block(convolutions: int, width_in: int, width: int) -> nn.Sequential:
 @register_model
 def vgg_8(**options: Any) -> VGG:
     """One convolution a block: 4.0 million parameters."""
-    return VGG((1, 1, 1, 1, 1), **without_timm_bookkeeping(options))
+    return VGG((1, 1, 1, 1, 1), **options)
 
 
 @register_model
 def vgg_13(**options: Any) -> VGG:
     """Two convolutions a block: 9.5 million parameters."""
-    return VGG((2, 2, 2, 2, 2), **without_timm_bookkeeping(options))
+    return VGG((2, 2, 2, 2, 2), **options)

@@ -8,10 +8,9 @@ checkpoints, so those load here, and weights trained here load in the authors' c
 from typing import Any
 
 import torch.nn.functional as F
-from timm.models import register_model
 from torch import Tensor, nn
 
-from gkl.models.classifier import Classifier, TappedClassifier, without_timm_bookkeeping
+from gkl.models.classifier import Classifier, TappedClassifier, register_model
 from gkl.models.normalise import Normalise, normaliser
 
 
@@ -181,58 +180,58 @@ def _initialise(model: Classifier) -> None:
 @register_model
 def wrn_34_10(**options: Any) -> WideResNet:
     """The paper's adversarial training: 46.2 million parameters."""
-    return WideResNet(34, 10, **without_timm_bookkeeping(options))
+    return WideResNet(34, 10, **options)
 
 
 @register_model
 def wrn_34_20(**options: Any) -> WideResNet:
     """Twice as wide as wrn_34_10."""
-    return WideResNet(34, 20, **without_timm_bookkeeping(options))
+    return WideResNet(34, 20, **options)
 
 
 @register_model
 def wrn_40_2(**options: Any) -> WideResNet:
     """A teacher of the CIFAR-100 distillation tables: 2.3 million parameters."""
-    return WideResNet(40, 2, **without_timm_bookkeeping(options))
+    return WideResNet(40, 2, **options)
 
 
 @register_model
 def wrn_40_1(**options: Any) -> WideResNet:
     """A student of the CIFAR-100 distillation tables: 0.6 million parameters."""
-    return WideResNet(40, 1, **without_timm_bookkeeping(options))
+    return WideResNet(40, 1, **options)
 
 
 @register_model
 def wrn_16_4(**options: Any) -> WideResNet:
     """Small: 2.7 million parameters."""
-    return WideResNet(16, 4, **without_timm_bookkeeping(options))
+    return WideResNet(16, 4, **options)
 
 
 @register_model
 def wrn_16_2(**options: Any) -> WideResNet:
     """Small: 0.7 million parameters; the scale `small`, and a student of the CIFAR-100 distillation tables."""
-    return WideResNet(16, 2, **without_timm_bookkeeping(options))
+    return WideResNet(16, 2, **options)
 
 
 @register_model
 def wrn_10_1(**options: Any) -> WideResNet:
     """Tiny: 0.08 million parameters; the scale `smoke`."""
-    return WideResNet(10, 1, **without_timm_bookkeeping(options))
+    return WideResNet(10, 1, **options)
 
 
 @register_model
 def wrn_28_10_swish(**options: Any) -> SwishWideResNet:
     """The runs with generated data: 36.5 million parameters."""
-    return SwishWideResNet(28, 10, **without_timm_bookkeeping(options))
+    return SwishWideResNet(28, 10, **options)
 
 
 @register_model
 def wrn_16_2_swish(**options: Any) -> SwishWideResNet:
     """Small: 0.7 million parameters; the scale `small` of the runs with generated data."""
-    return SwishWideResNet(16, 2, **without_timm_bookkeeping(options))
+    return SwishWideResNet(16, 2, **options)
 
 
 @register_model
 def wrn_10_1_swish(**options: Any) -> SwishWideResNet:
     """Tiny: 0.08 million parameters; the scale `smoke` of the runs with generated data."""
-    return SwishWideResNet(10, 1, **without_timm_bookkeeping(options))
+    return SwishWideResNet(10, 1, **options)
