@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau test check eval doctor bench lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor bench lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -15,6 +15,7 @@ PAIRS    ?=#            teacher-student pairs of Tables V, XVII and XVIII (defau
 PLAN     ?=#            1: only say what is missing and what it costs
 DEVICES  ?= 1#          devices per run
 JOBS     ?= auto#       runs at the same time
+LAUNCHER ?=#            slurm | torchrun-nodes (default: this machine; its settings: ARGS="launcher.partition=gpu launcher.minutes=600")
 ARGS     ?=#            any further Hydra overrides
 PYTHON   ?= $(shell for p in python3 python3.12 python3.13 python3.11; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
@@ -29,7 +30,7 @@ PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
 REPRODUCE = $(PY) scripts/reproduce.py scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) devices=$(DEVICES) \
-	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(PAIRS),'columns=[$(PAIRS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(ARGS)
+	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(PAIRS),'columns=[$(PAIRS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(ARGS)
 
 table%: $(STAMP) ## table1 1kd 2 to 6, 10 to 21, 24: run what is missing, print it (SCALE SEEDS ROWS PAIRS PLAN PROTOCOL DEVICES ARGS)
 	@$(REPRODUCE) table=$*
@@ -48,6 +49,18 @@ sweep-alpha: table10 ## the paper's sweep over the weight of wMSE (Table X); scr
 sweep-beta: table11 ## over the weight of the cross-entropy (Table XI)
 sweep-gamma: table12 table20 ## over the smoothing exponent, class-wise and sample-wise (Tables XII, XX)
 sweep-tau: table21 ## over the prior's temperature, conference version (Table XXI)
+
+report: $(STAMP) ## all tables, figures and the page results/report.html from the records; runs nothing
+	@$(PY) scripts/report.py
+
+dashboard: $(STAMP) ## wandb workspaces that set KL against GKL, as JSON with previews in results/dashboard; needs no login
+	@$(PY) scripts/dashboard.py $(ARGS)
+
+dashboard-sync: $(STAMP) ## send the runs that wandb wrote offline, and the workspaces; needs a wandb login
+	@$(PY) scripts/dashboard.py sync=true $(ARGS)
+
+release: $(STAMP) ## pack a run for the Hugging Face Hub and RobustBench: make release RUN=results/runs/.../seed0.json ARGS="upload=name/repository"
+	@$(PY) scripts/release.py run=$(RUN) $(ARGS)
 
 test: $(STAMP) ## the tests: no network, no GPU, no downloads
 	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)

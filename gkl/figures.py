@@ -219,7 +219,8 @@ def ablation(table: Table) -> Figure | None:
     """
     if not any(row.records for row in table.rows):
         return None
-    found = [("ours, " + provenance(table).removeprefix("ours, "), {row.id: row.ours for row in table.rows})]
+    ours: Mapping[str, Values] = {row.id: row.ours for row in table.rows}
+    found = [("ours, " + provenance(table).removeprefix("ours, "), ours)]
     if any(row.paper for row in table.rows):
         paper = {row.id: {k: [v] for k, v in row.paper.items() if v is not None} for row in table.rows}
         found.insert(0, ("the paper's values", paper))

@@ -26,10 +26,16 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(unknown("setting of a release", name, list(SETTINGS)))
         given[name] = value
     if not Path(given.get("run", "")).is_file():
-        raise ConfigError(f"run=... must be a record, a seed<k>.json below results/runs, got {given.get('run') or 'nothing'}")
+        raise ConfigError(
+            f"run=... must be a record, a seed<k>.json below results/runs, got {given.get('run') or 'nothing'}"
+        )
     record = Path(given["run"])
     outputs = Path(compose("train", ["experiment=at/c100_basic_gkl"])["paths"]["outputs"])
-    target = Path(given["out"]) if "out" in given else outputs / "release" / "-".join(record.with_suffix("").parts[-3:])
+    target = (
+        Path(given["out"])
+        if "out" in given
+        else outputs / "release" / "-".join(record.with_suffix("").parts[-3:])
+    )
     for path in pack(record, outputs, target):
         print(f"wrote {path}")
     if "upload" in given:

@@ -160,7 +160,7 @@ def ablation(table: Table) -> list[Chart]:
                 )  # fmt: skip
         for who in dict.fromkeys(value["who"] for value in values):
             mine = [value for value in values if value["who"] == who]
-            names = list(dict.fromkeys(value["row"] for value in mine))
+            names = list(dict.fromkeys(str(value["row"]) for value in mine))
             base = alt.Chart(alt.Data(values=mine)).encode(
                 x=alt.X("x:Q", title=table.labels[-1], scale=alt.Scale(zero=False, padding=10)),
                 color=alt.Color(

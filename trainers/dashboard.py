@@ -181,7 +181,7 @@ def _line(axes: Any, panel: Mapping[str, Any], groups: Runs, colours: Mapping[st
 
 def _bar(axes: Any, panel: Mapping[str, Any], groups: Runs, colours: Mapping[str, str], runs: Path) -> None:
     (metric,) = panel["metrics"]
-    for place, (name, found) in enumerate(reversed(groups.items())):
+    for place, (name, found) in enumerate(reversed([*groups.items()])):
         values = [record["metrics"][metric] for record in found if metric in record["metrics"]]
         if values:
             spread = statistics.stdev(values) if len(values) > 1 else 0.0

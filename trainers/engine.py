@@ -71,6 +71,12 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
     if checkpoint is not None:
         task.load_state_dict(checkpoint["task"])
         position = Position(**checkpoint["position"])
+    mark = position.epoch << 32 | position.step
+    if agree(mark) != -agree(-mark):
+        raise RunError(
+            f"the processes of this run see different checkpoints in {folder.path}; outputs must lie on a file system that all "
+            "machines share: set GKL_OUTPUTS to one"
+        )
     if rank() == 0:
         folder.truncate_history(before_epoch=position.epoch)
 

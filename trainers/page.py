@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -103,7 +103,9 @@ def page(records: Sequence[Record], results: Path) -> str:
         count=len(records),
         latest=max(record["finished"] for record in records)[:10] if records else "none",
         data=_script(data),
-        javascript=vl_convert.javascript_bundle().replace("</script", "<\\/script"),
+        javascript=vl_convert.javascript_bundle("Object.assign(window, { vegaEmbed });").replace(
+            "</script", "<\\/script"
+        ),
         vega=version("altair"),
     )
     if len(text.encode()) > LIMIT_BYTES:
@@ -238,13 +240,13 @@ def _typed(value: Any) -> str:
 def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
     """The override that chooses the file of a group which agrees most with a node of its `_target_`; empty for none."""
     found = {
-        path.stem: OmegaConf.to_container(OmegaConf.load(path))
+        path.stem: cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
         for path in sorted((CONFIGS / group).glob("*.yaml"))
     }
     fitting = {
-        name: sum(node.get(str(key)) == value for key, value in content.items())
+        name: sum(node.get(key) == value for key, value in content.items())
         for name, content in found.items()
-        if isinstance(content, dict) and content.get("_target_") == node.get("_target_")
+        if content.get("_target_") == node.get("_target_")
     }
     if not fitting:
         return []

@@ -27,8 +27,13 @@ from trainers.page import command
 
 PAPER = "https://arxiv.org/abs/2503.08038"
 PAPER_TITLE = "Generalized Kullback-Leibler Divergence Loss"
-AUTHORS = "Jiequan Cui, Beier Zhu, Qingshan Xu, Zhuotao Tian, Xiaojuan Qi, Bei Yu, Hanwang Zhang, Richang Hong"
-ROBUSTBENCH = {"cifar10": 10_000, "cifar100": 10_000}  # data sets it takes from us -> test images AutoAttack must have seen
+AUTHORS = (
+    "Jiequan Cui, Beier Zhu, Qingshan Xu, Zhuotao Tian, Xiaojuan Qi, Bei Yu, Hanwang Zhang, Richang Hong"
+)
+ROBUSTBENCH = {
+    "cifar10": 10_000,
+    "cifar100": 10_000,
+}  # data sets it takes from us -> test images AutoAttack must have seen
 
 
 def pack(record_path: Path, outputs: Path, target: Path) -> list[Path]:
@@ -36,10 +41,14 @@ def pack(record_path: Path, outputs: Path, target: Path) -> list[Path]:
     record = read_record(record_path)
     weights = outputs / record["checkpoint"]["path"]
     if not weights.is_file():
-        raise RunError(f"the weights of {record_path} are not at {weights}; name the folder that has them with GKL_OUTPUTS=...")
+        raise RunError(
+            f"the weights of {record_path} are not at {weights}; name the folder that has them with GKL_OUTPUTS=..."
+        )
     if hashlib.sha256(weights.read_bytes()).hexdigest() != record["checkpoint"]["sha256"]:
         raise RunError(f"{weights} is not the file that {record_path} was measured on: its sha256 differs")
-    settings = {key: value for key, value in record["config"]["model"].items() if key not in ("_target_", "_partial_")}
+    settings = {
+        key: value for key, value in record["config"]["model"].items() if key not in ("_target_", "_partial_")
+    }
     state = torch.load(weights, map_location="cpu", weights_only=True)
     model = create(**settings, num_classes=classes(state, settings))
     model.load_state_dict(state)
@@ -50,7 +59,9 @@ def pack(record_path: Path, outputs: Path, target: Path) -> list[Path]:
     }
     if (why := not_for_robustbench(record)) is None:
         entry = f"Reproduced{record['finished'][:4]}Generalized_{architecture(settings)}"
-        files[f"robustbench/{record['data']['name']}/Linf/{entry}.json"] = json.dumps(robustbench(record, settings), indent=1) + "\n"
+        files[f"robustbench/{record['data']['name']}/Linf/{entry}.json"] = (
+            json.dumps(robustbench(record, settings), indent=1) + "\n"
+        )
         files["robustbench/issue.md"] = issue(record, settings, entry)
     else:
         files["robustbench/NOT_WRITTEN.md"] = f"RobustBench would not take this run: {why}.\n"
@@ -80,7 +91,11 @@ def architecture(settings: Mapping[str, Any]) -> str:
 
 def timm_config(record: Record, settings: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """The config.json from which timm builds the network: pictures in [0, 1], shifted and scaled inside ours, outside timm's own."""
-    options = {key: value for key, value in settings.items() if key not in ("name", "timm_options") and value is not None}
+    options = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("name", "timm_options") and value is not None
+    }
     size = record["config"]["data"].get("image_size") or {"digits": 8}.get(record["data"]["name"], 32)
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if isinstance(model, TimmNetwork):
@@ -109,7 +124,11 @@ def card(record: Record, settings: Mapping[str, Any]) -> str:
     """The model card, with the numbers of the record and nothing else."""
     data, metrics = record["data"], record["metrics"]
     stand_in = data["stand_in_for"]
-    named = f"{data['name']} (a stand-in for {stand_in}: its numbers compare with no published ones)" if stand_in else data["name"]
+    named = (
+        f"{data['name']} (a stand-in for {stand_in}: its numbers compare with no published ones)"
+        if stand_in
+        else data["name"]
+    )
     evaluation = record.get("evaluation", {})
     attacked = (
         f"{evaluation['attack']}, {evaluation['norm']}, ε = {evaluation['epsilon']:.5g}, {evaluation['n']} test images"
@@ -117,7 +136,9 @@ def card(record: Record, settings: Mapping[str, Any]) -> str:
         else None
     )
     rows = "\n".join(f"| {name} | {value:.2f} |" for name, value in sorted(metrics.items()))
-    own = not isinstance(create(**settings, num_classes=2), TimmNetwork)  # then the network does its own shift and scale
+    own = not isinstance(
+        create(**settings, num_classes=2), TimmNetwork
+    )  # then the network does its own shift and scale
     return f"""---
 library_name: timm
 license: mit
@@ -209,7 +230,9 @@ def upload(folder: Path, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if get_token() is None:
-        raise RunError("an upload needs a token of the Hugging Face Hub; run `hf auth login` or set HF_TOKEN, then this command again")
+        raise RunError(
+            "an upload needs a token of the Hugging Face Hub; run `hf auth login` or set HF_TOKEN, then this command again"
+        )
     text = folder / "README.md"
     write_text(text, text.read_text().replace("NAME/REPOSITORY", repository))
     try:
@@ -217,5 +240,7 @@ def upload(folder: Path, repository: str) -> str:
         address = api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=os.fspath(folder), commit_message="gkl release")
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise RunError(f"the Hub did not take {repository}: {str(error).splitlines()[0]}; the files are in {folder}") from error
+        raise RunError(
+            f"the Hub did not take {repository}: {str(error).splitlines()[0]}; the files are in {folder}"
+        ) from error
     return str(address)

@@ -373,13 +373,16 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    settings: dict[str, Any] = {"join_timeout": shared.wait, "read_timeout": int(shared.wait)}
+    if shared.address:  # torch would ask the host name whether the endpoint is this machine
+        settings["is_host"] = shared.endpoint.rpartition(":")[0] == shared.address
     launch_config = LaunchConfig(
         min_nodes=shared.nodes,
         max_nodes=shared.nodes,
         nproc_per_node=devices,
         rdzv_backend="c10d",
         rdzv_endpoint=shared.endpoint,
-        rdzv_configs={"join_timeout": shared.wait},
+        rdzv_configs=settings,
         run_id="-".join(path.parts[-5:-1]),
         max_restarts=shared.restarts,
         local_addr=shared.address,
@@ -390,11 +393,28 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
         return error.get_first_failure()[1].exitcode or 1
     except SignalException as error:
         return 128 + int(error.sigval)
-    except RendezvousError as error:
-        raise RunError(
-            f"the {shared.nodes} machines did not meet at {shared.endpoint} ({error}); is the same command running on each, and "
-            "can each reach that address? What was finished is kept"
-        ) from error
+    except (RendezvousError, dist.DistError) as error:
+        if shared.restarts < 1:
+            raise RunError(
+                f"the {shared.nodes} machines did not meet at {shared.endpoint} ({str(error).splitlines()[0]}); is the same command "
+                "running on each, and can each reach that address? What was finished is kept"
+            ) from error
+        # A machine died while the others gathered, or the one with the endpoint did: all begin to gather anew.
+        print(
+            f"the machines lost each other ({str(error).splitlines()[0][:120]}); meeting again",
+            file=sys.stderr,
+            flush=True,
+        )
+        again = [
+            "--nodes",
+            str(shared.nodes),
+            "--endpoint",
+            shared.endpoint,
+            "--restarts",
+            str(shared.restarts - 1),
+        ]
+        again += ["--wait", str(shared.wait), *(["--address", shared.address] if shared.address else [])]
+        os.execv(sys.executable, [sys.executable, "-m", "trainers.run", str(path), *again])
     return 0
 
 
