@@ -1,16 +1,40 @@
 """What needs more than a bare machine is skipped with its reason."""
 
 import os
+import shutil
+import subprocess
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, one per core
 
 import pytest
 import torch
+from PIL import Image
+
+from gkl.data import digits
+
+
+def answers(*command: str) -> bool:
+    """Whether a program is there and says it is well."""
+    return (
+        bool(shutil.which(command[0]))
+        and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
+
+
+def may_make_namespaces() -> bool:
+    """Tried, with a namespace of the test's own name that is taken away again."""
+    name = f"gkl-{os.getpid()}"
+    return answers("ip", "netns", "add", name) and answers("ip", "netns", "del", name)
+
 
 NEEDS = {
     "slow": (lambda: os.environ.get("RUN_SLOW") == "1", "takes minutes; RUN_SLOW=1 runs it"),
     "gpu": (torch.cuda.is_available, "needs a GPU that torch sees"),
     "data": (lambda: "GKL_TEST_DATA" in os.environ, "needs GKL_TEST_DATA, a folder with cifar10-jpeg.zip"),
+    "slurm": (lambda: answers("sinfo"), "needs a Slurm controller that answers sinfo"),
+    "browser": (lambda: bool(shutil.which("chromium")), "needs Chromium on the PATH"),
+    "namespaces": (may_make_namespaces, "needs the right to make network namespaces"),
 }
 
 
@@ -19,3 +43,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, (there, reason) in NEEDS.items():
             if item.get_closest_marker(name) and not there():
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 training and 8 test scans of four digits as picture files: a step takes a tenth of a second."""
+    root, data = tmp_path_factory.mktemp("scans"), digits()
+    for split, images, labels, count in (
+        ("train", data.train_images, data.train_labels, 40), ("test", data.test_images, data.test_labels, 2),
+    ):  # fmt: skip
+        for c in range(4):
+            (root / split / str(c)).mkdir(parents=True)
+            for i, picture in enumerate(images[labels == c][:count]):
+                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(root / split / str(c) / f"{i:02}.png")
+    os.environ["GKL_TEST_SCANS"] = str(root)
+    return root

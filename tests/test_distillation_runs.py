@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from test_distillation_models import NETWORKS as ALL_NETWORKS
-from test_runs import scans  # noqa: F401  (a fixture)
 
 from gkl.records import differences, read_records
 from gkl.tables import build, experiments, markdown

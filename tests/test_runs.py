@@ -12,10 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from gkl.data import digits
 from gkl.records import read_records
 
 pytestmark = pytest.mark.usefixtures("scans")
@@ -25,21 +23,6 @@ SMALL = [
     "data=image_folder", "data.image_size=8", "evaluation=screen", "evaluation.images=4", "evaluation.epsilon=0.15",
     "logger=off",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def scans(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 training and 8 test scans of four digits as picture files: a step takes a tenth of a second."""
-    root, data = tmp_path_factory.mktemp("scans"), digits()
-    for split, images, labels, count in (
-        ("train", data.train_images, data.train_labels, 40), ("test", data.test_images, data.test_labels, 2),
-    ):  # fmt: skip
-        for c in range(4):
-            (root / split / str(c)).mkdir(parents=True)
-            for i, picture in enumerate(images[labels == c][:count]):
-                Image.fromarray(picture.permute(1, 2, 0).numpy()).save(root / split / str(c) / f"{i:02}.png")
-    os.environ["GKL_TEST_SCANS"] = str(root)
-    return root
 
 
 def environment(folder: Path) -> dict[str, str]:
