@@ -11,6 +11,7 @@ This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
+CACHED = 1 << 16  # entries of a (b, C) tensor of which several fit into a core's own cache
 
 
 def kl(
@@ -114,6 +116,7 @@ def gkl(
     gamma: float,
     temperature: float = 1.0,
     pair_weight: float | Tensor | None = None,
+    total: Tensor | None = None,
     break_asymmetry: bool = True,
     validate: bool = True,
     reduction: Reduction = "mean",
@@ -125,27 +128,38 @@ def gkl(
            cancellation, on the raw logits whatever the temperature. Gradient to student and teacher.
     CE     - sum_j softmax(t/T)_j log softmax(s/T)_j, in nats. Gradient to the student alone; no factor T^2.
 
-    student_logits, teacher_logits: (B, C). weights: (B, C), rows are probabilities, no gradient flows into them:
-    `softmax(teacher)` (sample-wise) or `prior[labels]` (class-wise).
+    student_logits, teacher_logits: (B, C); of a map (N, C, H, W) the pixels, x.permute(0, 2, 3, 1).flatten(0, 2), which copies
+    nothing in channels_last. weights: (B, C), rows are probabilities, no gradient flows into them: `softmax(teacher)`
+    (sample-wise) or `prior[labels]` (class-wise).
     gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
     pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
     batches of all processes (see `mean_pair_weight`), or (B,), one for each example; 1 gives Eq. 13 without normalisation.
+    total: W, (B,), where it is known already (`prior.totals`).
     break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
     validate: False skips the check of the weights' values, which on a GPU waits for the device.
     Returns the mean over the batch, or (B,) with reduction="none".
     Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
     """
-    student, teacher = _logits(student_logits, teacher_logits)
-    if weights.shape != student.shape:
+    _check_logits(student_logits, teacher_logits)
+    if weights.shape != student_logits.shape:
         raise ValueError(
-            f"gkl needs weights of the logits' shape {tuple(student.shape)}, got {tuple(weights.shape)}; "
+            f"gkl needs weights of the logits' shape {tuple(student_logits.shape)}, got {tuple(weights.shape)}; "
             "pass softmax(teacher) or prior[labels]"
         )
-    smoothed = smooth(weights.detach().to(student.dtype), gamma, validate=validate)
-    half = torch.is_autocast_enabled(student.device.type)  # it would take the dot products to half precision
-    with torch.autocast(student.device.type, enabled=False) if half else nullcontext():
+    device = student_logits.device.type
+    half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
+    with torch.autocast(device, enabled=False) if half else nullcontext():
+        smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=validate)
         per_example = _ClosedForm.apply(
-            student, teacher, smoothed, pair_weight, alpha, beta, temperature, break_asymmetry
+            student_logits,
+            teacher_logits,
+            smoothed,
+            total,
+            pair_weight,
+            alpha,
+            beta,
+            temperature,
+            break_asymmetry,
         )
     return _reduce(per_example, reduction)
 
@@ -172,16 +186,29 @@ def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
     return weights.log().mul_(gamma).exp_()  # a third of the time of pow; 0 stays 0
 
 
+def smoothed_softmax(logits: Tensor, gamma: float, temperature: float = 1.0) -> Tensor:
+    """softmax(logits / temperature) ** gamma, the sample-wise weights of Eq. 12. logits: (B, C). Float32 or better, no gradient."""
+    logits = logits.detach()
+    smoothed = torch.empty_like(logits, dtype=at_least_float32(logits[:0]).dtype)
+    for part in _parts(logits):
+        scaled = at_least_float32(logits[part])
+        scaled = scaled / temperature if temperature != 1.0 else scaled
+        if gamma == 1.0:
+            smoothed[part] = F.softmax(scaled, dim=-1)
+        else:
+            smoothed[part] = F.log_softmax(scaled, dim=-1).mul_(gamma).exp_()
+    return smoothed
+
+
 def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
     """Mean over the batch of sum_jk (w_j w_k)^gamma = (sum_j w_j^gamma)^2, the divisor of wMSE. weights: (B, C)."""
     return smooth(weights, gamma, validate=False).sum(-1).square().mean()
 
 
 class _ClosedForm(torch.autograd.Function):
-    """(B,) values of alpha * wMSE + beta * CE with their gradients in closed form.
+    """(B,) values of alpha * wMSE + beta * CE; their gradients come in closed form on the way and are all that is saved.
 
-    wMSE does not see a shift of the logits. Each row is first shifted by its largest entry, before anything is
-    rounded, so logits with an offset of 1e4 lose nothing in float32.
+    Rows are independent but for `scale`, so they are worked on in parts (see _parts).
     """
 
     @staticmethod
@@ -190,51 +217,79 @@ class _ClosedForm(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         smoothed: Tensor,
+        total: Tensor | None,
         pair_weight: float | Tensor | None,
         alpha: float,
         beta: float,
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
-        scaled = temperature != 1.0
-        student_probs = F.softmax(student / temperature if scaled else student, dim=-1)
-        teacher_probs = F.softmax(teacher / temperature if scaled else teacher, dim=-1)
-        shifted = student - student.amax(-1, keepdim=True)
-        # log p_j = shifted_j / T + log max p, since the largest entry has shifted_j = 0.
-        log_likelihood = torch.linalg.vecdot(teacher_probs, shifted)  # (B,) minus the cross-entropy
-        if scaled:
-            log_likelihood /= temperature
-        log_likelihood += student_probs.amax(-1).log_()
-
-        difference = teacher - teacher.amax(-1, keepdim=True)
-        difference -= shifted  # (B, C) teacher - student, up to a shift per row
-        total = smoothed.sum(-1, keepdim=True)  # (B, 1)
-        difference -= torch.linalg.vecdot(smoothed, difference).unsqueeze(-1) / total
-        # (B, C) gradient of wMSE with respect to the teacher, but for its scale; `shifted` has done its work.
-        pull = torch.mul(smoothed, difference, out=shifted)
-        total = total.squeeze(-1)
+        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        total = smoothed.sum(-1, dtype=dtype) if total is None else total.to(dtype)  # (B,)
         if pair_weight is None:
-            scale = (total * (alpha * len(total))).div_(torch.linalg.vecdot(total, total))
+            scale = (total * (alpha * len(total))).div_(torch.dot(total, total))
         else:
-            scale = total * (alpha / pair_weight)
-        value = log_likelihood.mul_(-beta).addcmul_(torch.linalg.vecdot(pull, difference), scale, value=0.5)
+            scale = total * (alpha / pair_weight)  # (B,) what wMSE is multiplied by
+        needed = ctx.needs_input_grad[:2]
 
-        ctx.asymmetric, ctx.beta = not break_asymmetry, beta / temperature
-        needs_student, needs_teacher = ctx.needs_input_grad[:2]
-        to_student = student_probs.sub_(teacher_probs) if needs_student else None
-        ctx.save_for_backward(pull if needs_teacher or break_asymmetry else None, scale, to_student)
+        def done(part: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
+            rows = (x[part].to(dtype) for x in (student, teacher, smoothed, total, scale))
+            return _with_gradients(*rows, beta, temperature, break_asymmetry, needed)  # type: ignore[arg-type, call-arg]
+
+        if len(parts := _parts(student)) == 1:
+            value, *grads = done(parts[0])
+        else:
+            value = torch.empty_like(total)
+            grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
+            for part in parts:
+                value[part], *found = done(part)
+                for whole, piece in zip(grads, found, strict=True):
+                    if whole is not None and piece is not None:
+                        whole[part] = piece
+        ctx.save_for_backward(*grads)
+        ctx.dtypes = student.dtype, teacher.dtype
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        pull, scale, to_student = ctx.saved_tensors
-        along_pull = None if pull is None else (grad * scale).unsqueeze(-1)  # (B, 1)
-        student = None if to_student is None else to_student * (grad * ctx.beta).unsqueeze(-1)
-        if student is not None and not ctx.asymmetric:
-            student.addcmul_(pull, along_pull, value=-1.0)
-        teacher = pull * along_pull if ctx.needs_input_grad[1] else None
-        return student, teacher, None, None, None, None, None, None
+        student, teacher = ctx.saved_tensors
+        each = grad.unsqueeze(-1)  # (B, 1)
+        return (
+            None if student is None else (student * each).to(ctx.dtypes[0]),
+            None if teacher is None else (teacher * each).to(ctx.dtypes[1]),
+            *[None] * 7,
+        )
+
+
+def _with_gradients(
+    student: Tensor, teacher: Tensor, smoothed: Tensor, total: Tensor, scale: Tensor,
+    beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. total, scale: (b,)."""
+    difference = teacher - student  # exact where the two are alike, so a common offset costs no digit
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    log_probs, teacher_probs = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
+    log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
+    difference -= torch.linalg.vecdot(smoothed, difference).div_(total).unsqueeze(-1)
+    pull = smoothed * difference
+    half = torch.linalg.vecdot(pull, difference)
+    value = log_likelihood.mul_(-beta).addcmul_(half, scale, value=0.5)
+    scale = scale.unsqueeze(-1)
+    to_student = None
+    if needed[0]:
+        to_student = log_probs.exp_().sub_(teacher_probs).mul_(beta / temperature)
+        if break_asymmetry:
+            to_student.addcmul_(pull, scale, value=-1.0)
+    return value, to_student, pull.mul_(scale) if needed[1] else None
+
+
+def _parts(logits: Tensor) -> list[slice]:
+    """Rows that are worked on together: on a CPU as many as its cache holds, so that a pass over them costs no memory traffic."""
+    whole = logits.device.type != "cpu" or torch.compiler.is_compiling()
+    rows = len(logits) if whole else max(1, CACHED // logits.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -244,14 +299,18 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both logits as (B, C) in one dtype of at least float32."""
+    _check_logits(student, teacher)
+    student, teacher = at_least_float32(student), at_least_float32(teacher)
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _check_logits(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2 or student.shape[0] < 1:
         raise ValueError(
             f"student and teacher logits must both be (B, C) with C >= 2, got {tuple(student.shape)} "
             f"and {tuple(teacher.shape)}; flatten other dimensions into B"
         )
-    student, teacher = at_least_float32(student), at_least_float32(teacher)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return student.to(dtype), teacher.to(dtype)
 
 
 def _reduce(per_example: Tensor, reduction: Reduction) -> Tensor:

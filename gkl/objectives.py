@@ -76,20 +76,21 @@ class GKL:
 
         group_size: where not 0, by the mean over each so many examples that follow one another.
         """
+        total = None
         if self.weights == "class":
-            smoothed = prior.rows(labels, self.gamma)
+            smoothed, total = prior.rows(labels, self.gamma), prior.totals(labels, self.gamma)
         else:
-            teacher = losses.at_least_float32(teacher_logits.detach()) / self.weights_temperature
-            probs = F.softmax(teacher, dim=-1)
-            smoothed = losses.smooth(probs, self.gamma, validate=False)
+            smoothed = losses.smoothed_softmax(teacher_logits, self.gamma, self.weights_temperature)
         pair_weight = None
-        if group_size:
-            groups = smoothed.sum(-1).square().split(group_size)
-            pair_weight = torch.cat([g.mean().expand(len(g)) for g in groups])  # (b,)
-        elif world_size() > 1:
-            local = smoothed.sum(-1).square()  # (b,) of this process
-            total, count = world_sum(torch.stack([local.sum(), local.new_tensor(len(local))]))
-            pair_weight = total / count
+        if group_size or world_size() > 1:
+            total = smoothed.sum(-1) if total is None else total
+            pair_weights = total.square()  # (b,) of this process
+            if group_size:
+                groups = pair_weights.split(group_size)
+                pair_weight = torch.cat([g.mean().expand(len(g)) for g in groups])
+            else:
+                added, count = world_sum(torch.stack([pair_weights.sum(), total.new_tensor(len(total))]))
+                pair_weight = added / count
         return losses.gkl(
             student_logits,
             teacher_logits,
@@ -99,6 +100,7 @@ class GKL:
             gamma=1.0,  # the weights carry their exponent already
             temperature=self.temperature,
             pair_weight=pair_weight,
+            total=total,
             break_asymmetry=self.break_asymmetry,
             validate=False,
             reduction="none",

@@ -41,7 +41,7 @@ class ClassPrior(nn.Module):
         # Double sums: adding in another order, as several processes do, then changes no digit of the float32 mean.
         self.register_buffer("sums", torch.zeros(num_classes, num_classes, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
-        self._smoothed: dict[float, Tensor] = {}
+        self._smoothed: dict[float, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, labels: Tensor) -> Tensor:
         """Rows of the prior for labels (B,): (B, C) probabilities without gradient."""
@@ -49,14 +49,25 @@ class ClassPrior(nn.Module):
 
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
-        table = self._smoothed.get(gamma)
-        if table is None or table.device != self.probs.device or table.dtype != self.probs.dtype:
-            table = self._smoothed[gamma] = smooth(self.probs, gamma)
         try:
-            return F.embedding(labels, table)  # a plain index would take a label of -1 for the last class
+            return F.embedding(
+                labels, self._table(gamma)[0]
+            )  # a plain index would take a label of -1 for the last class
         except IndexError:
             self._check(labels)
             raise
+
+    def totals(self, labels: Tensor, gamma: float) -> Tensor:
+        """The sums of those rows, (B,): W of each example."""
+        return self._table(gamma)[1][labels]
+
+    def _table(self, gamma: float) -> tuple[Tensor, Tensor]:
+        """probs ** gamma and its row sums, kept for the epoch."""
+        kept = self._smoothed.get(gamma)
+        if kept is None or kept[0].device != self.probs.device or kept[0].dtype != self.probs.dtype:
+            table = smooth(self.probs, gamma)
+            kept = self._smoothed[gamma] = table, table.sum(-1)
+        return kept
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:

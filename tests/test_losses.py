@@ -1,6 +1,8 @@
 """The losses against slow restatements of their equations in float64, and against their gradient identities."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gkl import losses
 from gkl.losses import dkl, gkl, ikl, jsd, kl, mean_pair_weight, smooth
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -341,3 +344,122 @@ def test_bad_input_is_one_clear_line(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
         gkl(**{**arguments, **change})
     assert "\n" not in str(error.value)
+
+
+# --- how it is computed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("scope", ["student", "teacher", "both"])
+def test_rows_worked_on_in_parts_are_the_rows_at_once(
+    temperature: float, scope: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rows at a time, the last part ragged, against all at once: float64, values and gradients."""
+    logits = 5 * torch.randn(2, 23, 11, dtype=torch.float64)
+    weights = logits[1].softmax(-1)
+    found = []
+    for cached in (1 << 16, 5 * 11):
+        monkeypatch.setattr(losses, "CACHED", cached)
+        student, teacher = (
+            x.clone().requires_grad_(scope in (name, "both"))
+            for x, name in zip(logits, ("student", "teacher"), strict=True)
+        )
+        value = gkl(
+            student,
+            teacher,
+            weights,
+            alpha=20.0,
+            beta=4.0,
+            gamma=0.4,
+            temperature=temperature,
+            reduction="none",
+        )
+        wanted = [x for x in (student, teacher) if x.requires_grad]
+        found.append([value.detach(), *torch.autograd.grad((value * torch.arange(23)).sum(), wanted)])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CACHED", 30)
+    logits = 5 * torch.randn(7, 11, dtype=torch.float64)
+    torch.testing.assert_close(
+        losses.smoothed_softmax(logits, gamma, 3.0), (logits / 3.0).softmax(-1).pow(gamma)
+    )
+
+
+@pytest.mark.parametrize(("scope", "most"), [("student", 1), ("both", 2)])
+def test_no_more_is_saved_than_the_gradients(scope: str, most: int) -> None:
+    student, teacher = torch.randn(2, 64, 100).unbind()
+    student.requires_grad_()
+    teacher.requires_grad_(scope == "both")
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.numel()), x)[1], lambda x: x):
+        gkl(student, teacher, teacher.detach().softmax(-1), alpha=20.0, beta=4.0, gamma=0.4)
+    assert sum(n >= 64 * 100 for n in saved) == most and sum(saved) <= most * 64 * 100 + 64
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1000.0, 1e4])
+@pytest.mark.parametrize("classes", [100, 1000])
+def test_float32_keeps_its_digits_whatever_is_added_to_the_logits(offset: float, classes: int) -> None:
+    """Gradients against float64's on the same rounded logits: wMSE's to 2e-7 of itself, CE's p - q to 2e-7 of p and q."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, classes, generator=generator) + offset
+    student = teacher + 0.3 * torch.randn(64, classes, generator=generator)
+    weights = (teacher - offset).softmax(-1)
+    for alpha, beta in ((20.0, 0.0), (0.0, 4.0)):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            pair = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+            value = gkl(*pair, weights.to(dtype), alpha=alpha, beta=beta, gamma=0.4, validate=False)
+            found.append([x.double() for x in torch.autograd.grad(value, pair)])
+        size = [x.norm() for x in found[1]]
+        if beta:
+            size = [
+                beta / 64 * (student.double().softmax(-1).norm() + teacher.double().softmax(-1).norm())
+            ] * 2
+        for single, double, whole in zip(*found, size, strict=True):
+            assert (single - double).norm() <= 2e-7 * whole
+
+
+def test_compiled_it_is_one_graph_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = 5 * torch.randn(2, 40, 30, dtype=torch.float64)
+    monkeypatch.setattr(losses, "CACHED", 300)
+    found = []
+
+    def loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
+
+    for call in (loss, torch.compile(loss, backend="aot_eager", fullgraph=True)):
+        pair = [x.clone().requires_grad_() for x in logits]
+        value = call(*pair, logits[1].softmax(-1))
+        found.append([value.detach(), *torch.autograd.grad(value, pair)])
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-12, atol=1e-14)
+
+
+DENSE = """
+import resource, torch
+from gkl.losses import gkl
+from gkl.prior import ClassPrior
+torch.manual_seed(0)
+maps = [torch.empty(16, 150, 128, 128).to(memory_format=torch.channels_last).normal_() for _ in range(2)]
+student, teacher = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps)
+student.requires_grad_()
+labels, prior = torch.randint(150, (len(student),)), ClassPrior(150)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small = slice(0, 1000)
+gkl(student[small], teacher[small], prior[labels[small]], alpha=20.0, beta=4.0, gamma=1.0).backward()
+student.grad = None
+before = peak()
+gkl(student, teacher, prior[labels], alpha=20.0, beta=4.0, gamma=1.0).backward()
+print((peak() - before) / maps[0].nbytes, student.data_ptr() == maps[0].data_ptr())
+"""
+
+
+def test_a_dense_map_takes_less_than_four_times_its_logits() -> None:
+    """16 maps of 128 x 128 pixels and 150 classes, weights and gradients included, beyond the logits themselves."""
+    done = subprocess.run([sys.executable, "-c", DENSE], capture_output=True, text=True, check=True)
+    times, copied_nothing = done.stdout.split()
+    assert 1.0 < float(times) < 4.0 and copied_nothing == "True"
