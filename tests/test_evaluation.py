@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pyautoattack import AutoAttack
+from pyautoattack import AutoAttack, fab_projections
 from torch import Tensor, nn
 
 from gkl import evaluation
@@ -121,8 +121,8 @@ class Short(AutoAttack):
 def test_every_verdict_and_image_is_the_package_s_own(
     norm: str, epsilon: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches packed anew from the survivors of each attack: bit for bit the same images in the same layout, and the same
-    verdicts in channels_last."""
+    """Batches packed anew from the survivors of each attack: bit for bit the same images in the package's layout and
+    with its projection, and the same verdicts in channels_last and with ours."""
     monkeypatch.setattr(autoattack, "AutoAttack", Short)
     model, (images, labels) = Classifier(classes=5).eval(), scans(14, classes=5)
     stock = Short(
@@ -139,6 +139,7 @@ def test_every_verdict_and_image_is_the_package_s_own(
     assert list(result.after.values()) == sorted(result.after.values(), reverse=True)
     assert result.after["square"] == result.robust
     monkeypatch.setattr(autoattack, "LAYOUT", {})
+    monkeypatch.setattr(autoattack, "projection_linf", fab_projections.projection_linf)
     plain = evaluate(model, images, labels, folder=tmp_path / "plain", **options)
     left, ours = 14, floats(images)
     for attack, after in zip(("clean", *plain.after), (plain.clean, *plain.after.values()), strict=True):
@@ -148,6 +149,22 @@ def test_every_verdict_and_image_is_the_package_s_own(
             ours[part["points"][~part["robust"]]] = torch.from_numpy(part["x_adv"])
         left = round(14 * after / 100)
     assert ours.equal(x_adv) and not ours.equal(floats(images)) and left > 5
+
+
+def test_the_projection_is_the_package_s_without_its_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, normals = torch.rand(2, 60, 300, dtype=torch.float64, generator=generator)
+    normals = normals - 0.5
+    points[:, :30], points[:, 30:60], normals[:, ::7] = 0.0, 1.0, 0.0
+    gaps = torch.logspace(-3, 2, 60, dtype=torch.float64) * torch.tensor([1.0, -1.0]).repeat(30)
+    offsets = (normals * points).sum(1) + gaps
+    step = autoattack.projection_linf(points, normals, offsets)
+    torch.testing.assert_close(
+        step, fab_projections.projection_linf(points, normals, offsets), rtol=0, atol=1e-13
+    )
+    landed = ((normals * (points + step)).sum(1) - offsets).abs() < 1e-10
+    assert 30 < landed.sum() < 60, "some planes are reached, some are not"
+    assert (points + step).min() >= 0 and (points + step).max() <= 1
 
 
 def test_each_attack_has_the_package_s_standard_settings() -> None:
