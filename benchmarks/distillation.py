@@ -31,10 +31,16 @@ COMPILED = (*CHANNELS_LAST, "compile=true")
 
 
 class Untrained(Teacher):
-    """The teacher's network as it is made."""
+    """The teacher's network as it is made, its running statistics those of the pictures."""
 
     def load(self, num_classes: int) -> tuple[torch.nn.Module, dict[str, str]]:
-        return self.network(num_classes=num_classes), {"sha256": "none"}
+        network = self.network(num_classes=num_classes)
+        for norm in network.modules():
+            if isinstance(norm, torch.nn.BatchNorm2d):
+                norm.momentum = None  # what one batch has
+        with torch.no_grad():
+            network.train()(noise().train_images[:64].float() / 255)
+        return network.eval(), {"sha256": "none"}
 
 
 def made(
