@@ -20,14 +20,14 @@ from gkl.distributed import rank, world_size
 from gkl.evaluation.shots import accuracy_by_shots
 from gkl.imagenet import ImageFiles
 from gkl.mixing import Mixing
-from gkl.models.batch_norm import eval_mode, frozen_statistics
+from gkl.models.batch_norm import eval_mode, folded, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
 from gkl.models.timm_network import set_sample_keys
 from gkl.objectives import CrossEntropy, LabelLoss
 from trainers.report import Console
 from trainers.robustness import clean_accuracy, correct_flags
 from trainers.teacher import LogitsCache, Teacher, unlike
-from trainers.training import Training
+from trainers.training import HALF, Training
 
 
 class Distillation(Training):
@@ -61,12 +61,16 @@ class Distillation(Training):
         if self.source is not None:
             loaded, self.origin = self.source.load(self.data.num_classes)
             self.teacher = tapped(self.placed(loaded).eval().requires_grad_(False))
-        for network in (self.model, self.teacher):
+        sees_stages = not getattr(getattr(self.make_method, "func", None), "logits_alone", True)
+        side = self.data.image_size
+        few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
+        self.answering = self.teacher  # the teacher where its logits are all that is wanted
+        if self.teacher is not None and not sees_stages and self.precision not in HALF:
+            self.answering = tapped(folded(self.teacher, few))
+        for network in (self.model, self.answering):
             if self.compiled and network is not None:
                 compiled: Any = torch.compile(cast(TappedClassifier, network).forward_taps)
                 network.forward_taps = compiled
-        side = self.data.image_size
-        few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
         with torch.no_grad(), eval_mode(self.model):
             context = Context(
                 student=self.taps(few, self.model),
@@ -76,7 +80,6 @@ class Distillation(Training):
                 num_classes=self.data.num_classes,
                 seed=self.seed,
             )
-        sees_stages = not getattr(getattr(self.make_method, "func", None), "logits_alone", True)
         if sees_stages and not (context.student.after and context.teacher and context.teacher.after):
             raise ValueError(
                 f"{self.make_method.func.__name__} needs the stages of both networks, and one of them shows its logits alone; "  # type: ignore[attr-defined]
@@ -170,14 +173,14 @@ class Distillation(Training):
 
         In batches of one size an image's logits are the same bits in whatever company, so those kept are those of any step.
         """
-        assert self.teacher is not None
+        assert self.answering is not None
         found = []
-        with torch.inference_mode(), eval_mode(self.teacher):
+        with torch.inference_mode(), eval_mode(self.answering):
             for few in x.split(self.turn):
                 whole = (
                     few if len(few) == self.turn else few[torch.arange(self.turn, device=x.device) % len(few)]
                 )
-                found.append(self.taps(whole, self.teacher).logits[: len(few)])
+                found.append(self.taps(whole, self.answering).logits[: len(few)])
         return torch.cat(found)  # outside inference mode: an ordinary tensor, which a loss may save
 
     def teacher_mode(self) -> AbstractContextManager[None]:
