@@ -40,6 +40,26 @@ class Views:
             raise ValueError(f"augment needs padding >= 0 and flip in [0, 1], got {padding} and {flip}")
         self.views, self.padding, self.flip, self.border = tuple(views), padding, flip, border
 
+    @property
+    def count(self) -> int | None:
+        """How many views an image can have; None where they cannot be counted."""
+        return 2 * (2 * self.padding + 1) ** 2 if set(self.views) == {"crop_flip"} else None
+
+    def numbers(self, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
+        """Which of its `count` views each image gets, (B,) int64 for each of `views`: those that calling this makes.
+
+        The number is (row * (2 padding + 1) + column) * 2 + mirrored. Raises ValueError where views cannot be counted.
+        """
+        if self.count is None:
+            raise ValueError(f"the views {list(self.views)} cannot be counted, those of crop_flip can")
+        made = []
+        for number in range(len(self.views)):
+            keys = sample_keys(seed, epoch, index, f"crop_flip/{number}")
+            offsets, mirrored = crop_flip_draws(keys, padding=self.padding, flip=self.flip)
+            rows, columns = offsets.unbind(1)
+            made.append((rows * (2 * self.padding + 1) + columns) * 2 + mirrored)
+        return tuple(made)
+
     def __call__(self, images: Tensor, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
         """images: (B, 3, H, W) uint8. index: (B,) places in the data set. One tensor like images per view."""
         made = []
@@ -60,6 +80,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255.0)
 
 
+def crop_flip_draws(keys: Tensor, *, padding: int, flip: float) -> tuple[Tensor, Tensor]:
+    """Offsets of a crop in the padded image, (B, 2) in 0..2 padding, and whether it is mirrored, (B,) bool."""
+    return integers(keys, 2, 2 * padding + 1), uniform(keys + 1, 1).squeeze(1) < flip
+
+
 def crop_flip(
     images: Tensor, keys: Tensor, *, padding: int, flip: float, border: Literal["black", "reflect"] = "black"
 ) -> Tensor:
@@ -68,13 +93,12 @@ def crop_flip(
     images: (B, C, H, W), any dtype. keys: (B,) from gkl.counter. Uniform over the (2 padding + 1)^2 offsets.
     """
     batch, _, height, width = images.shape
-    draws = integers(keys, 2, 2 * padding + 1)
+    draws, mirrored = crop_flip_draws(keys, padding=padding, flip=flip)
     rows = (
         draws[:, :1] + torch.arange(height, device=images.device) - padding
     )  # (B, H) of the source, -1 and less: border
     columns = draws[:, 1:] + torch.arange(width, device=images.device) - padding
-    mirrored = uniform(keys + 1, 1) < flip
-    columns = torch.where(mirrored, columns.flip(1), columns)
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     if border == "reflect":  # -1 is 1 and H is H - 2, as numpy's pad has it
         rows = (height - 1) - ((height - 1) - rows.abs()).abs()
         columns = (width - 1) - ((width - 1) - columns.abs()).abs()

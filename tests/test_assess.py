@@ -1,5 +1,6 @@
 """Further evaluations of a run's weights, and the figures drawn from them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,12 @@ def test_worst_is_the_worst_for_each_image(trained: Subject) -> None:
         step_size=0.0125, steps=20, loss="cw", batch_size=3, device=torch.device("cpu"),
     )  # fmt: skip
     assert metrics["cw20"] == pytest.approx(100 * alone.double().mean().item())
+
+
+def test_the_screens_numbers_have_their_own_names(trained: Subject) -> None:
+    screened = replace(trained, settings={**trained.settings, "version": "screen"})
+    assert Epsilons("epsilons", [8])(screened)[0].keys() == {"screen_8", "screen_average"}
+    assert Attacks("attacks", [10])(screened)[0].keys() == {"pgd10", "cw10", "worst_screen"}
 
 
 def test_structure_and_figure_4(trained: Subject, tmp_path: Path) -> None:

@@ -228,7 +228,10 @@ def test_any_checkpoint_is_evaluated(command: Command, tmp_path: Path) -> None:
         and "46 of the model's 46 tensors matched" in err
     )
     again = command("evaluate", *arguments)
-    assert again[1] == out and len(list(tmp_path.glob("outputs/evaluations/*/*/batch_*.npz"))) == 1
+    assert again[1] == out and ", batch 1 of 1" in err and ", batch" not in again[2], (
+        "finished batches are kept"
+    )
+    assert "AutoAttack" not in out + err and '"aa"' not in out, "the screen is called a screen"
 
 
 def test_a_failing_row_is_named_and_the_others_are_stopped(command: Command, tmp_path: Path) -> None:

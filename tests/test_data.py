@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
@@ -245,6 +246,26 @@ def test_crop_flip_is_pad_crop_mirror() -> None:
         assert out[i].equal(crop.flip(-1) if mirrored[i] else crop)
     assert 20 < mirrored.sum() < 44 and len({tuple(o) for o in offsets.tolist()}) > 30
     assert crop_flip(images, keys, padding=0, flip=0.0).equal(images)
+
+
+def test_countable_views_have_their_numbers() -> None:
+    images = torch.randint(
+        0, 256, (300, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    views, index = Views(["crop_flip", "crop_flip"], padding=2), torch.arange(300) + 7
+    drawn = views.numbers(seed=3, epoch=5, index=index)
+    for made, numbers in zip(views(images, seed=3, epoch=5, index=index), drawn, strict=True):
+        for image, view, number in zip(images, made, numbers.tolist(), strict=True):
+            place, mirrored = divmod(number, 2)
+            row, column = divmod(place, 5)
+            crop = F.pad(image, (2, 2, 2, 2))[:, row : row + 8, column : column + 8]
+            assert view.equal(crop.flip(2) if mirrored else crop)
+        assert set(numbers.tolist()) == set(range(50))
+    assert views.count == 50 and Views().count == 162 and not drawn[0].equal(drawn[1])
+    rotated = Views(["crop_flip_rotate"])
+    assert rotated.count is None
+    with pytest.raises(ValueError, match=r"the views \['crop_flip_rotate'\] cannot be counted"):
+        rotated.numbers(seed=0, epoch=0, index=index)
 
 
 def test_a_view_depends_on_seed_epoch_and_index_alone() -> None:

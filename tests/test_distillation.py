@@ -22,7 +22,7 @@ from gkl.models.classifier import Taps
 from gkl.objectives import CrossEntropy
 from trainers.configuration import ConfigError, build, check, compose, make
 from trainers.distillation import Distillation
-from trainers.teacher import teacher_config
+from trainers.teacher import LogitsCache, teacher_config
 
 METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 B, C = 7, 5
@@ -277,7 +277,9 @@ def configured(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
 def make_task(method: str, folder: Path, *overrides: str) -> Distillation:
     config = configured(method, folder, *overrides)
     torch.manual_seed(5)
-    model = make(config["model"], num_classes=10).double()
+    model = make(config["model"], num_classes=10)
+    if config["precision"] != "float32":
+        model = model.double()
     return build(config, data=scans(), model=model, device=torch.device("cpu"))
 
 
@@ -407,34 +409,83 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert_equal(twice(make_task(method, tmp_path, "bn_groups=2")), shared, method, rtol=1e-8, atol=1e-10)
 
 
-def test_kept_logits_change_no_bit_and_save_the_teachers_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = make_task("gkl", tmp_path, "teacher.cache=null")
-    filling, reading = (make_task(m, tmp_path, f"teacher.cache={tmp_path}/logits") for m in ("kd", "gkl"))
-    asked = []
-    assert reading.teacher is not None
-    forward = reading.teacher.forward_taps
-    monkeypatch.setattr(reading.teacher, "forward_taps", lambda x: asked.append(1) or forward(x))
-    for task in (plain, filling, reading):
-        train(task, 1, range(task.steps_per_epoch))
-        task.end_epoch(1)
-    assert not asked
-    assert_equal(plain.state_dict(), reading.state_dict(), "gkl", rtol=0, atol=0)
-    for other in ("seed=1", "batch_size=16", "augment.padding=0"):
-        task = make_task("gkl", tmp_path, f"teacher.cache={tmp_path}/logits", other)
-        task.start_epoch(1)
-        assert task.cache is not None and not task.cache.kept, other
-    assert (
-        make_task("fitnet", tmp_path, f"teacher.cache={tmp_path}/logits").cache is None
-    )  # sees more than logits
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_kept_logits_change_no_bit_and_save_the_teachers_work(precision: str, tmp_path: Path) -> None:
+    """Students and seeds share what is kept of one teacher; the last batch of an epoch is smaller than the others."""
+    cache = f"teacher.cache={tmp_path}/logits"
+
+    def ends(method: str, *overrides: str) -> tuple[int, Distillation]:
+        """How many images the teacher was shown in two epochs, and the task after them."""
+        task = make_task(method, tmp_path, f"precision={precision}", *overrides)
+        assert task.teacher is not None and len(task.training.labels) % 32
+        shown, forward = 0, task.taught_logits
+
+        def counted(x: Tensor) -> Tensor:
+            nonlocal shown
+            shown += len(x)
+            return forward(x)
+
+        task.taught_logits = counted  # type: ignore[method-assign]
+        for epoch in (1, 2):
+            train(task, epoch, range(task.steps_per_epoch))
+        return shown, task
+
+    images = 2 * len(scans().train_labels)
+    for method, overrides in (("kd", []), ("gkl", []), ("gkl", ["seed=1"]), ("gkl", ["augment.flip=0.5"])):
+        live, plain = ends(method, *overrides, "teacher.cache=null")
+        shown, kept = ends(method, *overrides, cache)
+        again, read = ends(method, *overrides, cache)
+        assert live == images and again == 0
+        assert shown == 0 if (method, overrides) == ("gkl", []) else 0 < shown < images, (method, overrides)
+        for task in (kept, read):
+            assert_equal(plain.state_dict(), task.state_dict(), method, rtol=0, atol=0)
+        assert len(list((tmp_path / "logits").iterdir())) == 1
+    for other in ("augment.padding=2", "batch_size=16"):
+        assert ends("kd", cache, other)[0] > 0
+    assert len(list((tmp_path / "logits").iterdir())) == 3
+    assert make_task("fitnet", tmp_path, cache).cache is None  # sees more than logits
+    with pytest.raises(ConfigError, match="more than can be counted .* set teacher.cache=null"):
+        make_task("kd", tmp_path, cache, "augment.views=[autoaugment]")
 
 
-def test_an_epoch_begun_in_its_middle_is_not_kept(tmp_path: Path) -> None:
-    task = make_task("kd", tmp_path, f"teacher.cache={tmp_path}/logits")
-    train(task, 1, range(1, task.steps_per_epoch))
-    task.end_epoch(1)
-    assert not list((tmp_path / "logits").rglob("*.pt"))
+def table(path: Path, key: int = 0) -> LogitsCache:
+    return LogitsCache(path, {"key": key}, pictures=50, views=18, classes=7, dtype=torch.float32)
+
+
+def rows(index: Tensor, view: Tensor) -> Tensor:
+    return (index * 100 + view)[:, None] + torch.arange(7) / 8.0
+
+
+def writer(folder: str) -> None:
+    cache = table(Path(folder))
+    for number in range(10_000):
+        index = torch.arange(50).roll(number)
+        cache.put(index, index * number % 18, rows(index, index * number % 18))
+
+
+def test_a_killed_writer_leaves_no_wrong_row(tmp_path: Path) -> None:
+    writers = [mp.get_context("spawn").Process(target=writer, args=(str(tmp_path),)) for _ in range(2)]
+    for process in writers:
+        process.start()
+    cache, index = table(tmp_path), torch.arange(50)
+    seen = 0
+    while seen < 300:
+        for view in range(18):
+            logits, there = cache.get(index, torch.full_like(index, view))
+            assert logits[there].equal(rows(index, torch.full_like(index, view))[there])
+            seen += int(there.sum())
+    for process in writers:
+        process.kill()
+        process.join()
+    cache.put(torch.tensor([3]), torch.tensor([4]), rows(torch.tensor([3]), torch.tensor([4])))
+    (path,) = tmp_path.iterdir()
+    place = (3 * 18 + 4) * cache.row.itemsize
+    with path.open("r+b") as file:  # half a row
+        file.seek(place)
+        file.write(b"\1\2\3")
+    there = table(tmp_path).get(torch.tensor([3, 3]), torch.tensor([4, 4]))[1]
+    assert not there.any()
+    assert not table(tmp_path, key=1).get(index, index % 18)[1].any()
 
 
 def test_the_best_epoch_and_the_last_are_both_told(tmp_path: Path) -> None:

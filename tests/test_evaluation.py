@@ -8,16 +8,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pyautoattack import AutoAttack
+from pyautoattack import AutoAttack, fab_projections
 from torch import Tensor, nn
 
 from gkl import evaluation
 from gkl.data import digits
-from gkl.evaluation import accuracy, autoattack, collect, evaluate, first_of_each_class, pgd_robust
+from gkl.evaluation import accuracy, autoattack, evaluate, first_of_each_class, pgd_robust
 
 CPU = torch.device("cpu")
 
@@ -106,64 +108,135 @@ def test_a_subset_is_even_over_the_classes() -> None:
 # --- AutoAttack -------------------------------------------------------------------------------------------------------
 
 
-def test_standard_is_the_package_s_own(tmp_path: Path) -> None:
-    model, (images, labels) = Classifier().eval(), scans(12)
-    stock = AutoAttack(model, norm="Linf", eps=0.15, seed=3, version="standard", device=CPU)
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    x_adv, _ = stock.run_standard_evaluation(floats(images), labels, batch_size=12)
-    with torch.no_grad():
-        expected = model(x_adv).argmax(-1) == labels
-    result = evaluate(model, images, labels, epsilon=0.15, folder=tmp_path, device=CPU, batch_size=12, seed=3)
-    assert result is not None and result.robust_flags.equal(expected) and result.n == 12
-    assert result.robust == 100 * expected.double().mean().item() and 0 < result.robust < result.clean
-    assert list(result.after) == ["apgd-ce", "apgd-t", "fab-t", "square"]
+class Short(AutoAttack):
+    """The package's AutoAttack for five classes, with fewer iterations."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self.fab.n_iter, self.square.n_queries = 15, 150
+        self.apgd_targeted.n_target_classes = self.fab.n_target_classes = 4
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.15), ("l2", 1.2)])
+def test_every_verdict_and_image_is_the_package_s_own(
+    norm: str, epsilon: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches packed anew from the survivors of each attack: bit for bit the same images in the package's layout and
+    with its projection, and the same verdicts in channels_last and with ours."""
+    monkeypatch.setattr(autoattack, "AutoAttack", Short)
+    model, (images, labels) = Classifier(classes=5).eval(), scans(14, classes=5)
+    stock = Short(
+        model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=epsilon, seed=3, version="standard", device=CPU
+    )
+    x_adv, predicted = stock.run_standard_evaluation(floats(images), labels, batch_size=5)
+    options = {"epsilon": epsilon, "norm": norm, "device": CPU, "batch_size": 5, "seed": 3}
+    result = evaluate(model, images, labels, folder=tmp_path / "channels_last", **options)
+    assert result.robust_flags.equal(predicted == labels) and 0 < result.robust < result.clean
+    assert result.n == 14 and result.robust == 100 * result.robust_flags.double().mean().item()
+    assert (
+        list(result.after) == ["apgd-ce", "apgd-t", "fab-t", "square"] and "pyautoattack" in result.versions
+    )
     assert list(result.after.values()) == sorted(result.after.values(), reverse=True)
-    assert result.after["square"] == result.robust and "pyautoattack" in result.versions
+    assert result.after["square"] == result.robust
+    monkeypatch.setattr(autoattack, "LAYOUT", {})
+    monkeypatch.setattr(autoattack, "projection_linf", fab_projections.projection_linf)
+    plain = evaluate(model, images, labels, folder=tmp_path / "plain", **options)
+    left, ours = 14, floats(images)
+    for attack, after in zip(("clean", *plain.after), (plain.clean, *plain.after.values()), strict=True):
+        parts = [np.load(path) for path in sorted(tmp_path.glob(f"plain/*/{attack}_*.npz"))]
+        assert [len(part["points"]) for part in parts] == [min(5, left - n) for n in range(0, left, 5)]
+        for part in parts if attack != "clean" else []:
+            ours[part["points"][~part["robust"]]] = torch.from_numpy(part["x_adv"])
+        left = round(14 * after / 100)
+    assert ours.equal(x_adv) and not ours.equal(floats(images)) and left > 5
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_shares_of_several_processes_make_one_result(norm: str, tmp_path: Path) -> None:
-    model, (images, labels) = Classifier().eval(), scans(15)
-    epsilon = 0.15 if norm == "linf" else 1.2
-    options = {"epsilon": epsilon, "norm": norm, "version": "screen", "batch_size": 6, "device": CPU}
-    one = evaluate(model, images, labels, folder=tmp_path / "one", **options)
-    calls: list[tuple[int, int]] = []
-    shared = {
-        **options,
-        "folder": tmp_path / "two",
-        "world_size": 2,
-        "on_progress": lambda *a: calls.append(a),
-    }
-    assert evaluate(model, images, labels, rank=0, **shared) is None  # batches 0 and 2; batch 1 is missing
-    two = evaluate(model, images, labels, rank=1, **shared)
-    assert one is not None and two is not None and calls == [(1, 2), (2, 2), (1, 1)]
-    assert two.robust_flags.equal(one.robust_flags) and two.after == one.after
-    assert 0 < one.robust < one.clean
+def test_the_projection_is_the_package_s_without_its_sort() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points, normals = torch.rand(2, 60, 300, dtype=torch.float64, generator=generator)
+    normals = normals - 0.5
+    points[:, :30], points[:, 30:60], normals[:, ::7] = 0.0, 1.0, 0.0
+    gaps = torch.logspace(-3, 2, 60, dtype=torch.float64) * torch.tensor([1.0, -1.0]).repeat(30)
+    offsets = (normals * points).sum(1) + gaps
+    step = autoattack.projection_linf(points, normals, offsets)
+    torch.testing.assert_close(
+        step, fab_projections.projection_linf(points, normals, offsets), rtol=0, atol=1e-13
+    )
+    landed = ((normals * (points + step)).sum(1) - offsets).abs() < 1e-10
+    assert 30 < landed.sum() < 60, "some planes are reached, some are not"
+    assert (points + step).min() >= 0 and (points + step).max() <= 1
+
+
+def test_each_attack_has_the_package_s_standard_settings() -> None:
+    stock = AutoAttack(Classifier(), norm="Linf", eps=0.1, seed=3, version="standard", device=CPU)
+    ours = autoattack.attacker(Classifier(), 10, epsilon=0.1, norm="linf", seed=3, device=CPU)
+    for name in ("apgd", "apgd_targeted", "fab", "square"):
+        pair = [
+            {k: v for k, v in vars(getattr(a, name)).items() if k not in ("model", "predict")}
+            for a in (stock, ours)
+        ]
+        assert pair[0] == pair[1] and len(pair[0]) > 10, name
+    assert stock.attacks_to_run == list(autoattack.ATTACKS["standard"])
+    few = autoattack.attacker(Classifier(), 5, epsilon=0.1, norm="linf", seed=3, device=CPU)
+    assert few.apgd_targeted.n_target_classes == few.fab.n_target_classes == 4
+
+
+def attacker(folder: Path, **options: object) -> subprocess.Popen[bytes]:
+    """A process of its own that screens 30 scans in batches of 6."""
+    code = (
+        f"import sys, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_evaluation import SCREEN, Classifier, scans\nfrom gkl.evaluation import evaluate\n"
+        f"torch.set_num_threads(1)\nevaluate(Classifier().eval(), *scans(30), folder=Path({str(folder)!r}), **SCREEN, **{options})"
+    )
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+SCREEN = {"epsilon": 0.08, "version": "screen", "batch_size": 6, "device": CPU}
+
+
+def test_processes_share_each_attack_and_end_with_one_result(tmp_path: Path) -> None:
+    model, data = Classifier().eval(), scans(30)
+    one = evaluate(model, *data, folder=tmp_path / "one", **SCREEN)
+    other = attacker(tmp_path / "two", rank=0, world_size=2)
+    calls: list[tuple[str, float]] = []
+    two = evaluate(
+        model,
+        *data,
+        folder=tmp_path / "two",
+        rank=1,
+        world_size=2,
+        on_progress=lambda *a: calls.append(a),
+        **SCREEN,
+    )
+    assert other.wait(60) == 0
+    assert two.robust_flags.equal(one.robust_flags) and two.after == one.after and 0 < one.robust < one.clean
+    assert [where for where, _ in calls[:4]] == [
+        "clean, batch 2 of 5", "clean, batch 4 of 5", "apgd-ce, batch 2 of 5", "apgd-ce, batch 4 of 5"
+    ]  # fmt: skip
+    assert (
+        calls[-1][0].startswith("apgd-t, batch")
+        and calls[-1][1] == 0.0
+        and all(left > 0 for _, left in calls[:-1])
+    )
+    again: list[tuple[str, float]] = []
+    evaluate(model, *data, folder=tmp_path / "two", on_progress=lambda *a: again.append(a), **SCREEN)
+    assert not again, "all was there"
 
 
 def test_a_killed_evaluation_goes_on_with_the_next_batch(tmp_path: Path) -> None:
-    script = tmp_path / "attack.py"
-    script.write_text(
-        "import sys, torch\nfrom pathlib import Path\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_evaluation import Classifier, scans\nfrom gkl.evaluation import evaluate\n"
-        "torch.set_num_threads(1)\nimages, labels = scans(30)\n"
-        f"evaluate(Classifier().eval(), images, labels, epsilon=0.08, folder=Path({str(tmp_path / 'killed')!r}),\n"
-        "         version='screen', batch_size=6, device=torch.device('cpu'))\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = attacker(tmp_path / "killed")
     deadline = time.monotonic() + 120
-    while not (done := list(tmp_path.glob("killed/*/batch_*.npz"))) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("killed/*/apgd-ce_*.npz")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 0 < len(done) < 5
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("killed/*/batch_*.npz")}
-    model, (images, labels) = Classifier().eval(), scans(30)
-    options = {"epsilon": 0.08, "version": "screen", "batch_size": 6, "device": CPU}
-    resumed = evaluate(model, images, labels, folder=tmp_path / "killed", **options)
-    whole = evaluate(model, images, labels, folder=tmp_path / "whole", **options)
-    assert resumed is not None and whole is not None and resumed.robust_flags.equal(whole.robust_flags)
+    done = list(tmp_path.glob("killed/*/[!.]*.npz"))
+    stamps = {path: path.stat().st_mtime_ns for path in done}
+    model, data = Classifier().eval(), scans(30)
+    whole = evaluate(model, *data, folder=tmp_path / "whole", **SCREEN)
+    assert 5 < len(done) < len(list(tmp_path.glob("whole/*/*.npz")))
+    resumed = evaluate(model, *data, folder=tmp_path / "killed", **SCREEN)
+    assert resumed.robust_flags.equal(whole.robust_flags) and resumed.after == whole.after
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())  # finished ones are kept
 
 
@@ -179,17 +252,17 @@ def test_finished_batches_are_used_only_for_the_same_question(tmp_path: Path) ->
     assert other is not None and other.clean < weak.clean and len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_damaged_batch_is_attacked_again_and_a_missing_one_named(tmp_path: Path) -> None:
+def test_a_damaged_batch_is_attacked_again(tmp_path: Path) -> None:
     model, (images, labels) = Classifier().eval(), scans(10)
     options = {"epsilon": 0.08, "version": "screen", "folder": tmp_path, "device": CPU, "batch_size": 5}
     first = evaluate(model, images, labels, **options)
-    (path,) = tmp_path.glob("*/batch_00001.npz")
+    (path,) = tmp_path.glob("*/apgd-ce_00001.npz")
     path.write_bytes(path.read_bytes()[:200])
+    (other,) = tmp_path.glob("*/apgd-ce_00000.npz")
+    strange = {**np.load(other), "points": np.arange(5) + 3, "robust": np.zeros(5, dtype=bool)}
+    np.savez(other, **strange)  # of other images
     again = evaluate(model, images, labels, **options)
-    assert first is not None and again is not None and again.robust_flags.equal(first.robust_flags)
-    path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks the batches \[1\]; run the evaluation again"):
-        collect(path.parent, 2, {"version": "screen", "pyautoattack": "0.2.0"})
+    assert again.robust_flags.equal(first.robust_flags) and again.after == first.after
 
 
 def test_the_package_s_traps(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -241,20 +314,20 @@ def test_results_are_looked_at_and_not_believed(tmp_path: Path, monkeypatch: pyt
 
     def lying(change):
         def run(self, x, y, **keywords):
-            x_adv, predictions = honest(self, x, y, **keywords)
-            return change(x, x_adv), predictions
+            return change(x, *honest(self, x, y, **keywords))
 
         return run
 
     for change, message in (
-        (lambda x, adv: (adv + 0.05).clamp(0, 1), "an image 0.0[56].* away, epsilon is 0.01"),
-        (lambda x, adv: torch.where(x > 0.99, x + 0.005, x), "pixels outside"),
-        (lambda x, adv: adv * float("nan"), "RuntimeError|away|outside"),
+        (lambda x, adv, said: ((adv + 0.05).clamp(0, 1), said), "an image 0.0[56].* away, epsilon is 0.01"),
+        (lambda x, adv, said: (torch.where(x > 0.99, x + 0.005, x), said), "pixels outside"),
+        (lambda x, adv, said: (adv * float("nan"), said), "away|outside"),
+        (lambda x, adv, said: (x, (said + 1) % 10), "counts 0 robust images of 5, its own images give 5"),
     ):
         monkeypatch.setattr(autoattack.AutoAttack, "run_standard_evaluation", lying(change))
         with pytest.raises(RuntimeError, match=message):
             evaluate(model, images, labels, **options)
-    assert list(tmp_path.glob("*/*.npz")) == []
+    assert not list(tmp_path.glob("*/apgd*.npz"))
 
 
 def test_autoattack_errors(tmp_path: Path) -> None:

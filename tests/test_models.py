@@ -15,6 +15,7 @@ import gkl.models
 from gkl.models.batch_norm import (
     GroupBatchNorm2d,
     eval_mode,
+    folded,
     frozen_statistics,
     group_batch_norm,
     set_group_size,
@@ -382,3 +383,26 @@ def test_eval_mode_gives_each_module_its_own_mode_back() -> None:
         assert not any(m.training for m in model.modules())
         raise RuntimeError("inside")
     assert [m.training for m in model.modules()] == modes == [True, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("resnet_32x4", 0), ("wrn_16_2", 6), ("vgg_8", 0), ("shufflenet_v1", 0), ("mobilenet_v2_half", 0)],
+)
+def test_folded_batch_norm_is_the_same_function(name: str, left: int) -> None:
+    """All of a network's, but a wide ResNet's that read a sum of two branches: of its 13 the last, and the first of five blocks."""
+    torch.manual_seed(0)
+    network = gkl.models.create(name, num_classes=10).double()
+    x = torch.rand(6, 3, 32, 32, dtype=torch.float64)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        nn.init.uniform_(norm.weight, 0.5, 2.0)
+        nn.init.uniform_(norm.bias, -1.0, 1.0)
+    with torch.no_grad():
+        network.train()(x)
+        network.eval()
+        lean = folded(network, x[:2])
+        torch.testing.assert_close(lean(x), network(x), rtol=1e-11, atol=1e-11)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in lean.modules()) == left < len(norms)
+    assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)] == norms

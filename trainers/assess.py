@@ -23,7 +23,7 @@ from gkl.evaluation import first_of_each_class, pgd_robust
 from gkl.imagenet import Split, other_pictures
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console
-from trainers.robustness import autoattack_result
+from trainers.robustness import attack_name, autoattack_result
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,13 @@ class Epsilons(Assessment):
     eighths: Sequence[int]
 
     def __call__(self, subject: Subject) -> Measured:
-        """Metrics aa_<eighths> and aa_average."""
-        metrics = {}
+        """Metrics aa_<eighths> and aa_average; of the screen screen_<eighths> and screen_average."""
+        metrics, name = {}, attack_name(subject.settings)
         for eighths in self.eighths:
             settings = {**subject.settings, "epsilon": subject.settings["epsilon"] * eighths / 8}
             flags = autoattack_result(subject.model, subject.data, settings, **_place(subject)).robust_flags
-            metrics[f"aa_{eighths}"] = percent(flags)
-        metrics["aa_average"] = sum(metrics.values()) / len(metrics)
+            metrics[f"{name}_{eighths}"] = percent(flags)
+        metrics[f"{name}_average"] = sum(metrics.values()) / len(metrics)
         return metrics, {"n": len(subject.attacked())}
 
 
@@ -92,7 +92,7 @@ class Attacks(Assessment):
     steps: Sequence[int]
 
     def __call__(self, subject: Subject) -> Measured:
-        """Metrics pgd<steps>, cw<steps>, worst."""
+        """Metrics pgd<steps>, cw<steps>, worst; worst_screen where the screen stands in for AutoAttack."""
         chosen = subject.attacked()
         worst = autoattack_result(
             subject.model, subject.data, subject.settings, **_place(subject)
@@ -115,7 +115,7 @@ class Attacks(Assessment):
                     )
                 metrics[f"{'pgd' if loss == 'ce' else 'cw'}{steps}"] = percent(flags)
                 worst = worst & flags
-        metrics["worst"] = percent(worst)
+        metrics["worst" if attack_name(subject.settings) == "aa" else "worst_screen"] = percent(worst)
         return metrics, {"n": len(chosen)}
 
 

@@ -13,20 +13,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from gkl.augment import Views
 from gkl.counter import sample_keys
 from gkl.distillation import Context, Distiller
 from gkl.distributed import rank, world_size
 from gkl.evaluation.shots import accuracy_by_shots
 from gkl.imagenet import ImageFiles
 from gkl.mixing import Mixing
-from gkl.models.batch_norm import eval_mode, frozen_statistics
+from gkl.models.batch_norm import eval_mode, folded, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
 from gkl.models.timm_network import set_sample_keys
 from gkl.objectives import CrossEntropy, LabelLoss
 from trainers.report import Console
 from trainers.robustness import clean_accuracy, correct_flags
 from trainers.teacher import LogitsCache, Teacher, unlike
-from trainers.training import Training
+from trainers.training import HALF, Training
 
 
 class Distillation(Training):
@@ -60,12 +61,16 @@ class Distillation(Training):
         if self.source is not None:
             loaded, self.origin = self.source.load(self.data.num_classes)
             self.teacher = tapped(self.placed(loaded).eval().requires_grad_(False))
-        for network in (self.model, self.teacher):
+        sees_stages = not getattr(getattr(self.make_method, "func", None), "logits_alone", True)
+        side = self.data.image_size
+        few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
+        self.answering = self.teacher  # the teacher where its logits are all that is wanted
+        if self.teacher is not None and not sees_stages and self.precision not in HALF:
+            self.answering = tapped(folded(self.teacher, few))
+        for network in (self.model, self.answering):
             if self.compiled and network is not None:
                 compiled: Any = torch.compile(cast(TappedClassifier, network).forward_taps)
                 network.forward_taps = compiled
-        side = self.data.image_size
-        few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
         with torch.no_grad(), eval_mode(self.model):
             context = Context(
                 student=self.taps(few, self.model),
@@ -75,27 +80,39 @@ class Distillation(Training):
                 num_classes=self.data.num_classes,
                 seed=self.seed,
             )
-        sees_stages = not getattr(getattr(self.make_method, "func", None), "logits_alone", True)
         if sees_stages and not (context.student.after and context.teacher and context.teacher.after):
             raise ValueError(
                 f"{self.make_method.func.__name__} needs the stages of both networks, and one of them shows its logits alone; "  # type: ignore[attr-defined]
                 "choose networks of this package, or a method of logits (kd, dkd, dist, jsd, ikl, gkl)"
             )
         self.method = cast(Distiller, self.placed(self.make_method(context)))
+        self.turn = self.turn_size(
+            len(self.mine(self.training.batch_size)), self.group_size(self.training.batch_size)
+        )
         self.cache: LogitsCache | None = None
         if self.source is not None and self.source.cache and self.method.logits_alone:
-            self.cache = LogitsCache(Path(self.source.cache), self.cache_key())
+            self.cache = self.logits_cache(Path(self.source.cache))
 
-    def cache_key(self) -> dict[str, Any]:
-        """All that the teacher's logits on this training's batches depend on."""
-        return {
+    def logits_cache(self, folder: Path) -> LogitsCache:
+        """Where the teacher's logits are kept. Raises ValueError when a picture's views cannot be counted."""
+        augment, data = self.augment, self.data
+        count = (
+            augment.count
+            if isinstance(augment, Views) and self.mixing is None and not self.training.generated
+            else None
+        )
+        if count is None or not isinstance(augment, Views) or isinstance(data, ImageFiles):
+            raise ValueError(
+                "teacher.cache keeps the teacher's logits on each view of a picture, and here a picture has more than can be "
+                "counted (crop_flip alone has few, without mixing or generated pictures); set teacher.cache=null"
+            )
+        key = {
             "teacher": self.origin["sha256"],
-            "data": self.data.sha256,
-            "views": [vars(self.augment)[name] for name in sorted(vars(self.augment))],
-            "files": [self.data.image_size, self.data.decoder] if isinstance(self.data, ImageFiles) else None,
-            "mixing": repr(self.mixing) if self.mixing else None,
-            "batches": [self.seed, self.training.batch_size, self.steps_per_epoch, self.bn_groups],
-            "computed": [str(self.dtype), self.precision, str(self.memory_format), self.device.type],
+            "data": data.sha256,
+            "held_out": self.training.held_out.tolist(),
+            "views": [augment.padding, augment.border],
+            # A network's bits depend on how many pictures it sees at once, and not on which: see taught_logits.
+            "computed": [self.turn, str(self.dtype), self.precision, str(self.memory_format), self.device.type, self.compiled],
             "machine": [
                 torch.__version__,
                 torch.get_num_threads(),
@@ -103,7 +120,9 @@ class Distillation(Training):
                 if self.device.type == "cuda"
                 else torch.backends.cpu.get_cpu_capability(),
             ],
-        }
+        }  # fmt: skip
+        size = {"pictures": len(self.training.labels), "views": count, "classes": data.num_classes}
+        return LogitsCache(folder, key, **size, dtype=self.dtype)
 
     def trained(self) -> nn.Module:
         """The student and the method's own layers."""
@@ -126,12 +145,43 @@ class Distillation(Training):
             logits.to(self.dtype),
         )
 
-    def taught(self, x: Tensor) -> Taps | None:
-        """The teacher's taps of images, without gradient."""
+    def taught(self, x: Tensor, index: Tensor, view: Tensor | None) -> Taps | None:
+        """The teacher's taps of images, without gradient; logits alone for a method that sees nothing else.
+
+        index, view: the pictures and which of their countable views they are; read where the teacher's logits are kept.
+        """
         if self.teacher is None:
             return None
-        with torch.no_grad(), self.teacher_mode():
-            return self.taps(x, self.teacher)
+        if not self.method.logits_alone:
+            with torch.no_grad(), self.teacher_mode():
+                return self.taps(x, self.teacher)
+        if self.cache is None or view is None:
+            logits = self.taught_logits(x)
+        else:
+            index, view = index.cpu(), view.cpu()
+            kept, there = self.cache.get(index, view)
+            logits = kept.to(self.device)
+            if not there.all():
+                missing = (~there).nonzero().squeeze(1)
+                fresh = self.taught_logits(x[missing.to(self.device)])
+                self.cache.put(index[missing], view[missing], fresh)
+                logits[missing.to(self.device)] = fresh
+        return Taps([], [], logits[:, :0], logits)
+
+    def taught_logits(self, x: Tensor) -> Tensor:
+        """The teacher's logits, from batches of `turn` images each, the last one filled up.
+
+        In batches of one size an image's logits are the same bits in whatever company, so those kept are those of any step.
+        """
+        assert self.answering is not None
+        found = []
+        with torch.inference_mode(), eval_mode(self.answering):
+            for few in x.split(self.turn):
+                whole = (
+                    few if len(few) == self.turn else few[torch.arange(self.turn, device=x.device) % len(few)]
+                )
+                found.append(self.taps(whole, self.answering).logits[: len(few)])
+        return torch.cat(found)  # outside inference mode: an ordinary tensor, which a loss may save
 
     def teacher_mode(self) -> AbstractContextManager[None]:
         """The mode in which the method wants the teacher; its running statistics never change."""
@@ -143,7 +193,12 @@ class Distillation(Training):
 
     def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
         """One update; every term is this process's share of its mean over the global batch."""
-        x, y, _, index = self.batch(epoch, step)
+        x, y, number, index = self.batch(epoch, step)
+        view = None
+        if self.cache is not None:
+            assert isinstance(self.augment, Views)
+            drawn = self.augment.numbers(seed=self.seed, epoch=epoch, index=index)
+            view = torch.stack(drawn)[number, torch.arange(len(index), device=index.device)]
         items = self.training.samples(step) * len(self.augment.views)
         group_size = self.method.group_size = self.group_size(items)
         target: Tensor | None = None
@@ -157,21 +212,13 @@ class Distillation(Training):
         keys = sample_keys(self.seed, epoch, place, "inside_the_network")
         self.model.train()
         self.method.train()
-        kept = self.cache.get(step) if self.cache is not None else None
-        logits: list[Tensor] = []
         shares: dict[str, Tensor] = {}
 
         def parts() -> Iterator[Tensor]:
             """Each turn's share of the loss; the first alone reaches the running statistics, as one turn would."""
-            own = max(1, math.ceil(len(x) / group_size / self.accumulate)) * group_size
+            own = self.turn_size(len(x), group_size)
             for number, part in enumerate(torch.arange(len(x), device=x.device).split(own)):
-                if kept is None:
-                    teacher = self.taught(x[part])
-                else:
-                    few = kept[part.cpu()].to(self.device)
-                    teacher = Taps([], [], few[:, :0], few)
-                if kept is None and self.cache is not None and teacher is not None:
-                    logits.append(teacher.logits)
+                teacher = self.taught(x[part], index[part], None if view is None else view[part])
                 set_sample_keys(self.model, keys[part])
                 with frozen_statistics(self.model) if number else nullcontext():
                     student = self.taps(x[part], self.model)
@@ -186,31 +233,21 @@ class Distillation(Training):
                 yield torch.stack(list(losses.values())).sum()
 
         self.descend(parts())
-        if self.cache is not None and kept is None:
-            self.cache.put(step, torch.cat(logits))
         self.after_step(epoch)
         return shares
+
+    def turn_size(self, images: int, group_size: int) -> int:
+        """Images in a turn, where this process takes `images` of a batch: whole batch-norm groups, at least one."""
+        return max(1, math.ceil(images / group_size / self.accumulate)) * group_size
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
         """The student's step 3, the teacher's forward 1."""
         return {"model": 3.0, **({"teacher.network": 1.0} if config.get("teacher") else {})}
 
-    def start_epoch(self, epoch: int) -> None:
-        """The teacher's kept logits, too."""
-        super().start_epoch(epoch)
-        if self.cache is not None:
-            self.cache.start_epoch(epoch)
-
     def end_of_method_epoch(self) -> None:
         """What the method does between epochs."""
         self.method.end_epoch()
-
-    def end_epoch(self, epoch: int) -> dict[str, float]:
-        """Keep the teacher's logits, measure."""
-        if self.cache is not None:
-            self.cache.end_epoch(epoch, self.steps_per_epoch)
-        return super().end_epoch(epoch)
 
     def measured(self, epoch: int) -> dict[str, float]:
         """Test accuracy; the weights of the best epoch are kept."""

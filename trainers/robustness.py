@@ -1,12 +1,10 @@
 """Final numbers of a network: clean accuracy and AutoAttack, over all processes of a run."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gkl.augment import to_float
@@ -22,6 +20,8 @@ from gkl.evaluation import (
 from gkl.imagenet import ImageFiles
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console
+
+DESCRIBED = {"aa": "AutoAttack standard", "screen": "screen (APGD-CE, APGD-T)"}
 
 
 def correct_flags(
@@ -59,6 +59,11 @@ def pgd_accuracy(
     return 100.0 * world_sum(robust.sum().double().to(device)).item() / len(labels)
 
 
+def attack_name(settings: Mapping[str, Any]) -> str:
+    """What the number of a configs/evaluation file is called in metrics: `aa`, AutoAttack, or `screen`, which is less."""
+    return "aa" if settings["version"] == "standard" else "screen"
+
+
 def autoattack(
     model: nn.Module, data: ImageData, settings: Mapping[str, Any], **place: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
@@ -68,9 +73,8 @@ def autoattack(
     each attack, AutoAttack's warnings, versions. place: the folder, device and console of autoattack_result.
     """
     result = autoattack_result(model, data, settings, **place)
-    name = "aa" if settings["version"] == "standard" else "screen"
     details = {
-        "attack": f"AutoAttack {settings['version']}" if name == "aa" else "screen (APGD-CE, APGD-T)",
+        "attack": DESCRIBED[attack_name(settings)],
         "n": result.n,
         "clean_on_attacked": result.clean,
         "after": result.after,
@@ -79,7 +83,7 @@ def autoattack(
         "warnings": result.warnings,
         "versions": result.versions,
     }
-    return {name: result.robust}, details
+    return {attack_name(settings): result.robust}, details
 
 
 def autoattack_result(
@@ -93,21 +97,16 @@ def autoattack_result(
 ) -> AutoAttackResult:
     """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
     chosen = first_of_each_class(data.test_labels, settings["images"])
-    started = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        left = (time.monotonic() - started) / done * (total - done)
-        console.phase(f"AutoAttack {settings['version']}: batch {done}/{total}", left)
-
-    options = {key: settings[key] for key in ("version", "norm", "epsilon", "batch_size", "seed")}
-    arguments = {"folder": folder, "device": device, **options}
-    images, labels = data.test_images[chosen], data.test_labels[chosen]
+    name = DESCRIBED[attack_name(settings)]
     with eval_mode(model):
-        result = evaluate(
-            model, images, labels, rank=rank(), world_size=world_size(), on_progress=progress, **arguments
+        return evaluate(
+            model,
+            data.test_images[chosen],
+            data.test_labels[chosen],
+            folder=folder,
+            device=device,
+            rank=rank(),
+            world_size=world_size(),
+            on_progress=lambda where, left: console.phase(f"{name}: {where}", left),
+            **{key: settings[key] for key in ("version", "norm", "epsilon", "batch_size", "seed")},
         )
-        if world_size() > 1:  # the others may still be at work
-            dist.barrier()
-            result = result or evaluate(model, images, labels, **arguments)
-    assert result is not None
-    return result

@@ -18,6 +18,7 @@ from trainers.batch import at_once, setting_of
 from trainers.configuration import ConfigError, choices, completed, completed_by
 from trainers.folder import write_atomically, write_text
 from trainers.plan import Cell, cells, usual
+from trainers.robustness import attack_name
 
 Point = dict[str, Any]  # dotted setting -> value
 
@@ -119,7 +120,7 @@ def metrics_of(cell: Cell) -> dict[str, str]:
     settings = cell.config.get("evaluation")
     if not settings:
         return {"top1_best": "Best epoch", "top1": "Last epoch"}
-    name = "aa" if settings["version"] == "standard" else settings["version"]
+    name = attack_name(settings)
     return {"clean": "Clean", name: {"aa": "AA"}.get(name, name)}
 
 

@@ -5,19 +5,20 @@ A student learns from a run of this repository (`weights: own`), whose record na
 
 import hashlib
 import json
+import os
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gkl.distributed import rank, world_size
 from gkl.models import load_checkpoint, published
 from gkl.records import differences, read_record
 from trainers.configuration import ConfigError, compose
-from trainers.folder import save_state
 
 # What a person changes in a student's data and schedule, its teacher is trained with, too.
 SHARED = (
@@ -34,7 +35,7 @@ class Teacher:
     torchvision/<weights> or timm/<model> the one that these download, else <published>/ckpt_epoch_240.pth, the layout of
     RepDistiller's and mdistiller's archives, or a path of its own with a suffix.
     outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
-    cache: folder for the teacher's logits, or None: they are computed anew in every step.
+    cache: folder for the teacher's logits on each view of each picture, or None: they are computed anew in every step.
     """
 
     network: Callable[..., nn.Module]
@@ -127,38 +128,48 @@ def unlike(state: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
 
 
 class LogitsCache:
-    """A teacher's logits on the batches of one training, epoch by epoch, shared by all students that see the same batches.
+    """A teacher's logits on the views of its training pictures, in one memory-mapped file, filled as views occur.
 
-    Exact, not approximate: order and views of a batch follow from the seed, so the same teacher on the same kind of
-    machine computes the same bits, and the key holds all that they depend on.
+    Students and seeds of one teacher share it, whatever their epochs and orders. A row is a view's logits and their checksum, and is
+    there when the two agree: neither a process killed while writing nor one that writes the same row can leave a wrong one.
+    The file is sparse: it takes the space of the rows that are there.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        key: Mapping[str, Any],
+        *,
+        pictures: int,
+        views: int,
+        classes: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """key: all that the logits of a view depend on. dtype: of the logits."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        self.folder = folder / name
-        self.kept: list[Tensor] = []
-        self.fresh: list[Tensor] = []
+        self.views = views
+        self.row = np.dtype(
+            [("logits", torch.empty(0, dtype=dtype).numpy().dtype, (classes,)), ("check", "<u4")]
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{name}.logits"
+        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        self.file.truncate(pictures * views * self.row.itemsize)
+        self.rows = np.memmap(path, self.row, mode="r", shape=(pictures, views))
 
-    def start_epoch(self, epoch: int) -> None:
-        """Read what an earlier run has kept of this epoch."""
-        self.kept, self.fresh = [], []
-        if self._path(epoch).is_file():
-            self.kept = torch.load(self._path(epoch), map_location="cpu", weights_only=True)
+    def get(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (B, C) of views of pictures, and which of them are there, (B,) bool; all on the CPU."""
+        rows = self.rows[index.numpy(), view.numpy()]
+        there = [zlib.crc32(row["logits"].tobytes()) == row["check"] for row in rows]
+        return torch.from_numpy(rows["logits"].copy()), torch.tensor(there)
 
-    def get(self, step: int) -> Tensor | None:
-        """The logits of a step, if kept."""
-        return self.kept[step] if step < len(self.kept) else None
-
-    def put(self, step: int, logits: Tensor) -> None:
-        """Remember a step's logits; those of an epoch that was not seen from its first step on are dropped."""
-        if step == len(self.fresh):
-            self.fresh.append(logits.cpu())
-
-    def end_epoch(self, epoch: int, steps: int) -> None:
-        """Keep the epoch, if this run has computed all of it."""
-        if len(self.fresh) == steps:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            save_state(self._path(epoch), self.fresh)
-
-    def _path(self, epoch: int) -> Path:
-        return self.folder / f"epoch{epoch}_part{rank() + 1}of{world_size()}.pt"
+    def put(self, index: Tensor, view: Tensor, logits: Tensor) -> None:
+        """Keep logits (B, C). Raises OSError when the disk is full."""
+        rows = np.empty(len(index), self.row)
+        rows["logits"] = logits.cpu().numpy()
+        rows["check"] = [zlib.crc32(values.tobytes()) for values in rows["logits"]]
+        places = (index * self.views + view).tolist()
+        for place, row in zip(
+            places, rows, strict=True
+        ):  # not through the map, which a full disk would end the process in
+            os.pwrite(self.file.fileno(), row.tobytes(), place * self.row.itemsize)

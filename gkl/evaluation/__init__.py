@@ -15,9 +15,9 @@ from torch import Tensor
 
 from gkl.attacks import Norm, pgd, random_start
 from gkl.counter import sample_keys
-from gkl.evaluation.autoattack import AutoAttackResult, collect, evaluate
+from gkl.evaluation.autoattack import AutoAttackResult, evaluate
 
-__all__ = ["AutoAttackResult", "accuracy", "collect", "evaluate", "first_of_each_class", "pgd_robust"]
+__all__ = ["AutoAttackResult", "accuracy", "evaluate", "first_of_each_class", "pgd_robust"]
 
 LogitsFn = Callable[[Tensor], Tensor]
 

@@ -30,12 +30,12 @@ class BasicBlock(nn.Module):
 
     def before(self, x: Tensor) -> Tensor:
         """The block's output before its last ReLU. (B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
         return out + (x if self.downsample is None else self.downsample(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        return F.relu(self.before(x))
+        return F.relu(self.before(x), inplace=True)  # before() made it, and nothing else has it
 
 
 class CifarResNet(TappedClassifier):
@@ -68,7 +68,7 @@ class CifarResNet(TappedClassifier):
 
     def staged(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """(B, 3, H, W) in [0, 1] -> stem and three stages, and the last map (B, widths[3], H / 4, W / 4)."""
-        stem = F.relu(self.bn1(self.conv1(self.normalise(x))))
+        stem = F.relu(self.bn1(self.conv1(self.normalise(x))), inplace=True)
         return staged_blocks(stem, [self.layer1, self.layer2, self.layer3])
 
     def batch_norms(self) -> list[nn.BatchNorm2d]:
