@@ -186,7 +186,7 @@ def _name(row: Row, rows: Sequence[Row]) -> str:
     first = row.label[0]
     if [other.label[0] for other in rows].count(first) > 1:
         return f"{first} ({row.label[-1]})"
-    return f"{first}, {row.label[1]}" if len(first) < 3 and len(row.label) > 1 else first
+    return f"{first}, {row.label[1]}" if len(first.rstrip("′")) == 1 < len(row.label) else first
 
 
 def _compare(

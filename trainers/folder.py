@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -63,16 +63,20 @@ class RunFolder:
         self.path = path
         self.history_path = path / "history.jsonl"
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder for this process. Raises RunError if another run holds it or it cannot be written."""
+    def open(self, name: str) -> IO[str]:
+        """A file of it to append to, the folder made if need be. Raises RunError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = open(self.path / "lock", "a")
+            return open(self.path / name, "a")
         except OSError as error:
             raise RunError(
                 f"cannot write in the output folder {self.path}: {error.strerror}; choose another with GKL_OUTPUTS=..."
             ) from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process. Raises RunError if another run holds it or it cannot be written."""
+        lock = self.open("lock")
         with lock:
             deadline = time.monotonic() + GRACE_SECONDS
             while True:

@@ -81,9 +81,11 @@ def check_teacher(config: dict[str, Any]) -> None:
 def freeze(config: dict[str, Any]) -> Path:
     """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
     config = with_teacher(config)
-    path = run_folder(config).path / "config.yaml"
-    path.with_name("progress.json").unlink(missing_ok=True)
+    folder = run_folder(config)
+    folder.open("lock").close()  # says what is wrong with it, if anything is
+    path = folder.path / "config.yaml"
     write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
+    path.with_name("progress.json").unlink(missing_ok=True)  # of an earlier start
     return path
 
 
