@@ -12,6 +12,7 @@ Source: arXiv 2503.08038.
 """
 
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
+TRITON = find_spec("triton") is not None
 
 
 def kl(
@@ -135,16 +137,18 @@ def gkl(
     Returns the mean over the batch, or (B,) with reduction="none".
     Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
     """
-    student, teacher = _logits(student_logits, teacher_logits)
+    fused = _fused(student_logits, teacher_logits, weights)
+    student, teacher = _logits(student_logits, teacher_logits, as_they_are=fused)
     if weights.shape != student.shape:
         raise ValueError(
             f"gkl needs weights of the logits' shape {tuple(student.shape)}, got {tuple(weights.shape)}; "
             "pass softmax(teacher) or prior[labels]"
         )
-    smoothed = smooth(weights.detach().to(student.dtype), gamma, validate=validate)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    smoothed = smooth(weights.detach().to(dtype), gamma, validate=validate)
     half = torch.is_autocast_enabled(student.device.type)  # it would take the dot products to half precision
     with torch.autocast(student.device.type, enabled=False) if half else nullcontext():
-        per_example = _ClosedForm.apply(
+        per_example = (_triton_form() if fused else _ClosedForm).apply(
             student, teacher, smoothed, pair_weight, alpha, beta, temperature, break_asymmetry
         )
     return _reduce(per_example, reduction)
@@ -237,18 +241,38 @@ class _ClosedForm(torch.autograd.Function):
         return student, teacher, None, None, None, None, None, None
 
 
+def _fused(student: Tensor, teacher: Tensor, weights: Tensor) -> bool:
+    """Whether the Triton kernels take these: all on one GPU that Triton knows, no float64."""
+    return (
+        TRITON
+        and student.is_cuda
+        and student.device == teacher.device == weights.device
+        and torch.float64 not in (student.dtype, teacher.dtype)
+        and torch.cuda.get_device_capability(student.device) >= (7, 0)
+    )
+
+
+def _triton_form() -> type[torch.autograd.Function]:
+    # Imported when first wanted: a machine without a GPU may have no Triton.
+    from gkl.triton_losses import TritonClosedForm
+
+    return TritonClosedForm
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is in float64: half-precision logits are never subtracted as they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits as (B, C) in one dtype of at least float32."""
+def _logits(student: Tensor, teacher: Tensor, as_they_are: bool = False) -> tuple[Tensor, Tensor]:
+    """Both logits as (B, C) in one dtype of at least float32, unless they are wanted as they are."""
     if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2 or student.shape[0] < 1:
         raise ValueError(
             f"student and teacher logits must both be (B, C) with C >= 2, got {tuple(student.shape)} "
             f"and {tuple(teacher.shape)}; flatten other dimensions into B"
         )
+    if as_they_are:
+        return student, teacher
     student, teacher = at_least_float32(student), at_least_float32(teacher)
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     return student.to(dtype), teacher.to(dtype)
