@@ -170,7 +170,7 @@ class TritonClosedForm(torch.autograd.Function):
             x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher, smoothed)
         )
         batch, classes = student.shape
-        statistics = torch.empty(STATISTICS, batch, device=student.device)
+        statistics = torch.empty(STATISTICS, batch, dtype=torch.float32, device=student.device)
         block = min(triton.next_power_of_2(classes), WIDEST)
         with torch.cuda.device(student.get_device()):
             _forward[(batch,)](
