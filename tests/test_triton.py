@@ -81,9 +81,9 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(classes)
     student, teacher = 3 * torch.randn(2, batch, classes, dtype=torch.float64, generator=generator)
     weights = F.softmax(2 * torch.randn(batch, classes, generator=generator), -1)
-    student, teacher, weights = lay_out(case.get("layout", ""), student, teacher, weights)
     student, teacher = ((x + case.get("offset", 0.0)).to(dtype) for x in (student, teacher))
-    upstream = torch.linspace(-0.5, 2.0, batch)
+    student, teacher, weights = lay_out(case.get("layout", ""), student, teacher, weights)
+    upstream = torch.linspace(-0.5, 2.0, 2 * batch)[::2]
     pair_weight = case.get("pair_weight")
     if isinstance(pair_weight, list):
         pair_weight = torch.tensor(pair_weight)
