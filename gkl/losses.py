@@ -6,6 +6,7 @@
 `student` is the paper's n (adversarial view, or student network), `teacher` its m (clean view, or teacher network).
 `alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
 cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
+On a GPU with Triton, `gkl` and what is made of it run as two kernels (`gkl.triton_losses`); float64 stays as it is.
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
-TRITON = find_spec("triton") is not None
+HAS_TRITON = find_spec("triton") is not None
 
 
 def kl(
@@ -243,12 +244,13 @@ class _ClosedForm(torch.autograd.Function):
 
 def _fused(student: Tensor, teacher: Tensor, weights: Tensor) -> bool:
     """Whether the Triton kernels take these: all on one GPU that Triton knows, no float64."""
+    # get_device_properties, since torch.compile can fold it into a constant and get_device_capability not.
     return (
-        TRITON
+        HAS_TRITON
         and student.is_cuda
         and student.device == teacher.device == weights.device
         and torch.float64 not in (student.dtype, teacher.dtype)
-        and torch.cuda.get_device_capability(student.device) >= (7, 0)
+        and torch.cuda.get_device_properties(student.device).major >= 7
     )
 
 

@@ -19,19 +19,15 @@ from torch.autograd.function import once_differentiable
 # What a row leaves behind in statistics[:, row], in float32: max s, sum exp((s - max s) / T), the same two of t,
 # and of d = (t - max t) - (s - max s) under the weights v its mean, W = sum v, sum v (d - mean)^2; the cross-entropy.
 STATISTICS = 8
-WIDEST = 4096  # classes that a program holds at once: 3 x 16 values a thread
+WIDEST = 4096  # classes that a program of the forward kernel holds at once, 16 for each thread
+BELOW = tl.constexpr(-1e30)  # pads logits: below any of them, and finite so that 0 * BELOW is 0
 
 
 @triton.jit
-def _load_logits(row, classes, columns):
-    """One block of a row in float32. Padding lies below any logit, and is finite so that 0 * padding is 0."""
+def _load(row, columns, classes, padding):
+    """One block of a row in float32, with `padding` past the last class."""
     inside = columns < classes
-    return tl.where(inside, tl.load(row + columns, mask=inside, other=0.0).to(tl.float32), -1e30)
-
-
-@triton.jit
-def _load_weights(row, classes, columns):
-    return tl.load(row + columns, mask=columns < classes, other=0.0).to(tl.float32)
+    return tl.where(inside, tl.load(row + columns, mask=inside, other=0.0).to(tl.float32), padding)
 
 
 @triton.jit
@@ -53,7 +49,7 @@ def _forward(
     student += row * student_stride
     teacher += row * teacher_stride
     smoothed += row * smoothed_stride
-    # The row's first entry is as good a first maximum as -inf, and inf - inf never arises.
+    # Any entry is as good a first maximum as -inf, and brings no inf - inf.
     student_max = tl.load(student).to(tl.float32)
     teacher_max = tl.load(teacher).to(tl.float32)
     student_sum = 0.0  # sum exp((s - max s) / T)
@@ -64,9 +60,9 @@ def _forward(
     spread = 0.0  # sum v (d - mean)^2
     for start in range(0, classes, BLOCK):
         columns = start + tl.arange(0, BLOCK)
-        s = _load_logits(student, classes, columns)
-        t = _load_logits(teacher, classes, columns)
-        v = _load_weights(smoothed, classes, columns)
+        s = _load(student, columns, classes, BELOW)
+        t = _load(teacher, columns, classes, BELOW)
+        v = _load(smoothed, columns, classes, 0.0)
         student_next = tl.maximum(student_max, tl.max(s, 0))
         teacher_next = tl.maximum(teacher_max, tl.max(t, 0))
         student_move = student_max - student_next
@@ -114,7 +110,7 @@ def _backward(
     teacher,
     smoothed,
     statistics,  # (STATISTICS, B)
-    scale,  # (B,) what wMSE's gradient is multiplied by
+    scale,  # (B,) of wMSE: alpha W / its divisor
     grad,  # (B,)
     to_student,  # (B, C) written row by row, or None
     to_teacher,
@@ -125,7 +121,7 @@ def _backward(
     batch,
     classes,
     inverse_temperature,
-    beta,
+    entropy_scale,  # beta / T
     break_asymmetry: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -135,17 +131,17 @@ def _backward(
     inside = columns < classes
     statistics += row
     grad = tl.load(grad + row * grad_stride).to(tl.float32)
-    s = _load_logits(student + row * student_stride, classes, columns) - tl.load(statistics)
-    t = _load_logits(teacher + row * teacher_stride, classes, columns) - tl.load(statistics + 2 * batch)
-    v = _load_weights(smoothed + row * smoothed_stride, classes, columns)
+    s = _load(student + row * student_stride, columns, classes, BELOW) - tl.load(statistics)
+    t = _load(teacher + row * teacher_stride, columns, classes, BELOW) - tl.load(statistics + 2 * batch)
+    v = _load(smoothed + row * smoothed_stride, columns, classes, 0.0)
     pull = v * (t - s - tl.load(statistics + 4 * batch)) * (grad * tl.load(scale + row))
     if to_teacher is not None:
         tl.store(to_teacher + row * classes + columns, pull, mask=inside)
     if to_student is not None:
         # The sums divide: their logarithms, taken into the exponents, would cost a digit. A plain / on a GPU may be
         # two units in the last place away; div_rn, once for each row, is not.
-        student_factor = tl.div_rn(grad * beta * inverse_temperature, tl.load(statistics + batch))
-        teacher_factor = tl.div_rn(grad * beta * inverse_temperature, tl.load(statistics + 3 * batch))
+        student_factor = tl.div_rn(grad * entropy_scale, tl.load(statistics + batch))
+        teacher_factor = tl.div_rn(grad * entropy_scale, tl.load(statistics + 3 * batch))
         gradient = tl.exp(s * inverse_temperature) * student_factor
         gradient -= tl.exp(t * inverse_temperature) * teacher_factor
         if break_asymmetry:
@@ -154,7 +150,10 @@ def _backward(
 
 
 class TritonClosedForm(torch.autograd.Function):
-    """(B,) values of alpha * wMSE + beta * CE: arguments, values and gradients of the eager closed form."""
+    """(B,) values of alpha * wMSE + beta * CE: arguments, values and gradients of the eager closed form.
+
+    All tensors on one GPU, in any dtype but float64. Gradients have their logits' dtype.
+    """
 
     @staticmethod
     def forward(
@@ -203,7 +202,7 @@ class TritonClosedForm(torch.autograd.Function):
             _backward[(batch, triton.cdiv(classes, block))](
                 student, teacher, smoothed, statistics, scale, grad, to_student, to_teacher,
                 student.stride(0), teacher.stride(0), smoothed.stride(0), grad.stride(0), batch, classes,
-                1.0 / ctx.temperature, ctx.beta,
+                1.0 / ctx.temperature, ctx.beta / ctx.temperature,
                 break_asymmetry=ctx.break_asymmetry, BLOCK=block, num_warps=max(1, min(4, block // 256)),
             )  # fmt: skip
         return to_student, to_teacher, None, None, None, None, None, None

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -126,7 +127,7 @@ def compiled_sizes(capability: int) -> dict[str, int]:
     from gkl import triton_losses
 
     sizes = {}
-    types = {"inverse_temperature": "fp32", "beta": "fp32"}
+    types = {"inverse_temperature": "fp32", "entropy_scale": "fp32"}
     types |= dict.fromkeys(("smoothed", "statistics", "scale", "grad"), "*fp32")
     for dtype in ("fp32", "bf16"):
         logits = dict.fromkeys(("student", "teacher", "to_student", "to_teacher"), f"*{dtype}")
@@ -189,7 +190,8 @@ def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
 
 def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that only claim to lie on a GPU."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    ampere, pascal = SimpleNamespace(major=8), SimpleNamespace(major=6)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: ampere)
     with FakeTensorMode():
         single, half, double = (
             torch.empty(2, 3, device="cuda", dtype=dtype)
@@ -199,7 +201,7 @@ def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch)
         assert losses._fused(half, half, double)
         assert not losses._fused(double, double, double) and not losses._fused(single, double, single)
         assert not losses._fused(single, single, single.cpu()) and not losses._fused(*[single.cpu()] * 3)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: pascal)
         assert not losses._fused(single, single, single)
 
 
