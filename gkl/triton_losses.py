@@ -185,7 +185,7 @@ class TritonClosedForm(torch.autograd.Function):
         scale = total * (alpha / pair_weight)
         ctx.save_for_backward(student, teacher, smoothed, statistics, scale)
         ctx.beta, ctx.temperature, ctx.break_asymmetry = beta, temperature, break_asymmetry
-        return 0.5 * scale * spread + beta * cross_entropy
+        return (beta * cross_entropy).addcmul_(scale, spread, value=0.5)
 
     @staticmethod
     @once_differentiable

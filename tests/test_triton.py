@@ -205,6 +205,17 @@ def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch)
         assert not losses._fused(single, single, single)
 
 
+def test_the_choice_breaks_no_graph_of_torch_compile() -> None:
+    student, teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    weights = F.softmax(teacher, -1)
+
+    def loss(student: Tensor) -> Tensor:
+        return losses.gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
+
+    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student), loss(student))
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
         print(json.dumps({f"sm_{capability}": compiled_sizes(capability) for capability in (86, 90)}))
