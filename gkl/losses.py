@@ -6,6 +6,7 @@
 `student` is the paper's n (adversarial view, or student network), `teacher` its m (clean view, or teacher network).
 `alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
 cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
+On a GPU with Triton, `gkl` and what is made of it run as two kernels (`gkl.triton_losses`); float64 stays as it is.
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
@@ -13,6 +14,7 @@ Source: arXiv 2503.08038.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
 CACHED = 1 << 16  # entries of a (b, C) tensor of which several fit into a core's own cache
+HAS_TRITON = find_spec("triton") is not None
 
 
 def kl(
@@ -148,9 +151,10 @@ def gkl(
         )
     device = student_logits.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
+    form = _triton_form() if _fused(student_logits, teacher_logits, weights) else _ClosedForm
     with torch.autocast(device, enabled=False) if half else nullcontext():
         smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=validate)
-        per_example = _ClosedForm.apply(
+        per_example = form.apply(
             student_logits,
             teacher_logits,
             smoothed,
@@ -290,6 +294,25 @@ def _parts(logits: Tensor) -> list[slice]:
     whole = logits.device.type != "cpu" or torch.compiler.is_compiling()
     rows = len(logits) if whole else max(1, CACHED // logits.shape[1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+
+
+def _fused(student: Tensor, teacher: Tensor, weights: Tensor) -> bool:
+    """Whether the Triton kernels take these: all on one GPU that Triton knows, no float64."""
+    # get_device_properties, since torch.compile can fold it into a constant and get_device_capability not.
+    return (
+        HAS_TRITON
+        and student.is_cuda
+        and student.device == teacher.device == weights.device
+        and torch.float64 not in (student.dtype, teacher.dtype)
+        and torch.cuda.get_device_properties(student.device).major >= 7
+    )
+
+
+def _triton_form() -> type[torch.autograd.Function]:
+    # Imported when first wanted: a machine without a GPU may have no Triton.
+    from gkl.triton_losses import TritonClosedForm
+
+    return TritonClosedForm
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
