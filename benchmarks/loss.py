@@ -1,59 +1,165 @@
-"""GKL forward and backward against PyTorch's own KL divergence, interleaved in one run.
+"""GKL forward and backward against PyTorch's own KL divergence, a restatement, the authors' pairs and itself compiled, in turn.
 
-    python benchmarks/loss.py [--device cuda] [--rounds 60]
+    python benchmarks/loss.py [--device cuda] [--rounds 30]
+    DKL_REF=<a checkout of the authors' code> python benchmarks/loss.py
 
-Prints the median over rounds of time(GKL) / time(kl_div), with its quartiles, for each batch size and number of classes.
-Baseline: F.kl_div(log_softmax(student), softmax(teacher)), forward and backward. "teacher fixed": gradient to the student
-alone (distillation); "both": to both logits (adversarial training). Weights: class-wise rows of the prior (gather
-included) or sample-wise. Both sides see the same logits and take turns within each round.
+Ratios are time(ours) / time(F.kl_div(log_softmax(student), softmax(teacher))), or as a row says. "fixed": gradient to the student alone
+(distillation); "both": to both logits (adversarial training). Weights: class-wise rows of the prior (gather included) or
+sample-wise. Before the clock, in float64: the largest difference of the gradients from the restatement's and, where DKL_REF names a
+checkout, from the authors' `dkl_loss`, relative to their largest entry; in float32, how far gradients stand from float64's on the same
+rounded logits when a common offset is added. On a GPU ours is the Triton kernels; the eager form stands beside them.
 """
 
 import argparse
-import statistics
+import ast
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import timed
+from timing import Row, interleaved, ratios, report
 from torch import Tensor
 
+from gkl import losses
 from gkl.objectives import GKL
 from gkl.prior import ClassPrior
 
-SIZES = ((128, 100), (512, 1000), (2048, 1000), (64, 21841), (16384, 150))
+ON_CPU = ((128, 100), (512, 1000), (2048, 1000), (64, 21841), (16384, 150))
+ON_GPU = ((128, 100), (2048, 1000), (64, 21841), (16384, 150))
+ALPHA, BETA, GAMMA = 20.0, 4.0, 0.4
+PAIRS_UP_TO = 60_000_000  # entries of the authors' (B, C, C) tensors that are still tried
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, weights before the power -> scalar
 
 
-def ratios(
-    ours: Callable[[], None], base: Callable[[], None], rounds: int, device: torch.device
-) -> list[float]:
-    repeats = max(1, int(0.002 / timed(base, device)))
+def straight_line(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    """Algorithm 1 in O(B C), line by line, with autograd's own gradient."""
+    v = weights.pow(GAMMA)
+    total = v.sum(1, keepdim=True)
+    d = teacher - student
+    centred = d - (v * d).sum(1, keepdim=True) / total
+    wmse = 0.5 * (total.squeeze(1) * (v * centred.square()).sum(1)).sum() / total.square().sum()
+    cross_entropy = -(F.softmax(teacher, 1).detach() * F.log_softmax(student, 1)).sum(1).mean()
+    return ALPHA * wmse + BETA * cross_entropy
 
-    def several(call: Callable[[], None]) -> Callable[[], None]:
-        return lambda: [call() for _ in range(repeats)] and None
 
-    for call in (ours, base):
-        timed(several(call), device)
-    found = []
-    for number in range(rounds):
-        first, second = (ours, base) if number % 2 else (base, ours)
-        times = {first: timed(several(first), device), second: timed(several(second), device)}
-        found.append(times[ours] / times[base])
+def kl_div(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")
+
+
+def published() -> Loss | None:
+    """The authors' dkl_loss for adversarial training, out of their file; None without DKL_REF."""
+    if "DKL_REF" not in os.environ:
+        return None
+    path = Path(os.environ["DKL_REF"]) / "DKLv2/Adv-training-dkl/utils_awp.py"
+    if not path.is_file():
+        raise SystemExit(f"error: DKL_REF must name a checkout of the authors' code, there is no {path}")
+    names: dict[str, Any] = {"torch": torch, "F": F}
+    body = [
+        n for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == "dkl_loss"
+    ]
+    exec(compile(ast.Module(body, []), str(path), "exec"), names)
+    function = names["dkl_loss"]
+
+    def loss(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+        # Their names are the other way round: alpha weighs the cross-entropy. 0.25 stands inside.
+        return function(student, teacher, alpha=BETA, beta=ALPHA, gamma=GAMMA, CLASS_PRIOR=weights)
+
+    return loss
+
+
+class Case:
+    """Logits and weights of one size, and the calls that are timed."""
+
+    def __init__(self, batch: int, classes: int, weights: str, fixed: bool, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.student = torch.randn(batch, classes, device=device, requires_grad=True)
+        self.teacher = torch.randn(batch, classes, device=device, requires_grad=not fixed)
+        self.labels = torch.randint(classes, (batch,), device=device)
+        self.prior = ClassPrior(classes if weights == "class" else 2).to(device)
+        if weights == "class":
+            self.prior.probs.copy_(torch.randn(classes, classes).softmax(-1))
+        self.objective = GKL(ALPHA, BETA, GAMMA, weights="class" if weights == "class" else "sample")
+        self.wanted = [x for x in (self.student, self.teacher) if x.requires_grad]
+
+    def ours(self) -> None:
+        value = self.objective(self.student, self.teacher, self.labels, self.prior).mean()
+        torch.autograd.grad(value, self.wanted)
+
+    def eager(self) -> None:
+        with mock.patch.object(losses, "HAS_TRITON", False):
+            self.ours()
+
+    def of(self, loss: Loss) -> Callable[[], object]:
+        """The same of another loss, with the same weights made in the same way."""
+        by_class = self.objective.weights == "class"
+
+        def call() -> object:
+            weights = self.teacher  # which kl_div does not look at
+            if loss is not kl_div:
+                weights = self.prior[self.labels] if by_class else F.softmax(self.teacher.detach(), -1)
+            return torch.autograd.grad(loss(self.student, self.teacher, weights), self.wanted)
+
+        return call
+
+    def compiled(self) -> Callable[[], object]:
+        """Ours under torch.compile, weights made inside."""
+        probs, by_class = self.prior.probs, self.objective.weights == "class"
+
+        @torch.compile(fullgraph=True, dynamic=False)
+        def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+            weights = probs[labels] if by_class else F.softmax(teacher.detach(), -1)
+            return losses.gkl(student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False)
+
+        return lambda: torch.autograd.grad(loss(self.student, self.teacher, self.labels), self.wanted)
+
+
+def gradients(loss: Loss, student: Tensor, teacher: Tensor, weights: Tensor) -> list[Tensor]:
+    pair = [student.clone().requires_grad_(), teacher.clone().requires_grad_()]
+    return list(torch.autograd.grad(loss(*pair, weights), pair))
+
+
+def ours(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
+    return losses.gkl(student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False)
+
+
+def differences(device: torch.device, theirs: Loss | None) -> str:
+    """How far our float64 gradients are from the others', and our float32 ones from float64's, over offsets."""
+    torch.manual_seed(0)
+    teacher = torch.randn(64, 100, device=device, dtype=torch.float64)
+    student = teacher + 0.3 * torch.randn_like(teacher)
+    weights = torch.randn_like(teacher).softmax(-1)
+    mine = gradients(ours, student, teacher, weights)
+    found = {"restatement": straight_line, **({"authors'": theirs} if theirs else {})}
+    text = []
+    for name, loss in found.items():
+        pairs = zip(mine, gradients(loss, student, teacher, weights), strict=True)
+        text.append(f"{name} {max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs):.0e}")
+    return "float64 gradients from ours: " + ", ".join(text)
+
+
+def offsets(device: torch.device) -> dict[str, float]:
+    """wMSE's float32 gradient against float64's on the same rounded logits, relative in the Euclidean norm, by offset."""
+    found = {}
+    for offset in (0.0, 100.0, 1000.0, 1e4):
+        torch.manual_seed(0)
+        teacher = torch.randn(64, 100, device=device) + offset
+        student = teacher + 0.3 * torch.randn(64, 100, device=device)
+        weights = (teacher - offset).softmax(-1)
+
+        def wmse(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
+            return losses.gkl(s, t, w, alpha=ALPHA, beta=0.0, gamma=GAMMA, validate=False)
+
+        single, double = (
+            gradients(wmse, *(x.to(d) for x in (student, teacher, weights)))
+            for d in (torch.float32, torch.float64)
+        )
+        found[f"{offset:g}"] = max(
+            float((a - b).norm() / b.norm()) for a, b in zip(single, double, strict=True)
+        )
     return found
-
-
-def contestants(
-    student: Tensor, teacher: Tensor, labels: Tensor, prior: ClassPrior, objective: GKL
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    wanted = [x for x in (student, teacher) if x.requires_grad]
-
-    def base() -> None:
-        value = F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")
-        torch.autograd.grad(value, wanted)
-
-    def ours() -> None:
-        torch.autograd.grad(objective(student, teacher, labels, prior).mean(), wanted)
-
-    return ours, base
 
 
 def main() -> None:
@@ -61,30 +167,55 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=30)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"torch {torch.__version__}, {name}; time(GKL) / time(kl_div), forward + backward, median [quartiles]"
-    )
-    for batch, classes in SIZES:
-        torch.manual_seed(0)
-        student = torch.randn(batch, classes, device=device, requires_grad=True)
-        teacher = torch.randn(batch, classes, device=device, requires_grad=True)
-        labels = torch.randint(classes, (batch,), device=device)
-        many = classes > 5000  # a (C, C) prior would take 2 GB: sample-wise only
-        prior = ClassPrior(2 if many else classes).to(device)
-        line = f"{batch:6} x {classes:<6}"
-        for weights in ("sample",) if many else ("class", "sample"):
-            objective = GKL(alpha=20.0, beta=4.0, gamma=0.4, weights=weights)
-            for scope, reference in (("both", teacher), ("teacher fixed", teacher.detach())):
-                pair = contestants(student, reference, labels, prior, objective)
-                low, middle, high = statistics.quantiles(ratios(*pair, arguments.rounds, device), n=4)
-                line += f"  {weights}, {scope}: {middle:.2f} [{low:.2f}, {high:.2f}]"
-        print(line, flush=True)
+    theirs = published()
+    equal, kept = differences(device, theirs), offsets(device)
+    rows = [
+        Row(
+            "float32 gradient error x 1e7, largest of the offsets 0 to 1e4",
+            [max(kept.values()) * 1e7],
+            at_most=2.0,
+            more={"by_offset": kept},
+        )
+    ]
+    for batch, classes in ON_GPU if device.type == "cuda" else ON_CPU:
+        size = f"{batch} x {classes}"
+        # A (C, C) prior of 21,841 classes would take 2 GB: sample-wise alone.
+        for weights in ("class", "sample") if classes < 5000 else ("sample",):
+            for scope in ("both", "fixed"):
+                case = Case(batch, classes, weights, scope == "fixed", device)
+                several = batch * classes >= 512 * 1000
+                variants = {
+                    "kl_div": case.of(kl_div),
+                    "ours": case.ours,
+                    "restatement": case.of(straight_line),
+                }
+                if (weights, scope) in (("class", "fixed"), ("class", "both")) or classes > 5000:
+                    variants["compiled"] = case.compiled()
+                if theirs and weights == "class" and batch * classes**2 <= PAIRS_UP_TO:
+                    variants["authors'"] = case.of(theirs)
+                if device.type == "cuda":
+                    variants["eager"] = case.eager
+                times = interleaved(variants, device, arguments.rounds, at_least=0.005)
+                bound = 0.4 if device.type == "cuda" else 1.1 if several else 1.35
+                name = f"{size}, {weights}-wise, {scope}"
+                rows.append(
+                    Row(f"{name}: ours / kl_div", ratios(times, "ours", "kl_div"), at_most=bound, equal=equal)
+                )
+                if "compiled" in variants:
+                    rows.append(Row(f"{name}: ours compiled / kl_div", ratios(times, "compiled", "kl_div"),
+                                    at_most=0.75 if device.type == "cpu" else None))  # fmt: skip
+                rows.append(Row(f"{name}: restatement / ours", ratios(times, "restatement", "ours")))
+                for other in ("authors'", "eager"):
+                    if other in variants:
+                        rows.append(Row(f"{name}: {other} / ours", ratios(times, other, "ours")))
+                equal = ""
+                print(f"{name} done", flush=True)
+                del case, variants
+                torch.compiler.reset()
+    report("loss", "time ratios, forward and backward", rows, device)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
-CACHED = 1 << 16  # entries of a (b, C) tensor of which several fit into a core's own cache
+CACHED = 1 << 17  # entries of a (b, C) tensor of which several fit into a core's own cache
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -235,18 +235,17 @@ class _ClosedForm(torch.autograd.Function):
         else:
             scale = total * (alpha / pair_weight)  # (B,) what wMSE is multiplied by
         needed = ctx.needs_input_grad[:2]
-
-        def done(part: slice) -> tuple[Tensor, Tensor | None, Tensor | None]:
-            rows = (x[part].to(dtype) for x in (student, teacher, smoothed, total, scale))
-            return _with_gradients(*rows, beta, temperature, break_asymmetry, needed)  # type: ignore[arg-type, call-arg]
-
+        rows, constants = (
+            (student, teacher, smoothed, total, scale),
+            (dtype, beta, temperature, break_asymmetry, needed),
+        )
         if len(parts := _parts(student)) == 1:
-            value, *grads = done(parts[0])
+            value, *grads = _with_gradients(*rows, *constants)
         else:
             value = torch.empty_like(total)
             grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
             for part in parts:
-                value[part], *found = done(part)
+                value[part], *found = _with_gradients(*(x[part] for x in rows), *constants)  # type: ignore[misc]
                 for whole, piece in zip(grads, found, strict=True):
                     if whole is not None and piece is not None:
                         whole[part] = piece
@@ -268,9 +267,15 @@ class _ClosedForm(torch.autograd.Function):
 
 def _with_gradients(
     student: Tensor, teacher: Tensor, smoothed: Tensor, total: Tensor, scale: Tensor,
-    beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
+    dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. total, scale: (b,)."""
+    student, teacher, smoothed, scale = (
+        student.to(dtype),
+        teacher.to(dtype),
+        smoothed.to(dtype),
+        scale.to(dtype),
+    )
     difference = teacher - student  # exact where the two are alike, so a common offset costs no digit
     if temperature != 1.0:
         student, teacher = student / temperature, teacher / temperature
