@@ -14,6 +14,7 @@ Source: arXiv 2503.08038.
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -235,17 +236,22 @@ class _ClosedForm(torch.autograd.Function):
         else:
             scale = total * (alpha / pair_weight)  # (B,) what wMSE is multiplied by
         needed = ctx.needs_input_grad[:2]
-        rows, constants = (
-            (student, teacher, smoothed, total, scale),
-            (dtype, beta, temperature, break_asymmetry, needed),
+        compute = partial(
+            _with_gradients,
+            dtype=dtype,
+            beta=beta,
+            temperature=temperature,
+            break_asymmetry=break_asymmetry,
+            needed=needed,
         )
+        rows = (student, teacher, smoothed, total, scale)
         if len(parts := _parts(student)) == 1:
-            value, *grads = _with_gradients(*rows, *constants)
+            value, *grads = compute(*rows)
         else:
             value = torch.empty_like(total)
             grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
             for part in parts:
-                value[part], *found = _with_gradients(*(x[part] for x in rows), *constants)  # type: ignore[misc]
+                value[part], *found = compute(*(x[part] for x in rows))
                 for whole, piece in zip(grads, found, strict=True):
                     if whole is not None and piece is not None:
                         whole[part] = piece
@@ -267,7 +273,7 @@ class _ClosedForm(torch.autograd.Function):
 
 def _with_gradients(
     student: Tensor, teacher: Tensor, smoothed: Tensor, total: Tensor, scale: Tensor,
-    dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
+    *, dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. total, scale: (b,)."""
     student, teacher, smoothed, scale = (
