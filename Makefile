@@ -79,8 +79,9 @@ doctor: $(STAMP) ## this machine, its versions and data, and what each table sti
 speed5: $(STAMP) ## Table V's seconds per iteration, all methods in one run, beside the paper's (ARGS: --batch --precision)
 	@$(PY) benchmarks/table5.py $(ARGS)
 
-bench: $(STAMP) ## speed as ratios measured side by side: losses, augmentation, decoding, distillation steps
-	@for name in loss augmentation decoding distillation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
+bench: $(STAMP) ## speed as ratios against targets, about half an hour on two idle cores; DKL_REF=folder adds the authors' code
+	@for name in loss step distillation autoattack augmentation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
+	@$(PY) benchmarks/table.py
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
 	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \
