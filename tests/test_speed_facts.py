@@ -1,6 +1,7 @@
 """What makes a step fast, as facts that need no clock: the passes it takes, what it leaves out, that compiling changes nothing."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,13 +10,16 @@ from test_methods import task_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gkl.models.batch_norm import frozen_parameters
+from gkl.models.wide_resnet import WideResNet
 from trainers.configuration import locate
 
 
 class Passes(TorchDispatchMode):
     """Counts pictures through each convolution: forward 1, gradient to its input 1, gradient to its weight 1.
 
-    counts: by name of the network and the weight's place in it. A copy that a method makes of a network counts as `copies`; -1 is AutoAugment's sharpness.
+    counts: by name of the network and the weight's place in it. A copy that a method makes of a network counts as
+    `copies`; -1 is AutoAugment's sharpness.
     """
 
     def __init__(self, networks: dict[str, nn.Module]) -> None:
@@ -100,3 +104,57 @@ def test_the_plan_counts_what_a_step_takes(experiment: str, epoch: int, tmp_path
         if network == "model":
             total += sum(counts.get(("copies", last), ()))
         assert total == each * pictures, network
+
+
+@pytest.mark.parametrize("experiment", ["c100_basic_gkl", "c100_dm", "c10_rice", "c100_las_at"])
+def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: Any) -> None:
+    """Whatever batch norm does meanwhile. The images are those of an attack that keeps everything, to the bit."""
+    own = [f"generated.root={tmp_path}"] if experiment == "c100_dm" else []
+    own += ["method.interval=1"] if experiment == "c100_las_at" else []
+    _, task = task_of(f"at/{experiment}", "epochs=200", *own)
+    task.start_epoch(60)
+    needed = []
+    task.model.conv2.register_forward_pre_hook(
+        lambda layer, inputs: needed.append(
+            (torch.is_grad_enabled(), inputs[0].requires_grad, layer.weight.requires_grad)
+        )
+    )
+    task.train_step(60, 0)
+    attack = [weight for grad, images, weight in needed if grad and images and not weight]
+    assert len(attack) >= task.budget["steps"]
+    assert all(p.requires_grad for p in task.model.parameters())
+
+    x, y, view, index = task.batch(60, 0)
+
+    def loss(logits: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    def failing(logits: Tensor) -> Tensor:
+        assert not any(p.requires_grad for p in task.model.parameters())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        task.attacked(x, failing, 60, index, view)
+    assert all(p.requires_grad for p in task.model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainers.robust.frozen_parameters", nullcontext)
+        kept = task.attacked(x, loss, 60, index, view)
+    assert task.attacked(x, loss, 60, index, view).equal(kept)
+
+
+def test_compiled_with_frozen_parameters_less_is_kept_for_the_backward_pass() -> None:
+    """By the partition that inductor's graphs have, too; torch's own convolution keeps its input whether it is needed or not."""
+    model = WideResNet(10, 1, num_classes=5).eval()
+    compiled = torch.compile(model, backend="aot_eager_decomp_partition")
+    kept = []
+    for context in (nullcontext, frozen_parameters):
+        x, sizes = torch.rand(4, 3, 16, 16, requires_grad=True), list[int]()
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with context(model), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(x)
+        kept.append(sum(sizes))
+    assert kept[1] < 0.8 * kept[0]
