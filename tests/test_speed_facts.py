@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from test_methods import task_of
 from torch import Tensor, nn
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkl.models.batch_norm import frozen_parameters
@@ -158,3 +160,35 @@ def test_compiled_with_frozen_parameters_less_is_kept_for_the_backward_pass() ->
             compiled(x)
         kept.append(sum(sizes))
     assert kept[1] < 0.8 * kept[0]
+
+
+@pytest.mark.parametrize("experiment", ["c100_basic_gkl", "c100_autoaug", "c100_dajat", "c100_dm", "c10_rice", "c100_lbgat_awp", "c100_las_at"])  # fmt: skip
+def test_compiling_changes_no_step_and_settles(
+    experiment: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two whole steps of each kind of method in float64, then no new graph: not by mode, not by a shorter last batch again."""
+    own = [f"generated.root={tmp_path}"] if experiment == "c100_dm" else []
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    tasks = [task_of(f"at/{experiment}", "epochs=200", f"compile={on}", *own)[1] for on in ("false", "true")]
+    for task in tasks:
+        task.start_epoch(60)
+        for step in range(2):
+            task.train_step(60, step)
+        task.train_step(60, task.steps_per_epoch - 1)
+    compiled = tasks[1].model.state_dict()
+    for name, value in tasks[0].model.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(compiled[name], value, rtol=0, atol=1e-12, msg=name)
+    assert graphs
+    settled = len(graphs)
+    tasks[1].start_epoch(61)
+    for step in (0, tasks[1].steps_per_epoch - 1):
+        tasks[1].train_step(61, step)
+    assert len(graphs) == settled
