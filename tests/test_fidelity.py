@@ -113,13 +113,17 @@ RECIPES = {
 class Restatement:
     """The recipe, one line after the other."""
 
-    def __init__(self, model: nn.Module, protocol: str, recipe: Recipe) -> None:
+    def __init__(
+        self, model: nn.Module, protocol: str, recipe: Recipe, classes: int = 10, replicas: int = 4
+    ) -> None:
         self.model, self.protocol, self.recipe = model, protocol, recipe
+        self.classes, self.replicas = classes, replicas
         self.tau = recipe.tau
         if protocol == "paper" and recipe.tau_in_the_text is not None:
             self.tau = recipe.tau_in_the_text
         self.momentum = {name: None for name, _ in model.named_parameters()}
-        self.prior = torch.full((10, 10), 0.1, dtype=torch.float64)
+        like = next(model.parameters())
+        self.prior = torch.full((classes, classes), 1 / classes, dtype=like.dtype, device=like.device)
         self.average: dict[str, Tensor] = {}
 
     def epoch(self, epoch: int, batches: list[tuple[Tensor, Tensor, Tensor]]) -> None:
@@ -131,10 +135,9 @@ class Restatement:
             steps, step_size = 5, epsilon / 2
         else:  # epochs 101..150
             steps, step_size = 4, epsilon / 2
-        matrix = torch.zeros(10, 10, dtype=torch.float64)
+        matrix = torch.zeros_like(self.prior)
         for x, y, noise in batches:
-            onehot = F.one_hot(y, 10).double()
-            matrix += self.step(x, y, onehot, noise, lr, epsilon, steps, step_size)
+            matrix += self.step(x, y, noise, lr, epsilon, steps, step_size)
         self.prior = matrix / matrix.sum(1, keepdim=True)
         state = {k: v.clone() for k, v in self.model.state_dict().items()}
         if not self.average:
@@ -142,8 +145,9 @@ class Restatement:
         else:
             self.average = {k: 0.1 * v + 0.9 * self.average[k] for k, v in state.items()}
 
-    def step(self, x, y, onehot, noise, lr, epsilon, steps, step_size):
-        model, rows = self.model, onehot @ self.prior
+    def step(self, x, y, noise, lr, epsilon, steps, step_size):
+        onehot = F.one_hot(y, self.classes).to(x.dtype)
+        model, rows, replicas = self.model, onehot @ self.prior, self.replicas
         model.eval()
         x_adv = x + 0.001 * noise
         for _ in range(steps):
@@ -154,7 +158,7 @@ class Restatement:
             x_adv = torch.minimum(torch.maximum(x_adv, x - epsilon), x + epsilon).clamp(0, 1)
 
         proxy = copy.deepcopy(model).train()
-        proxy_clean, proxy_adv = scattered(proxy, x, 4), scattered(proxy, x_adv, 4)
+        proxy_clean, proxy_adv = scattered(proxy, x, replicas), scattered(proxy, x_adv, replicas)
         ascent = -(F.cross_entropy(proxy_clean, y) + self.recipe.loss(proxy_adv, proxy_clean, rows))
         proxy.zero_grad()
         ascent.backward()
@@ -169,7 +173,7 @@ class Restatement:
             parameters[name].data.add_(0.005 * move)
 
         model.train()
-        adversarial, clean = scattered(model, x_adv, 4), scattered(model, x, 4)
+        adversarial, clean = scattered(model, x_adv, replicas), scattered(model, x, replicas)
         loss, weights = F.cross_entropy(clean, y), self.recipe.view_weights
         parts = [z.chunk(len(weights)) for z in (adversarial, clean, rows)]
         for weight, *view in zip(weights, *parts, strict=True):

@@ -22,7 +22,7 @@ from gkl.attacks import pgd, project, random_start
 from gkl.awp import perturbed
 from gkl.counter import sample_keys, uniform
 from gkl.distributed import broadcast_, world_sum, world_sum_
-from gkl.models.batch_norm import eval_mode, frozen_statistics
+from gkl.models.batch_norm import eval_mode, frozen_parameters, frozen_statistics
 from trainers.pgd_at import PGDTraining
 from trainers.robust import awp_share
 
@@ -94,7 +94,7 @@ class LASAT(PGDTraining):
             self._improve(x, y, epoch, step, index)
         with torch.no_grad(), eval_mode(self.strategy):
             drawn = self._draw(self.strategy(x), epoch, index, "las_train")
-        with eval_mode(self.model):
+        with eval_mode(self.model), frozen_parameters(self.model):
             x_adv = self._attack(x, y, drawn, epoch, index, "las_train_start")
         return project(x_adv, x, norm=self.attack.norm, epsilon=self.attack.epsilon)
 
@@ -146,11 +146,11 @@ class LASAT(PGDTraining):
     ) -> Tensor:
         """What the drawn strategies are worth: one number for the whole batch."""
         items = self.training.samples(step)
-        with eval_mode(self.model):
+        with eval_mode(self.model), frozen_parameters(self.model):
             x_adv = self._attack(x, y, drawn, epoch, index, "las_reward_start")
             with torch.no_grad():
                 difficulty = world_sum(F.cross_entropy(self.logits(x_adv), y, reduction="sum")) / items
-        updated = self._updated_copy(x_adv, y, items, epoch)
+        updated = self._updated_copy(x_adv, y, items, epoch).requires_grad_(False)
         starts = []
         for restart in range(RESTARTS):
             keys = sample_keys(self.seed, epoch, index, f"las_restart/{restart}")

@@ -4,13 +4,13 @@ A method is a subclass in a file of its own with `train_step` and `forwards`; it
 calls `batch`, `attacked`, `awp` and `descend` for the rest. Every loss it hands over is this process's share.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkl.attacks import PGD, pgd
 from gkl.augment import Views
@@ -18,7 +18,7 @@ from gkl.awp import perturbed
 from gkl.counter import sample_keys
 from gkl.data import ImageData
 from gkl.distributed import rank
-from gkl.models.batch_norm import eval_mode, frozen_statistics
+from gkl.models.batch_norm import eval_mode, frozen_parameters, frozen_statistics
 from gkl.objectives import Objective
 from gkl.prior import ClassPrior
 from gkl.selection import MostRobust
@@ -26,6 +26,13 @@ from trainers.batches import TrainingSet
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy, pgd_accuracy
 from trainers.training import Training
+
+# What batch norm does while the network is attacked: see gkl.attacks.PGD.
+ATTACK_MODES: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
+    "eval": eval_mode,
+    "frozen": frozen_statistics,
+    "train": nullcontext,
+}
 
 
 class RobustTraining(Training):
@@ -70,12 +77,13 @@ class RobustTraining(Training):
                 **self.budget,
             )
 
-    def attack_mode(self) -> AbstractContextManager[None]:
-        """The network's mode while it is attacked."""
-        if self.attack.mode == "eval":
-            return eval_mode(self.model)
-        self.model.train()
-        return frozen_statistics(self.model) if self.attack.mode == "frozen" else nullcontext()
+    @contextmanager
+    def attack_mode(self) -> Iterator[None]:
+        """Inside, the network is as the attack wants it, and its parameters need no gradient."""
+        if self.attack.mode != "eval":
+            self.model.train()
+        with frozen_parameters(self.model), ATTACK_MODES[self.attack.mode](self.model):
+            yield
 
     def awp(self, loss_fn: Callable[[], Tensor], gamma: float, active: bool) -> AbstractContextManager[None]:
         """Weights moved where loss_fn is worst, if active; loss_fn runs with batch statistics and leaves no trace."""

@@ -30,6 +30,15 @@ Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def compiled(network: nn.Module) -> Any:
+    """The network by torch.compile: a graph for each of its modes and shapes, the few that a training has.
+
+    An epoch's shorter last batch would otherwise make every graph one of any shape, and slower.
+    """
+    torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
+    return torch.compile(network, dynamic=False)
+
+
 class Training(ABC):
     """Base of all trainings. A `trainers.engine.Task`."""
 
@@ -85,7 +94,7 @@ class Training(ABC):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.model = self.placed(model)
         self.compiled = compile
-        self.network: Callable[[Tensor], Tensor] = torch.compile(self.model) if compile else self.model
+        self.network: Callable[[Tensor], Tensor] = compiled(self.model) if compile else self.model
         self.augment = augment
         self.seed, self.epochs = seed, epochs
         shared: dict[str, Any] = {"batch_size": batch_size, "drop_last": drop_last, "seed": seed}

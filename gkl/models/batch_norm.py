@@ -1,7 +1,7 @@
 """Batch norm as several cards have it, and the modes of a network as context managers.
 
 model = group_batch_norm(create("wrn_34_10", num_classes=100), groups=4)  # the published runs: four cards
-with eval_mode(model):
+with eval_mode(model), frozen_parameters(model):
     x_adv = attack(model, x)
 with frozen_statistics(model):
     loss(model(x_adv)).backward()  # normalised by the batch, running statistics untouched
@@ -191,3 +191,16 @@ def folded(network: nn.Module, example: Tensor) -> nn.Module:
                     if child is norm:
                         setattr(parent, name, nn.Identity())
     return copied
+
+
+@contextmanager
+def frozen_parameters(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter needs a gradient: a backward pass goes to the images alone. None is left frozen that was not."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
