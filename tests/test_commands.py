@@ -130,7 +130,7 @@ def test_no_gpu(command: Command, arguments: str, tmp_path: Path) -> None:
     assert err.count("\n") == 1 and written(tmp_path) == []
     if script == "reproduce":
         assert (
-            "about" in out and "GPU-hours" in out and "0 of 36 runs done" in out
+            "about" in out and "device-hours" in out and "0 of 36 runs done" in out
         )  # what it would cost comes first
 
 

@@ -18,13 +18,12 @@ from gkl.records import (
 )
 from gkl.tables import build, experiments, latex, markdown, paired_half_width, told
 from trainers.configuration import check, compose, published
+from trainers.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
 from trainers.plan import (
     Cell,
     cells,
     claims,
-    disk_bytes,
-    forward_flops,
-    gpu_hours,
+    device_hours,
     load_table,
     summary,
     tables,
@@ -295,6 +294,24 @@ def test_rows_of_tables_name_runs_that_compose_and_differ() -> None:
     assert len(shared) == 1  # the centre of four tables is one run
 
 
+def test_the_rate_is_what_recorded_runs_sustained_and_says_how_far_it_errs() -> None:
+    """Runs of 1, 2 and 4 times the seconds: the middle one's rate, the others a factor 2 away; other machines and scales aside."""
+    made = [record(30.0, seed, cost={"seconds": 100.0 * 2**seed}) for seed in range(3)]
+    flops = needed_flops(made[0]["config"], recorded_size(made[0]))
+    assert recorded_size(made[0]) == (1437, 360, 8, 10)
+    others = [record(30.0, scale="small", cost={"seconds": 1.0}),
+              record(30.0, hardware={"name": "another", "count": 1}, cost={"seconds": 1.0})]  # fmt: skip
+    rate = measured([*made, *others], "a processor", "smoke", "at")
+    assert rate is not None and rate.runs == 3 and rate.factor == pytest.approx(2.0)
+    assert rate.tflops == pytest.approx(flops / 200e12)
+    assert "the median of 3 recorded runs (at, scale smoke) on a processor" in str(rate)
+    cell = Cell("gkl", config())
+    assert device_hours(cell, rate) == pytest.approx(200 / 3600)
+    assert measured(made[:2], "a processor", "smoke", "at") is None
+    assert "an assumption" in summary("Table", "smoke", [cell])
+    assert str(rate) in summary("Table", "smoke", [cell], rate)
+
+
 def test_paired_comparison_is_students() -> None:
     """Two rows over the seeds that both have; textbook numbers for differences 1, 2, 3: 2 ± 4.303 / sqrt(3)."""
     table = {
@@ -350,11 +367,11 @@ def test_costs_are_counted() -> None:
     for came, width, side in widths:
         macs += (9 * came * width + 9 * width * width + came * width + 8 * 9 * width * width) * side**2
     assert abs(flops / 2 - macs - 640 * 100) < 1e-3 * macs
-    hours = gpu_hours(Cell("gkl", base))
+    hours = device_hours(Cell("gkl", base))
     with_awp, without = 191, 9
     forwards = 50_000 * (with_awp * 23 + without * 17) + 200 * 10_000 + 10_000 * 0.35 * 9755
     assert hours is not None and abs(hours - forwards * flops / 1e13 / 3600) < 0.01 * hours
     assert 1.5e9 < disk_bytes(base) < 3e9
     pictures = compose("train", ["experiment=at/c100_basic_gkl", "data=image_folder", "data.root=x"])
-    assert gpu_hours(Cell("gkl", pictures)) is None
-    assert gpu_hours(Cell("gkl", base), tflops=20.0) == pytest.approx(hours / 2)
+    assert device_hours(Cell("gkl", pictures)) is None
+    assert device_hours(Cell("gkl", base), Rate(20.0)) == pytest.approx(hours / 2)

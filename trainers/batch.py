@@ -2,15 +2,18 @@
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
-from gkl.records import differences
+from gkl.records import differences, read_records
 from trainers.configuration import CONFIGS, ConfigError, check, choices, make, unknown
+from trainers.cost import ASSUMED, Rate, measured
 from trainers.launch import run_all
 from trainers.plan import Cell, row_config, summary
-from trainers.run import check_teacher, processes
+from trainers.run import check_teacher, machine_name, processes
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -38,7 +41,8 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
     if settings["trials"] is not None and not (type(settings["trials"]) is int and settings["trials"] > 0):
         raise ConfigError(f"trials must be a number above 0, got {settings['trials']!r}")
-    if type(settings["tflops"]) not in (int, float) or settings["tflops"] <= 0:
+    given = settings["tflops"]
+    if given is not None and (type(given) not in (int, float) or given <= 0):
         raise ConfigError(f"tflops must be a number above 0, got {settings['tflops']!r}")
     return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
 
@@ -54,7 +58,7 @@ def carry_out(
     then: further runs after each, see run_all. Returns a line for each run that failed (with keep_going; otherwise the first
     raises), or None when only planned.
     """
-    print(summary(table["title"], settings["scale"], plan, settings["tflops"]), flush=True)
+    print(summary(table["title"], settings["scale"], plan, rate(plan, settings)), flush=True)
     if settings["plan"]:
         return None
 
@@ -77,6 +81,18 @@ def carry_out(
         keep_going=settings["keep_going"],
         then=lambda done: [ready(cell) for cell in then(done)],
     )
+
+
+def rate(plan: Sequence[Cell], settings: Mapping[str, Any]) -> Rate:
+    """What a device is taken to sustain: as the person says, as recorded for such runs on such a device, or as assumed."""
+    if settings["tflops"] is not None:
+        return Rate(float(settings["tflops"]))
+    config = plan[-1].config
+    recorded = dict.fromkeys((Path(config["paths"]["results"]).resolve(), CONFIGS.parent / "results"))
+    records = [record for folder in recorded for record in read_records(folder / "runs")]
+    device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
+    task = config["experiment"].split("/")[0]
+    return measured(records, machine_name(device), settings["scale"], task) or ASSUMED
 
 
 def at_once(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

@@ -1,40 +1,24 @@
-"""Which runs a table or figure needs, which of them are done, and what the missing ones cost.
-
-Forward-equivalents follow from the recipe, FLOPs of one forward from the network, hours from an assumed rate.
-"""
+"""Which runs a table or figure needs, which of them are done, and what the missing ones cost."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import OmegaConf
-from torch.utils.flop_counter import FlopCounterMode
 
 from gkl.records import assessment_path, read_record
 from gkl.tables import Overrides, experiments
-from trainers.configuration import CONFIGS, ConfigError, compose, locate, make, unknown
+from trainers.configuration import CONFIGS, ConfigError, compose, unknown
+from trainers.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
 from trainers.run import record_path, run_folder
 from trainers.teacher import teacher_config
 
-TFLOPS = 10.0  # sustained by one 3090-class card in float32; an assumption, said wherever hours are printed
 STATES = ("done", "failed", "started", "missing")
 SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
-# Per attacked test image, in forward passes: what AutoAttack takes to prove a survivor, and the share that survives.
-AUTOATTACK_FORWARDS, SURVIVORS = 9755, 0.35
-# Sizes that cannot be looked up without the data: name of the data function -> (train, test images, side, classes).
-SIZES = {
-    "cifar10": (50_000, 10_000, 32, 10),
-    "cifar100": (50_000, 10_000, 32, 100),
-    "digits": (1_437, 360, 8, 10),
-    "digits_files": (514, 360, 32, 10),
-    "imagenet": (1_281_167, 50_000, 224, 1000),
-    "imagenet_lt": (115_846, 50_000, 224, 1000),
-}
 
 
 @dataclass(frozen=True)
@@ -156,8 +140,8 @@ def claims() -> dict[str, list[Overrides]]:
     return found
 
 
-def summary(title: str, scale: str, plan: Sequence[Cell], tflops: float = TFLOPS) -> str:
-    """Lines for a person: each row's runs by state, and what the missing ones cost at `tflops` sustained."""
+def summary(title: str, scale: str, plan: Sequence[Cell], rate: Rate = ASSUMED) -> str:
+    """Lines for a person: each row's runs by state, and what the missing ones cost at a rate."""
     lines = [f"{title}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"]
     total: float | None = 0.0
     for row in dict.fromkeys(cell.row for cell in plan):
@@ -171,95 +155,32 @@ def summary(title: str, scale: str, plan: Sequence[Cell], tflops: float = TFLOPS
             if seeds
         )
         if left := [cell for cell in mine if cell.status != "done"]:
-            hours = [gpu_hours(cell, tflops) for cell in left]
+            hours = [device_hours(cell, rate) for cell in left]
             mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
             total = None if mean is None or total is None else total + mean * len(left)
             each = "each" if len(names) == 1 else "each, on average,"
             line += f"; {each} {_hours(mean)}, {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
         lines.append(line)
     if any(cell.status != "done" for cell in plan):
-        lines.append(
-            f"  to do: {_hours(total)}, at {'an assumed ' if tflops == TFLOPS else ''}{tflops:g} TFLOP/s sustained"
-            f"{' by a 3090-class card (tflops=... for yours)' if tflops == TFLOPS else ''}"
-        )
+        lines.append(f"  to do: {_hours(total)}, {rate}")
     return "\n".join(lines)
+
+
+def device_hours(cell: Cell, rate: Rate = ASSUMED) -> float | None:
+    """Hours of one device at a rate for what is missing of a cell; None for data whose size is not known beforehand."""
+    size = SIZES.get(cell.config["data"]["_target_"].rpartition(".")[2])
+    if size is None:
+        return None
+    attacks = len(cell.config["assessment"].get("eighths", ())) if cell.assessment else 0
+    return (
+        needed_flops(cell.config, size, training=not cell.trained, further_attacks=attacks)
+        / rate.flops_an_hour
+    )
 
 
 def _hours(hours: float | None) -> str:
     if hours is None:
-        return "an unknown number of GPU-hours for this data"
-    return (
-        "under 0.01 GPU-hours"
-        if hours < 0.01
-        else f"about {hours:,.0f} GPU-hours"
-        if hours >= 10
-        else f"about {hours:.2g} GPU-hours"
-    )
-
-
-def forward_flops(network: Mapping[str, Any], side: int, num_classes: int) -> float:
-    """FLOPs (two per multiply-add) of one image's forward pass, counted on the network itself without computing it."""
-    return _flops(json.dumps(network, sort_keys=True), side, num_classes)
-
-
-@cache
-def _flops(text: str, side: int, num_classes: int) -> float:
-    network = json.loads(text)
-    with torch.device("meta"):
-        model = make({k: v for k, v in network.items() if k != "_partial_"}, num_classes=num_classes).eval()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(torch.empty(1, 3, side, side))
-    return float(counter.get_total_flops())
-
-
-def gpu_hours(cell: Cell, tflops: float = TFLOPS) -> float | None:
-    """Hours of one card that sustains `tflops` for what is missing of a cell; None for data whose size is not known beforehand.
-
-    Training: what the method's `forwards` counts for each image and epoch, the selection and the clean test accuracy
-    after each. Then AutoAttack, once for the record and as often as the assessment asks.
-    """
-    config = cell.config
-    size = SIZES.get(config["data"]["_target_"].rpartition(".")[2])
-    if size is None:
-        return None
-    train, test, side, num_classes = size
-    autoattack = 0.0
-    if config.get("evaluation"):
-        autoattack = (config["evaluation"]["images"] or test) * SURVIVORS * AUTOATTACK_FORWARDS
-    forwards = {"model": 0.0}
-    if cell.assessment:
-        forwards["model"] += autoattack * len(config["assessment"].get("eighths", ()))
-    if not cell.trained:
-        epochs = config["epochs"]
-        attack = make(config["attack"]) if config.get("attack") else None
-        count = locate(config["method"]["_target_"]).forwards  # type: ignore[attr-defined]
-        selection = config["selection"]
-        chosen = 0.0
-        if selection:
-            images = test if selection["images"] == "test" else train * config["held_out"]
-            chosen = images * (2 * selection["steps"] + 1)
-        for epoch in range(1, epochs + 1):
-            steps = attack.budget(epoch, epochs)["steps"] if attack else 0
-            for network, each in count(config, epoch, steps).items():
-                forwards[network] = forwards.get(network, 0.0) + train * each
-        forwards["model"] += epochs * (test + chosen) + autoattack
-    flops = sum(n * forward_flops(_at(config, network), side, num_classes) for network, n in forwards.items())
-    return flops / (tflops * 1e12) / 3600
-
-
-def _at(config: Mapping[str, Any], dotted: str) -> Any:
-    """The entry of a configuration that a dotted name leads to."""
-    for key in dotted.split("."):
-        config = config[key]
-    return config
-
-
-def disk_bytes(config: Mapping[str, Any]) -> float:
-    """Rough size of a run's folder: two checkpoints (weights, momentum, averages) and the exported weights."""
-    with torch.device("meta"):
-        model = make(
-            config["model"],
-            num_classes=SIZES.get(config["data"]["_target_"].rpartition(".")[2], (0, 0, 0, 10))[3],
-        )
-    networks = 1 + len(config["averages"])
-    return 4.0 * sum(p.numel() for p in model.parameters()) * (2 * (networks + 1) + networks)
+        return "an unknown number of device-hours for this data"
+    if hours < 0.01:
+        return "under 0.01 device-hours"
+    return f"about {hours:,.0f} device-hours" if hours >= 10 else f"about {hours:.2g} device-hours"

@@ -289,7 +289,7 @@ def _provenance(device: torch.device, code: dict[str, Any], seconds: float) -> d
         "hardware": {
             "device": device.type,
             "count": world_size(),
-            "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+            "name": machine_name(device),
         },
         "cost": {
             "seconds": round(seconds, 1),
@@ -313,7 +313,10 @@ def _code() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
-def _processor() -> str:
+def machine_name(device: torch.device) -> str:
+    """What records call a device: the card, or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -10,7 +10,8 @@ here, point by point and on any number of processes:
 
     AutoAttack(model, norm, eps, seed, version="standard").run_standard_evaluation(x, y, batch_size=batch_size)
 
-with two differences: FAB's projection is computed without sorting (`projection_linf`, the same point up to rounding), and of fewer than ten classes all the others are targets, where the package would name classes there are not.
+with two differences: FAB's projection is computed without sorting (`projection_linf`, the same point up to rounding), and of
+fewer than ten classes all the others are targets, where the package would name classes there are not.
 A batch is written when it is finished, so that processes share an attack's batches through the folder, wait there for
 each other before the next attack, and a killed evaluation goes on with the next batch. (The package's own state file
 cannot be resumed from, see README.) Source: Croce & Hein 2020.
