@@ -196,8 +196,7 @@ def smoothed_softmax(logits: Tensor, gamma: float, temperature: float = 1.0) -> 
     logits = logits.detach()
     smoothed = torch.empty_like(logits, dtype=at_least_float32(logits[:0]).dtype)
     for part in _parts(logits):
-        scaled = at_least_float32(logits[part])
-        scaled = scaled / temperature if temperature != 1.0 else scaled
+        scaled = _tempered(at_least_float32(logits[part]), temperature)
         if gamma == 1.0:
             smoothed[part] = F.softmax(scaled, dim=-1)
         else:
@@ -232,7 +231,7 @@ class _ClosedForm(torch.autograd.Function):
         dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
         total = smoothed.sum(-1, dtype=dtype) if total is None else total.to(dtype)  # (B,)
         if pair_weight is None:
-            scale = (total * (alpha * len(total))).div_(torch.dot(total, total))
+            scale = (total * (alpha * len(total))).div_(total.square().sum())
         else:
             scale = total * (alpha / pair_weight)  # (B,) what wMSE is multiplied by
         needed = ctx.needs_input_grad[:2]
@@ -283,9 +282,8 @@ def _with_gradients(
         scale.to(dtype),
     )
     difference = teacher - student  # exact where the two are alike, so a common offset costs no digit
-    if temperature != 1.0:
-        student, teacher = student / temperature, teacher / temperature
-    log_probs, teacher_probs = F.log_softmax(student, dim=-1), F.softmax(teacher, dim=-1)
+    log_probs = F.log_softmax(_tempered(student, temperature), dim=-1)
+    teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
     log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
     difference -= torch.linalg.vecdot(smoothed, difference).div_(total).unsqueeze(-1)
     pull = smoothed * difference
@@ -298,6 +296,11 @@ def _with_gradients(
         if break_asymmetry:
             to_student.addcmul_(pull, scale, value=-1.0)
     return value, to_student, pull.mul_(scale) if needed[1] else None
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature up to a shift of each row: the largest is taken off first, so that the quotient rounds no offset."""
+    return logits if temperature == 1.0 else (logits - logits.amax(-1, keepdim=True)).div_(temperature)
 
 
 def _parts(logits: Tensor) -> list[slice]:

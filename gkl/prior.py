@@ -50,16 +50,15 @@ class ClassPrior(nn.Module):
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
         try:
-            return F.embedding(
-                labels, self._table(gamma)[0]
-            )  # a plain index would take a label of -1 for the last class
+            # A plain index would take a label of -1 for the last class.
+            return self._table(gamma)[0].index_select(0, labels)
         except IndexError:
             self._check(labels)
             raise
 
     def totals(self, labels: Tensor, gamma: float) -> Tensor:
         """The sums of those rows, (B,): W of each example."""
-        return self._table(gamma)[1][labels]
+        return self._table(gamma)[1].index_select(0, labels)
 
     def _table(self, gamma: float) -> tuple[Tensor, Tensor]:
         """probs ** gamma and its row sums, kept for the epoch."""

@@ -423,6 +423,24 @@ def test_float32_keeps_its_digits_whatever_is_added_to_the_logits(offset: float,
             assert (single - double).norm() <= 2e-7 * whole
 
 
+@pytest.mark.parametrize("temperature", [1.7, 4.0])
+def test_a_temperature_rounds_no_offset(temperature: float) -> None:
+    """At a common offset of 1e4, quotients and all: GKL's cross-entropy and sample-wise weights."""
+    logits = torch.randn(2, 64, 100, generator=torch.Generator().manual_seed(0)) + 1e4
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        student, teacher = (x.to(dtype).requires_grad_() for x in logits)
+        weights = losses.smoothed_softmax(teacher, 0.4, temperature)
+        value = gkl(
+            student, teacher, weights, alpha=0.0, beta=1.0, gamma=1.0, temperature=temperature, validate=False
+        )
+        (cross,) = torch.autograd.grad(value, student)
+        found.append([weights, cross])
+    probs = sum((x.double() / temperature).softmax(-1).norm() for x in logits) / (64 * temperature)
+    for single, double, size in zip(*found, (found[1][0].norm(), probs), strict=True):
+        assert (single.double() - double).norm() <= 2e-7 * size  # of p - q: of p and q
+
+
 def test_compiled_it_is_one_graph_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = 5 * torch.randn(2, 40, 30, dtype=torch.float64)
     monkeypatch.setattr(losses, "CACHED", 300)
