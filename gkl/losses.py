@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Reduction = Literal["mean", "none"]
-CACHED = 1 << 17  # entries of a (b, C) tensor of which several fit into a core's own cache
+CACHED = 1 << 18  # entries of a (b, C) tensor of which several fit into a core's own cache
 HAS_TRITON = find_spec("triton") is not None
 
 
