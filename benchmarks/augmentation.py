@@ -10,7 +10,7 @@ update) of the given network.
 import argparse
 
 import torch
-from timing import Row, interleaved, noise, ratios, report
+from timing import Row, explained, interleaved, noise, ratios, report
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop, RandomHorizontalFlip
 
 from trainers.configuration import build, compose, make
@@ -46,9 +46,8 @@ def main() -> None:
             "step": lambda task=task: task.train_step(20, 0),
         }
         times, name = interleaved(variants, device, arguments.rounds), " + ".join(task.augment.views)
-        rows.append(
-            Row(f"{name}: throughput", ratios(times, "torchvision", "ours"), at_least=AT_LEAST.get(name))
-        )
+        row = Row(f"{name}: throughput", ratios(times, "torchvision", "ours"), at_least=AT_LEAST.get(name))
+        rows.append(explained(row, variants["ours"], device))
         share = [100 * ratio for ratio in ratios(times, "ours", "step")]
         rows.append(Row(f"{name}: percent of a step of {arguments.model}", share))
     report(

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import Row, interleaved, noise, ratios, report
+from timing import Row, explained, interleaved, noise, ratios, report
 
 from gkl.data import ImageData
 from trainers.configuration import build, compose, make
@@ -131,11 +131,15 @@ def main() -> None:
         steps["published"] = partial(Published(made("gkl", pair, device, data), pair).step, 0)
         times = interleaved(steps, device, arguments.rounds)
         rows = [
-            Row(
-                f"GKL-KD: published / {name}",
-                ratios(times, "published", name),
-                at_least=target,
-                equal=equal[name],
+            explained(
+                Row(
+                    f"GKL-KD: published / {name}",
+                    ratios(times, "published", name),
+                    at_least=target,
+                    equal=equal[name],
+                ),
+                steps[name],
+                device,
             )
             for name, (_, target) in kinds.items()
         ]

@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import Row, interleaved, ratios, report
+from timing import Row, explained, interleaved, ratios, report
 from torch import Tensor
 
 from gkl import losses
@@ -201,12 +201,14 @@ def main() -> None:
                 times = interleaved(variants, device, arguments.rounds, at_least=0.005)
                 bound = 0.4 if device.type == "cuda" else 1.1 if several else 1.35
                 name = f"{size}, {weights}-wise, {scope}"
-                rows.append(
-                    Row(f"{name}: ours / kl_div", ratios(times, "ours", "kl_div"), at_most=bound, equal=equal)
+                row = Row(
+                    f"{name}: ours / kl_div", ratios(times, "ours", "kl_div"), at_most=bound, equal=equal
                 )
+                rows.append(explained(row, variants["ours"], device))
                 if "compiled" in variants:
-                    rows.append(Row(f"{name}: ours compiled / kl_div", ratios(times, "compiled", "kl_div"),
-                                    at_most=0.75 if device.type == "cpu" else None))  # fmt: skip
+                    row = Row(f"{name}: ours compiled / kl_div", ratios(times, "compiled", "kl_div"),
+                              at_most=0.75 if device.type == "cpu" else None)  # fmt: skip
+                    rows.append(explained(row, variants["compiled"], device))
                 rows.append(Row(f"{name}: restatement / ours", ratios(times, "restatement", "ours")))
                 for other in ("authors'", "eager"):
                     if other in variants:

@@ -32,6 +32,14 @@ def main() -> None:
             verdict = {True: "met", False: "**missed**", None: ""}[row["met"]]
             shown = f"{middle:.2f} [{low:.2f}, {high:.2f}]"
             text.append(f"| {row['what']} | {shown} | {row['target']} | {verdict} | {row['equal']} |")
+        held = [row for row in content["rows"] if "profile" in row]
+        if held:
+            text += [
+                "",
+                "Where a target is missed, the operators that take ours its time (share of one profiled call):",
+                "",
+            ]
+            text += [f"- {row['what']}: {row['profile']}" for row in held]
         text.append("")
     (RESULTS / "README.md").write_text("\n".join(text))
     print(f"wrote {RESULTS / 'README.md'}")

@@ -1,7 +1,8 @@
 """What the benchmarks share: the clock, turns, pictures of CIFAR-100's shape, and the file a result goes to.
 
     times = interleaved({"ours": step, "theirs": other}, device, rounds=15)
-    report("step", [Row("WRN-16-2, K = 5", ratios(times, "theirs", "ours"), at_least=1.5)], device)
+    row = Row("WRN-16-2, K = 5", ratios(times, "theirs", "ours"), at_least=1.5)
+    report("step", [explained(row, step, device)], device)
 
 `report` prints each ratio beside its target and writes results/benchmarks/<name>-<cpu or card>.json, from which table.py makes the
 table of the docs.
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from gkl.data import ImageData
 
@@ -93,6 +95,27 @@ class Row:
         return middle >= self.at_least if self.at_least is not None else None
 
 
+def explained(row: Row, ours: Callable[[], object], device: torch.device) -> Row:
+    """The row; where it misses its target, with the operators in which a call of ours spends its time."""
+    if row.met() is False:
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        ours()
+        with profile(activities=kinds) as seen:
+            ours()
+        on_card = device.type == "cuda"
+        spent = {
+            event.key.removeprefix("aten::"): event.self_device_time_total
+            if on_card
+            else event.self_cpu_time_total
+            for event in seen.key_averages()
+        }
+        largest = sorted(spent.items(), key=lambda item: -item[1])[:5]
+        calls = sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))
+        shares = ", ".join(f"{key} {100 * time / sum(spent.values()):.0f} %" for key, time in largest)
+        row.more["profile"] = f"{shares}; {calls} operator calls"
+    return row
+
+
 def report(name: str, heading: str, rows: Sequence[Row], device: torch.device) -> None:
     """Print the rows and write them with machine and versions. heading: what the ratios are."""
     here = machine(device)
@@ -104,6 +127,8 @@ def report(name: str, heading: str, rows: Sequence[Row], device: torch.device) -
         print(
             f"  {row.what:52} {middle:7.3f} [{low:.3f}, {high:.3f}]{bound}  {row.equal}".rstrip(), flush=True
         )
+        if "profile" in row.more:
+            print(f"      ours: {row.more['profile']}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     kind = "cpu" if device.type == "cpu" else here["name"].lower().replace(" ", "-")
     content = {

@@ -78,7 +78,8 @@ class ClassPrior(nn.Module):
             )
         probs = F.softmax(logits.to(self.probs.dtype) / self.temperature, dim=-1).double()
         self.sums.index_add_(0, labels, probs)
-        self.counts += torch.bincount(labels, minlength=self.counts.shape[0])
+        # Not bincount, which reads the largest label back and so waits for a GPU.
+        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
 
     @torch.no_grad()
     def renew(self) -> None:

@@ -152,6 +152,23 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 1
 
 
+@pytest.mark.parametrize("wrong", [(2, 1), (2, 4)])
+def test_no_checkpoint_holds_what_a_value_that_is_not_finite_has_come_to(
+    wrong: tuple[int, int], tmp_path: Path
+) -> None:
+    """A value is read a step late; a signal right after its step saves nothing, nor does an epoch's end."""
+
+    class Exploding(Counting):
+        def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+            scalars = super().train_step(epoch, step)
+            return {**scalars, "robust": torch.tensor(float("nan") if (epoch, step + 1) == wrong else 0.0)}
+
+    with pytest.raises(RunError, match=f"robust became nan in epoch 2, step {wrong[1] - 1}; its batch is in"):
+        fit(Exploding(), epochs=3, folder=RunFolder(tmp_path), checkpoint_minutes=1e9, report=Quiet(wrong))
+    kept = RunFolder(tmp_path).load_checkpoint(lambda message: None)
+    assert kept is not None and kept["position"]["epoch"] == 2 and kept["position"]["step"] == 0
+
+
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (

@@ -6,8 +6,10 @@ A task does the mathematics; the engine knows none of it. Started again with the
 last whole checkpoint and ends in the same weights as if it had never been stopped.
 """
 
+import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -91,24 +93,36 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
             folder.save_checkpoint(state)
         saved = time.monotonic()
 
+    unread = deque[tuple[int, Callable[[], dict[str, float]]]]()
+
+    def account(epoch: int, sums: dict[str, float], but: int = 0) -> None:
+        """Add the values of the steps taken to the sums, of all but the last `but`."""
+        while len(unread) > but:
+            step, read = unread.popleft()
+            for name, value in read().items():
+                if not math.isfinite(value):
+                    raise RunError(_not_finite(task, folder, epoch, step, name, value))
+                sums[name] = sums.get(name, 0.0) + value
+
     steps = task.steps_per_epoch
     with signals() as signal_received:
         for epoch in range(position.epoch, epochs + 1):
             task.start_epoch(epoch)
             sums = dict(position.sums)
             for step in range(position.step, steps):
-                scalars = total_scalars(task.train_step(epoch, step))
-                for name, value in scalars.items():
-                    if value != value or value in (float("inf"), float("-inf")):
-                        raise RunError(_not_finite(task, folder, epoch, step, name, value))
-                    sums[name] = sums.get(name, 0.0) + value
+                unread.append((step, total_scalars(task.train_step(epoch, step))))
+                account(
+                    epoch, sums, but=1
+                )  # a step behind, so that the device has work while its values are waited for
                 report.step(epoch, epochs, step + 1, steps)
                 due = time.monotonic() - saved > 60 * checkpoint_minutes
                 request = agree(signal_received() or (SAVE if due else 0))
                 if request and step + 1 < steps:
+                    account(epoch, sums)  # no checkpoint holds what a value that is not finite has come to
                     save(epoch, step + 1, sums)
                     if request != SAVE:
                         raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
+            account(epoch, sums)
             row = {
                 "epoch": epoch,
                 **{name: value / steps for name, value in sums.items()},
@@ -134,10 +148,20 @@ class Position:
         self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
 
 
-def total_scalars(shares: dict[str, Tensor]) -> dict[str, float]:
-    """Sums over processes of named scalars, read back from the device in one message."""
+def total_scalars(shares: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
+    """Sums over processes of named scalars, on their way from the device in one message; calling the result waits for them."""
     values = world_sum(torch.stack([value.detach().double().reshape(()) for value in shares.values()]))
-    return dict(zip(shares, values.tolist(), strict=True))
+    on_cpu = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if values.is_cuda else None
+    if arrived is not None:
+        arrived.record(torch.cuda.current_stream(values.device))
+
+    def read() -> dict[str, float]:
+        if arrived is not None:
+            arrived.synchronize()  # this copy alone: a plain read waits for all that was launched after it, too
+        return dict(zip(shares, on_cpu.tolist(), strict=True))
+
+    return read
 
 
 def agree(value: int) -> int:
