@@ -79,7 +79,7 @@ doctor: $(STAMP) ## this machine, its versions and data, and what each table sti
 speed5: $(STAMP) ## Table V's seconds per iteration, all methods in one run, beside the paper's (ARGS: --batch --precision)
 	@$(PY) benchmarks/table5.py $(ARGS)
 
-bench: $(STAMP) ## speed as ratios against targets, about half an hour on two idle cores; DKL_REF=folder adds the authors' code
+bench: $(STAMP) ## speed as ratios against targets, about a quarter of an hour on two idle cores; DKL_REF=folder adds the authors' code
 	@for name in loss step distillation autoattack augmentation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 	@$(PY) benchmarks/table.py
 

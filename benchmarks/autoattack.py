@@ -1,6 +1,6 @@
 """AutoAttack standard as the package comes against ours and against the screen, in turns, with every verdict compared.
 
-    python benchmarks/autoattack.py [--device cuda] [--rounds 3] [--images 20]
+    python benchmarks/autoattack.py [--device cuda] [--rounds 2] [--images 15]
 
 The network is a WRN-10-1 that this command first trains adversarially, a few epochs of TRADES at epsilon 0.1 on handwritten
 digits enlarged to 32x32, so that some images fall to each attack and many to none. Each round attacks the next `images` test
@@ -61,8 +61,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--images", type=int, default=15)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)

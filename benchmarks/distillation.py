@@ -1,6 +1,6 @@
 """One distillation step against the published one, and each method's against plain KD's, in turns.
 
-    python benchmarks/distillation.py [--device cuda] [--rounds 15] [--method-rounds 7] [--pair resnet32x4_resnet8x4]
+    python benchmarks/distillation.py [--device cuda] [--rounds 9] [--method-rounds 3] [--pair resnet32x4_resnet8x4]
 
 A step: views, the teacher's forward, the student's forward and backward, the method, the update; CIFAR-100's sizes (batch 64,
 32x32, 100 classes) on random pictures and with an untrained teacher, as a step's time depends on neither. The published step is
@@ -111,8 +111,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--method-rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--method-rounds", type=int, default=3)
     parser.add_argument("--pair", default="resnet32x4_resnet8x4")
     arguments = parser.parse_args()
     device, data, pair = torch.device(arguments.device), noise(), arguments.pair

@@ -1,6 +1,6 @@
 """One step of GKL adversarial training: the authors' loop, our straight-line restatement of it, and ours, interleaved in one run.
 
-    python benchmarks/step.py [--device cuda] [--rounds 5]
+    python benchmarks/step.py [--device cuda] [--rounds 3]
     DKL_REF=<a checkout of the authors' code> python benchmarks/step.py
 
 A step: attack of K steps, weight perturbation (AWP is on), both views forward, backward, update, class prior. The authors' `train`,
@@ -246,7 +246,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     root = None
