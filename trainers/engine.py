@@ -111,9 +111,8 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
             sums = dict(position.sums)
             for step in range(position.step, steps):
                 unread.append((step, total_scalars(task.train_step(epoch, step))))
-                account(
-                    epoch, sums, but=1
-                )  # a step behind, so that the device has work while its values are waited for
+                # A step behind, so that the device has work while its values are waited for.
+                account(epoch, sums, but=1)
                 report.step(epoch, epochs, step + 1, steps)
                 due = time.monotonic() - saved > 60 * checkpoint_minutes
                 request = agree(signal_received() or (SAVE if due else 0))
