@@ -77,10 +77,10 @@ doctor: $(STAMP) ## this machine, its versions and data, and what each table sti
 	@$(PY) scripts/doctor.py
 
 speed5: $(STAMP) ## Table V's seconds per iteration, all methods in one run, beside the paper's (ARGS: --batch --precision)
-	@$(PY) benchmarks/table5.py $(ARGS)
+	@$(PY) benchmarks/table5.py $(ARGS) && $(PY) benchmarks/table.py
 
 bench: $(STAMP) ## speed as ratios against targets, about a quarter of an hour on two idle cores; DKL_REF=folder adds the authors' code
-	@for name in loss step distillation autoattack augmentation; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
+	@for name in loss step distillation autoattack augmentation table5; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 	@$(PY) benchmarks/table.py
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)

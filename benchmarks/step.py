@@ -10,7 +10,10 @@ Our step makes its batch, too. Without a GPU: float32, ours contiguous, channels
 with torch's own settings, ours in bfloat16. Targets are against the authors' step, or its restatement where DKL_REF names no checkout.
 
 Before the clock, in float64: equal weights, pictures and random starts; the largest difference over parameters, batch-norm statistics
-and class sums after two whole steps. Compiling is part of that only where tests/test_speed_facts.py has it: it takes a minute.
+and class sums after two whole steps, from the others' and from ours compiled.
+
+Beside them, what is measured after each epoch of 50,000 pictures, in percent of the epoch's steps: the authors' `test` goes through all
+training pictures and all 10,000 test pictures, ours through the test pictures.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from torch import Tensor, nn
 from gkl.counter import normal, sample_keys
 from trainers.adversarial import AdversarialTraining
 from trainers.configuration import build, compose, make
+from trainers.robustness import clean_accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_fidelity import RECIPES, Restatement
@@ -48,6 +52,7 @@ ON_CPU = (
     ("preact_resnet_18", 32, "executed", 1.2),
 )
 ON_GPU = (("wrn_34_10", 128, "executed", 2.5), ("wrn_16_2", 128, "executed", None), ("preact_resnet_18", 128, "executed", 2.5))  # fmt: skip
+TRAIN, TEST = 50_000, 10_000  # pictures of CIFAR
 WIDE = {"wrn_16_2": (16, 2), "wrn_34_10": (34, 10)}  # depth, width: what the authors' code has, too
 
 
@@ -94,7 +99,7 @@ class Published:
 
     def __init__(self, task: AdversarialTraining, model: str, phases: str, root: Path) -> None:
         script = root / "train_dkl_cifar100.py"
-        wanted = {"dkl_loss", "perturb_input", "train"}
+        wanted = {"dkl_loss", "perturb_input", "train", "test"}
         tree = ast.parse(script.read_text())
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
         self.device, self.dtype = task.device, task.dtype
@@ -118,13 +123,18 @@ class Published:
             gamma=0.005,
         )
         self.names: dict[str, Any] = {
-            "torch": torch, "nn": nn, "F": F, "time": time, "print": lambda *words: None, "NUM_CLASSES": 100, "device": self.device, "Bar": mock.MagicMock(),
+            "torch": torch, "nn": nn, "F": F, "time": time, "print": lambda *words: None, "best_acc": 0, "NUM_CLASSES": 100, "device": self.device, "Bar": mock.MagicMock(),
             "AverageMeter": module(root / "utils/misc.py").AverageMeter, "accuracy": module(root / "utils/eval.py").accuracy,
             "epsilon": task.attack.epsilon,
             "args": SimpleNamespace(epochs=200, train_budget="low" if phases == "low" else "high", norm="l_inf", alpha=4.0, beta=20.0,
                                     gamma=0.4, T=1.0, aug="basic", awp_warmup=10),
         }  # fmt: skip
         exec(compile(tree, script.name, "exec"), self.names)
+
+    def evaluate(self, batches: Sequence[Batch]) -> None:
+        """Loss and accuracy of the batches' pictures."""
+        with without_gpu(self.device):
+            self.names["test"](self.model, [(x, y) for x, y, _ in batches], nn.CrossEntropyLoss())
 
     def run(self, batches: Sequence[Batch], same_starts: bool = False) -> Tensor:
         """As the restatement's. same_starts: torch.randn hands out the batches' own."""
@@ -178,7 +188,11 @@ def equality(model: str, batch: int, phases: str, device: torch.device, root: Pa
     for step in range(2):
         task.train_step(EPOCH, step)
     ours = {**task.model.state_dict(), "prior": task.prior.sums / task.prior.sums.sum(1, keepdim=True)}
-    found = {}
+    fast = our_task(model, batch, phases, device, precision="float64", channels_last=True, compile=True)
+    for step in range(2):
+        fast.train_step(EPOCH, step)
+    largest = max(float((v - ours[k]).abs().max()) for k, v in fast.model.state_dict().items())
+    found = {"compiled": f"compiled against not {largest:.0e}"}
     for name, other in others.items():
         prior = other.run(batches, same_starts=True) if isinstance(other, Published) else other.run(batches)
         theirs = {
@@ -206,12 +220,14 @@ def rows_of(
 ) -> list[Row]:
     """The ratios of one network and attack."""
     equal = equality(model, batch // 16, phases, device, root)
+    compiled = equal.pop("compiled")
     plain = our_task(model, batch, phases, device, channels_last=False, compile=False)
     batches = [batch_and_start(plain, 0)]
     variants: dict[str, Callable[[], object]] = {}
     if root is not None:
         published = Published(plain, model, phases, root)
         variants["authors'"] = lambda: published.run(batches)
+        variants["authors' evaluation"] = lambda: published.evaluate(batches)
     restated = Restated(plain)
     variants["restatement"] = lambda: restated.run(batches)
     half = "bf16" if device.type == "cuda" else "float32"
@@ -219,6 +235,7 @@ def rows_of(
     fast = our_task(model, batch, phases, device, channels_last=True, compile=True, precision=half)
     for name, task in {"contiguous": plain, "channels_last": last, "channels_last, compiled": fast}.items():
         variants[name] = lambda task=task: task.train_step(EPOCH, 0)
+    variants["evaluation"] = lambda: clean_accuracy(last.model, last.data, device)
     torch.backends.cudnn.allow_tf32 = (
         True  # torch's default, which the authors' script leaves; ours computes in bf16
     )
@@ -235,9 +252,19 @@ def rows_of(
                 "batch": batch,
             }
             bound = target if final else None
-            row = Row(what, ratios(times, base, name), at_least=bound, equal=equal[base], more=more)
+            same = f"{equal[base]}; {compiled}" if name.endswith("compiled") else equal[base]
+            row = Row(what, ratios(times, base, name), at_least=bound, equal=same, more=more)
             # The compiled step's own convolutions hide in its kernels' names; the same step uncompiled shows them.
             rows.append(explained(row, variants["channels_last"], device))
+    each = {
+        "channels_last": ("evaluation", len(last.data.test_labels), TEST),
+        "authors'": ("authors' evaluation", batch, TRAIN + TEST),
+    }
+    for name, (evaluation, timed, seen) in each.items():
+        if name in variants:
+            percent = 100 * (seen / timed) / (TRAIN / batch)
+            shares = [percent * share for share in ratios(times, evaluation, name)]
+            rows.append(Row(f"{model}, K = {steps}, {name}: evaluation, percent of an epoch", shares))
     return rows
 
 

@@ -1,22 +1,20 @@
 """Table V's last column: one training step on ImageNet's sizes of every method, all in one run, beside the paper's seconds.
 
-    python benchmarks/table5.py [--device cuda] [--batch 512] [--rounds 10] [--pairs resnet34_resnet18 resnet50_mobilenetv1]
+    python benchmarks/table5.py [--device cuda] [--batch 512] [--rounds 3] [--pairs resnet34_resnet18 resnet50_mobilenetv1]
 
 A step: the teacher's forward, the student's forward and backward, the method, the update, on one fixed batch of 224x224 pictures
-(nothing is read or decoded). Prints each method's median seconds, and the median over rounds of time(method) / time(KD) with its
-quartiles. The paper: 4 RTX 3090, batch 512. Then GKL's own share of a ResNet-18 step at 1000 classes: of its time, and of what it
-keeps for the backward pass.
+(nothing is read or decoded). Each method takes turns with KD. The paper: 4 RTX 3090, batch 512. Then GKL's own share of a ResNet-18
+step at 1000 classes: of its time, and of what it keeps for the backward pass.
 """
 
 import argparse
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 from distillation import Untrained
-from timing import timed
+from timing import Row, interleaved, ratios, report
 from torch import Tensor
 
 from gkl.imagenet import ImageFiles, Split
@@ -80,7 +78,7 @@ def kept_bytes(call: Callable[[], Tensor]) -> int:
     return sum(kept.values())
 
 
-def share(device: torch.device, batch: int, side: int, rounds: int) -> None:
+def share(device: torch.device, batch: int, side: int, rounds: int) -> list[Row]:
     """What GKL at 1000 classes is of a ResNet-18 step."""
     model = create("imagenet_resnet_18", 1000, "imagenet").to(device)
     x, y = torch.rand(batch, 3, side, side, device=device), torch.arange(batch, device=device) % 1000
@@ -88,28 +86,23 @@ def share(device: torch.device, batch: int, side: int, rounds: int) -> None:
     logits = torch.randn(batch, 1000, device=device, requires_grad=True)
     weights = teacher.softmax(1)
 
-    def step() -> Tensor:
-        loss = torch.nn.functional.cross_entropy(model(x), y)
-        loss.backward()
-        return loss
+    def network() -> Tensor:
+        return torch.nn.functional.cross_entropy(model(x), y)
 
     def loss() -> Tensor:
-        value = gkl(logits, teacher, weights, alpha=1.0, beta=1.0, gamma=0.6, validate=False)
-        value.backward()
-        return value
+        return gkl(logits, teacher, weights, alpha=1.0, beta=1.0, gamma=0.6, validate=False)
 
-    for call in (step, loss):
-        timed(call, device)
-    ratios = [timed(loss, device) / timed(step, device) for _ in range(rounds)]
-    low, middle, high = (100 * q for q in statistics.quantiles(ratios, n=4))
-    parts = [
-        kept_bytes(lambda: gkl(logits, teacher, weights, alpha=1.0, beta=1.0, gamma=0.6, validate=False)),
-        kept_bytes(lambda: torch.nn.functional.cross_entropy(model(x), y)),
-    ]
-    print(
-        f"GKL at 1000 classes in a ResNet-18 step (batch {batch}): {middle:.2f} % [{low:.2f}, {high:.2f}] of the time, "
-        f"{100 * parts[0] / parts[1]:.2f} % of what is kept for the backward pass"
+    times = interleaved(
+        {"loss": lambda: loss().backward(), "step": lambda: network().backward()}, device, rounds
     )
+    kept = 100 * kept_bytes(loss) / kept_bytes(network)
+    return [
+        Row(
+            "GKL at 1000 classes, percent of a ResNet-18 step",
+            [100 * r for r in ratios(times, "loss", "step")],
+        ),
+        Row("GKL at 1000 classes, percent of what it keeps for the backward pass", [kept]),
+    ]
 
 
 def main() -> None:
@@ -119,45 +112,31 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int)
     parser.add_argument("--side", type=int, default=224)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--pairs", nargs="+", default=list(PAPER))
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+    device, side, precision = torch.device(arguments.device), arguments.side, arguments.precision
     batch = arguments.batch or (128 if device.type == "cuda" else 8)
-    name = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    )
-    print(
-        f"torch {torch.__version__}, {name}, batch {batch}, {arguments.side}x{arguments.side}, {arguments.precision}"
-    )
+    rounds = arguments.rounds or (10 if device.type == "cuda" else 3)
+    rows = []
     for pair in arguments.pairs:
-        print(
-            f"{pair}: seconds; time / KD's, median [quartiles]; the paper's seconds (4 RTX 3090, batch 512)"
-        )
-        make_step = partial(
-            stepper, pair=pair, device=device, batch=batch, side=arguments.side, precision=arguments.precision
-        )
-        base = make_step("kd")
-        timed(base, device)
+        base = stepper("kd", pair, device, batch, side, precision)
         for method in METHODS:
-            step = make_step(method)
-            timed(step, device)
-            seconds, ratios = [], []
-            for number in range(arguments.rounds):
-                order = (step, base) if number % 2 else (base, step)
-                times = {call: timed(call, device) for call in order}
-                seconds.append(times[step])
-                ratios.append(times[step] / times[base])
-            low, middle, high = statistics.quantiles(ratios, n=4)
-            paper = PAPER[pair].get(method)
-            print(
-                f"  {method:9} {statistics.median(seconds):7.3f} s  {middle:.3f} [{low:.3f}, {high:.3f}]  "
-                f"paper: {f'{paper:.3f} s' if paper else 'not given'}",
-                flush=True,
-            )
+            step = stepper(method, pair, device, batch, side, precision)
+            times = interleaved({method: step, "base": base}, device, rounds)
+            seconds, paper = statistics.median(times[method]), PAPER[pair].get(method)
+            what = f"{pair}: {method} / kd, {seconds:.3f} s" + (f" (paper {paper:.3f} s)" if paper else "")
+            more = {"seconds": round(seconds, 4), "paper_seconds": paper}
+            rows.append(Row(what, ratios(times, method, "base"), more=more))
+            print(f"{what} done", flush=True)
             del step
-    share(device, batch, arguments.side, arguments.rounds)
+    rows += share(device, batch, side, rounds)
+    heading = (
+        f"Table V: time ratios and seconds of one step on ImageNet's sizes, batch {batch}, {side}x{side}, {precision}; "
+        "the paper's seconds: 4 RTX 3090, batch 512"
+    )
+    report("table5", heading, rows, device)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ from gkl.distributed import rank, world_size, world_sum
 from trainers.command import Interrupted
 from trainers.folder import RunError, RunFolder
 
-SAVE = 1  # what a process asks for when a checkpoint is due; greater numbers are signals
+SAVE = 1  # what a process asks for when a checkpoint is due
+REQUESTS = (SAVE, signal.SIGINT, signal.SIGTERM)  # the last one asked for by any process is heeded
 
 
 class Task(Protocol):
@@ -93,16 +94,20 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
             folder.save_checkpoint(state)
         saved = time.monotonic()
 
-    unread = deque[tuple[int, Callable[[], dict[str, float]]]]()
+    unread = deque[tuple[int, Callable[[], tuple[dict[str, float], int]]]]()
 
-    def account(epoch: int, sums: dict[str, float], but: int = 0) -> None:
-        """Add the values of the steps taken to the sums, of all but the last `but`."""
+    def account(epoch: int, sums: dict[str, float], but: int = 0) -> int:
+        """Add the values of the steps taken to the sums, of all but the last `but`; returns what was asked for after them."""
+        asked = 0
         while len(unread) > but:
             step, read = unread.popleft()
-            for name, value in read().items():
+            values, request = read()
+            for name, value in values.items():
                 if not math.isfinite(value):
                     raise RunError(_not_finite(task, folder, epoch, step, name, value))
                 sums[name] = sums.get(name, 0.0) + value
+            asked = max(asked, request)
+        return asked
 
     steps = task.steps_per_epoch
     with signals() as signal_received:
@@ -110,14 +115,17 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
             task.start_epoch(epoch)
             sums = dict(position.sums)
             for step in range(position.step, steps):
-                unread.append((step, total_scalars(task.train_step(epoch, step))))
-                # A step behind, so that the device has work while its values are waited for.
-                account(epoch, sums, but=1)
+                scalars = task.train_step(epoch, step)
                 report.step(epoch, epochs, step + 1, steps)
                 due = time.monotonic() - saved > 60 * checkpoint_minutes
-                request = agree(signal_received() or (SAVE if due else 0))
+                own = signal_received() or (SAVE if due else 0)
+                unread.append((step, gather(scalars, own)))
+                # A step behind, so that the device has work while its values are waited for.
+                common = account(epoch, sums, but=1)
+                request = own if world_size() == 1 else common
                 if request and step + 1 < steps:
-                    account(epoch, sums)  # no checkpoint holds what a value that is not finite has come to
+                    # No checkpoint holds what a value that is not finite has come to.
+                    request = max(request, account(epoch, sums))
                     save(epoch, step + 1, sums)
                     if request != SAVE:
                         raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
@@ -147,18 +155,27 @@ class Position:
         self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
 
 
-def total_scalars(shares: dict[str, Tensor]) -> Callable[[], dict[str, float]]:
-    """Sums over processes of named scalars, on their way from the device in one message; calling the result waits for them."""
-    values = world_sum(torch.stack([value.detach().double().reshape(()) for value in shares.values()]))
+def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[str, float], int]]:
+    """Sums over processes of named scalars, and the last of their requests, on their way from the device in one message.
+
+    Calling the result waits for them.
+    """
+    values = torch.stack([value.detach().double().reshape(()) for value in shares.values()])
+    asking = values.new_zeros(len(REQUESTS))
+    if request:
+        asking[REQUESTS.index(request)] = 1.0
+    values = world_sum(torch.cat([values, asking]))
     on_cpu = values.to("cpu", non_blocking=True)
     arrived = torch.cuda.Event() if values.is_cuda else None
     if arrived is not None:
         arrived.record(torch.cuda.current_stream(values.device))
 
-    def read() -> dict[str, float]:
+    def read() -> tuple[dict[str, float], int]:
         if arrived is not None:
             arrived.synchronize()  # this copy alone: a plain read waits for all that was launched after it, too
-        return dict(zip(shares, on_cpu.tolist(), strict=True))
+        *sums, save, interrupt, terminate = on_cpu.tolist()
+        asked = [r for r, count in zip(REQUESTS, (save, interrupt, terminate), strict=True) if count]
+        return dict(zip(shares, sums, strict=True)), max(asked, default=0)
 
     return read
 
