@@ -23,7 +23,7 @@ from gkl.evaluation import first_of_each_class, pgd_robust
 from gkl.imagenet import Split, other_pictures
 from gkl.models.batch_norm import eval_mode
 from trainers.report import Console
-from trainers.robustness import attack_name, autoattack_result
+from trainers.robustness import at_once, attack_name, autoattack_result
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Structure(Assessment):
             probs = torch.cat(
                 [
                     F.softmax(subject.model(x.to(device).float() / 255), dim=-1).cpu()
-                    for x in data.test_images.split(500)
+                    for x in data.test_images.split(at_once(device))
                 ]
             )
         means = class_means(probs, data.test_labels, data.num_classes)
@@ -167,7 +167,7 @@ class Structure(Assessment):
                     [
                         network.forward_head(network.forward_features(part), pre_logits=True).cpu()
                         for images in (x, x_adv)
-                        for part in images.split(500)
+                        for part in images.split(at_once(device))
                     ]
                 )
         points = _embedded(features.numpy(), self.perplexity) if rank() == 0 else np.zeros((0, 2))
@@ -250,7 +250,7 @@ def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor
     """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
     mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
     with eval_mode(subject.model), torch.no_grad():
-        for x, y in subject.data.test_batches(mine, 500, subject.workers, part):
+        for x, y in subject.data.test_batches(mine, at_once(subject.device), subject.workers, part):
             yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
 
 
