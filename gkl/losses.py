@@ -12,7 +12,7 @@ This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
@@ -69,11 +69,10 @@ def dkl(
     At alpha = beta = 1 its gradients are those of `kl`, its value is not (Theorem 1).
     student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
     """
-    weights = F.softmax(at_least_float32(teacher_logits.detach()), dim=-1)
     return gkl(
         student_logits,
         teacher_logits,
-        weights,
+        None,
         alpha=alpha,
         beta=beta,
         gamma=1.0,
@@ -86,11 +85,12 @@ def dkl(
 def ikl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     *,
     alpha: float,
     beta: float,
     temperature: float = 1.0,
+    weights_temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Improved KL of the conference version: GKL at gamma = 1, wMSE divided by the batch size.
@@ -105,6 +105,7 @@ def ikl(
         beta=beta,
         gamma=1.0,
         temperature=temperature,
+        weights_temperature=weights_temperature,
         pair_weight=1.0,
         reduction=reduction,
     )
@@ -113,13 +114,14 @@ def ikl(
 def gkl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    weights: Tensor,
+    weights: Tensor | None,
     *,
     alpha: float,
     beta: float,
     gamma: float,
     temperature: float = 1.0,
-    pair_weight: float | Tensor | None = None,
+    weights_temperature: float = 1.0,
+    pair_weight: float | Tensor | Callable[[Tensor], Tensor] | None = None,
     total: Tensor | None = None,
     break_asymmetry: bool = True,
     validate: bool = True,
@@ -133,11 +135,12 @@ def gkl(
     CE     - sum_j softmax(t/T)_j log softmax(s/T)_j, in nats. Gradient to the student alone; no factor T^2.
 
     student_logits, teacher_logits: (B, C); of a map (N, C, H, W) the pixels, x.permute(0, 2, 3, 1).flatten(0, 2), which copies
-    nothing in channels_last. weights: (B, C), rows are probabilities, no gradient flows into them: `softmax(teacher)`
-    (sample-wise) or `prior[labels]` (class-wise).
+    nothing in channels_last. weights: (B, C), rows are probabilities, no gradient flows into them: `prior[labels]`
+    (class-wise); None for softmax(teacher / weights_temperature) (sample-wise).
     gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
     pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
-    batches of all processes (see `mean_pair_weight`), or (B,), one for each example; 1 gives Eq. 13 without normalisation.
+    batches of all processes (see `mean_pair_weight`), or (B,), one for each example, or what gives it of the W^2 (B,);
+    1 gives Eq. 13 without normalisation.
     total: W, (B,), where it is known already (`prior.totals`).
     break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
     validate: False skips the check of the weights' values, which on a GPU waits for the device.
@@ -145,23 +148,34 @@ def gkl(
     Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
     """
     _check_logits(student_logits, teacher_logits)
-    if weights.shape != student_logits.shape:
+    if weights is not None and weights.shape != student_logits.shape:
         raise ValueError(
             f"gkl needs weights of the logits' shape {tuple(student_logits.shape)}, got {tuple(weights.shape)}; "
-            "pass softmax(teacher) or prior[labels]"
+            "pass prior[labels], or None for softmax(teacher)"
         )
     device = student_logits.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
-    form = _triton_form() if _fused(student_logits, teacher_logits, weights) else _ClosedForm
     with torch.autocast(device, enabled=False) if half else nullcontext():
-        smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=validate)
+        dtype = _dtype(student_logits, teacher_logits)
+        if weights is None:
+            smoothed, total, probs = _sample_wise(teacher_logits.detach(), gamma, weights_temperature, dtype)
+            sums, teacher_probs = None, probs if weights_temperature == temperature else None
+        else:
+            smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=validate)
+            sums = total = smoothed.sum(-1, dtype=dtype) if total is None else total.to(dtype)
+            teacher_probs = None
+        squares = total.square()
+        if pair_weight is None or callable(pair_weight):
+            pair_weight = squares.mean() if pair_weight is None else pair_weight(squares)
+        scale = (squares if sums is None else total) * alpha / pair_weight
+        form = _triton_form() if _fused(student_logits, teacher_logits, smoothed) else _ClosedForm
         per_example = form.apply(
             student_logits,
             teacher_logits,
             smoothed,
-            total,
-            pair_weight,
-            alpha,
+            sums,
+            scale,
+            teacher_probs,
             beta,
             temperature,
             break_asymmetry,
@@ -174,8 +188,7 @@ def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
 
     Raises ValueError for gamma outside [0, 1] or, with `validate`, rows that are no probabilities.
     """
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    _check_gamma(gamma)
     if validate:
         low, high = (value.item() for value in weights.sum(-1).aminmax())
         smallest = weights.amin().item()
@@ -191,22 +204,33 @@ def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
     return weights.log().mul_(gamma).exp_()  # a third of the time of pow; 0 stays 0
 
 
-def smoothed_softmax(logits: Tensor, gamma: float, temperature: float = 1.0) -> Tensor:
-    """softmax(logits / temperature) ** gamma, the sample-wise weights of Eq. 12. logits: (B, C). Float32 or better, no gradient."""
-    logits = logits.detach()
-    smoothed = torch.empty_like(logits, dtype=at_least_float32(logits[:0]).dtype)
-    for part in _parts(logits):
-        scaled = _tempered(at_least_float32(logits[part]), temperature)
-        if gamma == 1.0:
-            smoothed[part] = F.softmax(scaled, dim=-1)
-        else:
-            smoothed[part] = F.log_softmax(scaled, dim=-1).mul_(gamma).exp_()
-    return smoothed
-
-
 def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
     """Mean over the batch of sum_jk (w_j w_k)^gamma = (sum_j w_j^gamma)^2, the divisor of wMSE. weights: (B, C)."""
     return smooth(weights, gamma, validate=False).sum(-1).square().mean()
+
+
+def _sample_wise(
+    teacher: Tensor, gamma: float, temperature: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sample-wise weights of Eq. 12, w = softmax(teacher / temperature): u = w^gamma / W (B, C), W = sum_j w_j^gamma (B,), w (B, C).
+
+    u is the softmax of gamma * teacher / temperature, and any entry tells W = w_j^gamma / u_j: the largest does not vanish.
+    """
+    _check_gamma(gamma)
+
+    def compute(
+        teacher: Tensor, u: Tensor | None = None, w: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scaled = _tempered(teacher.to(dtype), temperature)
+        w = torch.softmax(scaled, -1, out=w)
+        u = w if gamma == 1.0 else torch.softmax(scaled * gamma, -1, out=u)
+        return u, w.amax(-1).pow_(gamma).div_(u.amax(-1)), w
+
+    if len(parts := _parts(teacher)) == 1:
+        return compute(teacher)
+    u, w = (torch.empty_like(teacher, dtype=dtype) for _ in range(2))
+    total = torch.cat([compute(teacher[part], u[part], w[part])[1] for part in parts])
+    return w if gamma == 1.0 else u, total, w
 
 
 class _ClosedForm(torch.autograd.Function):
@@ -221,19 +245,18 @@ class _ClosedForm(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         smoothed: Tensor,
-        total: Tensor | None,
-        pair_weight: float | Tensor | None,
-        alpha: float,
+        sums: Tensor | None,
+        scale: Tensor,
+        teacher_probs: Tensor | None,
         beta: float,
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
-        dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-        total = smoothed.sum(-1, dtype=dtype) if total is None else total.to(dtype)  # (B,)
-        if pair_weight is None:
-            scale = (total * (alpha * len(total))).div_(total.square().sum())
-        else:
-            scale = total * (alpha / pair_weight)  # (B,) what wMSE is multiplied by
+        """smoothed: (B, C); sums: its rows', where they are not 1. scale: (B,), of 1/2 sum_j smoothed_j (d_j - mean d)^2.
+
+        teacher_probs: softmax(teacher / temperature) where it is there already; becomes the gradient, so no one else may hold it.
+        """
+        dtype = _dtype(student, teacher)
         needed = ctx.needs_input_grad[:2]
         compute = partial(
             _with_gradients,
@@ -243,14 +266,17 @@ class _ClosedForm(torch.autograd.Function):
             break_asymmetry=break_asymmetry,
             needed=needed,
         )
-        rows = (student, teacher, smoothed, total, scale)
+        rows = (student, teacher, smoothed, scale)
         if len(parts := _parts(student)) == 1:
-            value, *grads = compute(*rows)
+            value, *grads = compute(*rows, sums, teacher_probs)
         else:
-            value = torch.empty_like(total)
+            value = torch.empty_like(scale, dtype=dtype)
             grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
+            if teacher_probs is not None and needed[0]:
+                grads[0] = teacher_probs
             for part in parts:
-                value[part], *found = compute(*(x[part] for x in rows))
+                known = [None if x is None else x[part] for x in (sums, teacher_probs)]
+                value[part], *found = compute(*(x[part] for x in rows), *known)
                 for whole, piece in zip(grads, found, strict=True):
                     if whole is not None and piece is not None:
                         whole[part] = piece
@@ -271,10 +297,10 @@ class _ClosedForm(torch.autograd.Function):
 
 
 def _with_gradients(
-    student: Tensor, teacher: Tensor, smoothed: Tensor, total: Tensor, scale: Tensor,
+    student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor | None, teacher_probs: Tensor | None,
     *, dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. total, scale: (b,)."""
+    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. Arguments as in _ClosedForm."""
     student, teacher, smoothed, scale = (
         student.to(dtype),
         teacher.to(dtype),
@@ -283,9 +309,11 @@ def _with_gradients(
     )
     difference = teacher - student  # exact where the two are alike, so a common offset costs no digit
     log_probs = F.log_softmax(_tempered(student, temperature), dim=-1)
-    teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
+    if teacher_probs is None:
+        teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
     log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
-    difference -= torch.linalg.vecdot(smoothed, difference).div_(total).unsqueeze(-1)
+    mean = torch.linalg.vecdot(smoothed, difference)
+    difference -= (mean if sums is None else mean.div_(sums)).unsqueeze(-1)
     pull = smoothed * difference
     half = torch.linalg.vecdot(pull, difference)
     value = log_likelihood.mul_(-beta).addcmul_(half, scale, value=0.5)
@@ -329,6 +357,11 @@ def _triton_form() -> type[torch.autograd.Function]:
     return TritonClosedForm
 
 
+def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
+    """What the closed form is computed in."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """The tensor in float32, or as it is in float64: half-precision logits are never subtracted as they are."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
@@ -348,6 +381,11 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
             f"student and teacher logits must both be (B, C) with C >= 2, got {tuple(student.shape)} "
             f"and {tuple(teacher.shape)}; flatten other dimensions into B"
         )
+
+
+def _check_gamma(gamma: float) -> None:
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
 
 
 def _reduce(per_example: Tensor, reduction: Reduction) -> Tensor:

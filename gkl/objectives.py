@@ -5,6 +5,7 @@ global batch is the loss. A new loss is a function in `gkl.losses`, a class of a
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
@@ -76,35 +77,32 @@ class GKL:
 
         group_size: where not 0, by the mean over each so many examples that follow one another.
         """
-        total = None
-        if self.weights == "class":
-            smoothed, total = prior.rows(labels, self.gamma), prior.totals(labels, self.gamma)
-        else:
-            smoothed = losses.smoothed_softmax(teacher_logits, self.gamma, self.weights_temperature)
-        pair_weight = None
-        if group_size or world_size() > 1:
-            total = smoothed.sum(-1) if total is None else total
-            pair_weights = total.square()  # (b,) of this process
-            if group_size:
-                groups = pair_weights.split(group_size)
-                pair_weight = torch.cat([g.mean().expand(len(g)) for g in groups])
-            else:
-                added, count = world_sum(torch.stack([pair_weights.sum(), total.new_tensor(len(total))]))
-                pair_weight = added / count
+        by_class = self.weights == "class"
         return losses.gkl(
             student_logits,
             teacher_logits,
-            smoothed,
+            prior.rows(labels, self.gamma) if by_class else None,
             alpha=self.alpha,
             beta=self.beta,
-            gamma=1.0,  # the weights carry their exponent already
+            gamma=1.0 if by_class else self.gamma,  # the prior's rows carry their exponent already
             temperature=self.temperature,
-            pair_weight=pair_weight,
-            total=total,
+            weights_temperature=self.weights_temperature,
+            pair_weight=partial(_mean_over_batch, group_size=group_size),
+            total=prior.totals(labels, self.gamma) if by_class else None,
             break_asymmetry=self.break_asymmetry,
             validate=False,
             reduction="none",
         )
+
+
+def _mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
+    """Of (b,) pair weights the mean over all processes' batches, or with a group_size (b,), the means of its groups."""
+    if group_size:
+        return torch.cat([g.mean().expand(len(g)) for g in pair_weights.split(group_size)])
+    if world_size() == 1:
+        return pair_weights.mean()
+    added, count = world_sum(torch.stack([pair_weights.sum(), pair_weights.new_tensor(len(pair_weights))]))
+    return added / count
 
 
 class LabelLoss(Protocol):

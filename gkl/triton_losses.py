@@ -110,7 +110,7 @@ def _backward(
     teacher,
     smoothed,
     statistics,  # (STATISTICS, B)
-    scale,  # (B,) of wMSE: alpha W / its divisor
+    scale,  # (B,) of half the spread
     grad,  # (B,)
     to_student,  # (B, C) written row by row, or None
     to_teacher,
@@ -161,14 +161,14 @@ class TritonClosedForm(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         smoothed: Tensor,
-        total: Tensor | None,
-        pair_weight: float | Tensor | None,
-        alpha: float,
+        sums: Tensor | None,
+        scale: Tensor,
+        teacher_probs: Tensor | None,
         beta: float,
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
-        """Values, in one sweep over each row, W among them whether it is known or not."""
+        """Values, in one sweep over each row, which finds sums and teacher_probs whether they are known or not."""
         student, teacher, smoothed = (
             x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher, smoothed)
         )
@@ -181,9 +181,8 @@ class TritonClosedForm(torch.autograd.Function):
                 student.stride(0), teacher.stride(0), smoothed.stride(0), batch, classes, 1.0 / temperature,
                 BLOCK=block, num_warps=max(1, min(8, block // 256)),
             )  # fmt: skip
-        total, spread, cross_entropy = statistics[5:]
-        pair_weight = total.square().mean() if pair_weight is None else pair_weight
-        scale = total * (alpha / pair_weight)
+        spread, cross_entropy = statistics[6:]
+        scale = scale.float()
         ctx.save_for_backward(student, teacher, smoothed, statistics, scale)
         ctx.beta, ctx.temperature, ctx.break_asymmetry = beta, temperature, break_asymmetry
         return (beta * cross_entropy).addcmul_(scale, spread, value=0.5)

@@ -385,9 +385,10 @@ def test_rows_worked_on_in_parts_are_the_rows_at_once(
 def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CACHED", 30)
     logits = 5 * torch.randn(7, 11, dtype=torch.float64)
-    torch.testing.assert_close(
-        losses.smoothed_softmax(logits, gamma, 3.0), (logits / 3.0).softmax(-1).pow(gamma)
-    )
+    shares, total, probs = losses._sample_wise(logits, gamma, 3.0, torch.float64)
+    torch.testing.assert_close(probs, (logits / 3.0).softmax(-1))
+    torch.testing.assert_close(shares * total[:, None], probs**gamma)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(7, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("scope", "most"), [("student", 1), ("both", 2)])
@@ -431,14 +432,12 @@ def test_a_temperature_rounds_no_offset(temperature: float) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
         student, teacher = (x.to(dtype).requires_grad_() for x in logits)
-        weights = losses.smoothed_softmax(teacher, 0.4, temperature)
-        value = gkl(
-            student, teacher, weights, alpha=0.0, beta=1.0, gamma=1.0, temperature=temperature, validate=False
-        )
+        shares, total, _ = losses._sample_wise(teacher.detach(), 0.4, temperature, dtype)
+        value = gkl(student, teacher, None, alpha=0.0, beta=1.0, gamma=0.4, temperature=temperature)
         (cross,) = torch.autograd.grad(value, student)
-        found.append([weights, cross])
+        found.append([shares, total, cross])
     probs = sum((x.double() / temperature).softmax(-1).norm() for x in logits) / (64 * temperature)
-    for single, double, size in zip(*found, (found[1][0].norm(), probs), strict=True):
+    for single, double, size in zip(*found, (found[1][0].norm(), found[1][1].norm(), probs), strict=True):
         assert (single.double() - double).norm() <= 2e-7 * size  # of p - q: of p and q
 
 

@@ -43,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gamma 1": {"gamma": 1.0},
     "pair weight given": {"pair_weight": 3.5},
     "pair weight of each example": {"pair_weight": [2.0, 3.5, 1.0]},
+    "weights of the teacher": {"weights": None},
     "asymmetry kept": {"break_asymmetry": False},
     "student alone": {"wanted": "student"},
     "student alone, asymmetry kept": {"wanted": "student", "break_asymmetry": False},
@@ -98,7 +99,7 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
             mock.patch.object(losses, "_fused", return_value=fused),
             torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
         ):
-            value = losses.gkl(*inputs.values(), precise(weights), **options)
+            value = losses.gkl(*inputs.values(), **{"weights": precise(weights), **options})
         found.append((value.detach(), *torch.autograd.grad(value, wanted, precise(upstream))))
         if fused:
             given = [x.data_ptr() for x in (student, teacher, weights)]

@@ -2,7 +2,6 @@
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from gkl import losses
@@ -109,17 +108,14 @@ class IKLKD(Distiller):
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
         target = teacher_logits(teacher)
-        weights = F.softmax(losses.at_least_float32(target) / self.weights_temperature, dim=-1)
-        divergence = losses.gkl(
+        divergence = losses.ikl(
             student.logits,
             target,
-            weights,
+            None,
             alpha=self.alpha,
             beta=self.beta,
-            gamma=1.0,
             temperature=self.temperature,
-            pair_weight=1.0,
-            validate=False,
+            weights_temperature=self.weights_temperature,
             reduction="none",
         )
         return {
