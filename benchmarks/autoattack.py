@@ -120,7 +120,7 @@ def main() -> None:
             equal=f"robust accuracy: screen {percent['screen']:.1f} %, AutoAttack {percent['ours']:.1f} %",
         ),
     ]  # fmt: skip
-    rows[0] = explained(rows[0], partial(variants["ours"], *a_few), device)
+    rows[0] = explained(rows[0], partial(variants["screen"], *a_few), device)
     heading = f"time ratios; WRN-10-1, digits at 32x32, epsilon {EPSILON}, {arguments.images} images a round, float32"
     report("autoattack", heading, rows, device)
     if equal < total:

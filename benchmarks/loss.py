@@ -1,6 +1,6 @@
 """GKL forward and backward against PyTorch's own KL divergence, a restatement, the authors' pairs and itself compiled, in turn.
 
-    python benchmarks/loss.py [--device cuda] [--rounds 8]
+    python benchmarks/loss.py [--device cuda] [--rounds 24]
     DKL_REF=<a checkout of the authors' code> python benchmarks/loss.py
 
 Ratios are time(ours) / time(F.kl_div(log_softmax(student), softmax(teacher))), or as a row says. "fixed": gradient to the student alone
@@ -167,7 +167,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=24)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     theirs = published()

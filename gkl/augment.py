@@ -61,7 +61,10 @@ class Views:
         return tuple(made)
 
     def __call__(self, images: Tensor, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
-        """images: (B, 3, H, W) uint8. index: (B,) places in the data set. One tensor like images per view."""
+        """images: (B, 3, H, W) uint8. index: (B,) places in the data set, on the CPU. One tensor like images per view.
+
+        What is drawn follows from index alone: on the CPU, so that no device is waited for to learn which pictures an operation takes.
+        """
         made = []
         for number, view in enumerate(self.views):
             out = images
@@ -93,6 +96,7 @@ def crop_flip(
     images: (B, C, H, W), any dtype. keys: (B,) from gkl.counter. Uniform over the (2 padding + 1)^2 offsets.
     """
     batch, _, height, width = images.shape
+    keys = keys.to(images.device, non_blocking=True)
     draws, mirrored = crop_flip_draws(keys, padding=padding, flip=flip)
     rows = (
         draws[:, :1] + torch.arange(height, device=images.device) - padding
@@ -116,7 +120,9 @@ def rotate15(images: Tensor, keys: Tensor) -> Tensor:
 
     What torchvision's RandomRotation(15) does, each picture of the batch by its own angle.
     """
-    angle = (uniform(keys, 1).squeeze(1).to(torch.float64) * 30 - 15) * (math.pi / 180)
+    angle = (uniform(keys.to(images.device, non_blocking=True), 1).squeeze(1).to(torch.float64) * 30 - 15) * (
+        math.pi / 180
+    )
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     height, width = images.shape[-2:]
     theta = torch.stack([cos, sin * (height / width), zero, -sin * (width / height), cos, zero], dim=1).view(
@@ -136,18 +142,20 @@ def autoaugment(images: Tensor, keys: Tensor) -> Tensor:
     """
     policy = integers(keys, 1, len(CIFAR10_POLICY)).squeeze(1)
     chance, sign = uniform(keys + 1, 2), integers(keys + 2, 2, 2)
-    out = images.clone()
+    drawn = []  # operation, level, sign, and the pictures that take it
     for number, sub_policy in enumerate(CIFAR10_POLICY):
-        drawn = policy == number
         for place, (operation, probability, level) in enumerate(sub_policy):
-            for negative in (0, 1):
-                who = (
-                    (drawn & (chance[:, place] < probability) & (sign[:, place] == negative))
-                    .nonzero()
-                    .squeeze(1)
-                )
-                if len(who):
-                    out[who] = apply(operation, out[who], level, bool(negative))
+            for negative in (False, True):
+                takes = (policy == number) & (chance[:, place] < probability) & (sign[:, place] == negative)
+                if len(who := takes.nonzero().squeeze(1)):
+                    drawn.append((operation, level, negative, who))
+    out = images.clone()
+    if drawn:
+        everyone = torch.cat([who for *_, who in drawn]).to(images.device, non_blocking=True)
+        for (operation, level, negative, _), who in zip(
+            drawn, everyone.split([len(d[-1]) for d in drawn]), strict=True
+        ):
+            out[who] = apply(operation, out[who], level, negative)
     return out
 
 

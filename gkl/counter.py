@@ -36,13 +36,13 @@ def integers(keys: Tensor, count: int, high: int) -> Tensor:
     return ((_bits(keys, count) >> 20 & 0xFFFFFFFF) * high) >> 32
 
 
-def choose(keys: Tensor, allowed: Tensor, count: int) -> Tensor:
+def choose(keys: Tensor, allowed: Tensor, count: int, *, enough: bool) -> Tensor:
     """`count` different candidates that are allowed, for each key, (B, count) int64, all equally likely.
 
-    allowed: (B, N) bool. Where a row allows fewer than count, candidates are drawn with replacement; it must allow one.
+    allowed: (B, N) bool. enough: every row allows count. Else candidates are drawn with replacement; a row must allow one.
     """
     draws = _bits(keys, allowed.shape[1]).bitwise_and_((1 << 62) - 1)
-    if bool((allowed.sum(1) >= count).all()):
+    if enough:
         return draws.masked_fill_(~allowed, -1).topk(count, dim=1, sorted=False).indices
     order = allowed.to(torch.int8).argsort(dim=1, descending=True, stable=True)  # the allowed ones first
     place = (_bits(keys + 1, count) >> 1 & ((1 << 62) - 1)) % allowed.sum(1, keepdim=True)

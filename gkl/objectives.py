@@ -101,7 +101,7 @@ def _mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
         return torch.cat([g.mean().expand(len(g)) for g in pair_weights.split(group_size)])
     if world_size() == 1:
         return pair_weights.mean()
-    added, count = world_sum(torch.stack([pair_weights.sum(), pair_weights.new_tensor(len(pair_weights))]))
+    added, count = world_sum(torch.stack([pair_weights.sum(), pair_weights.new_full((), len(pair_weights))]))
     return added / count
 
 

@@ -64,22 +64,27 @@ class ClassPrior(nn.Module):
         """probs ** gamma and its row sums, kept for the epoch."""
         kept = self._smoothed.get(gamma)
         if kept is None or kept[0].device != self.probs.device or kept[0].dtype != self.probs.dtype:
-            table = smooth(self.probs, gamma)
+            table = smooth(self.probs, gamma, validate=False)
             kept = self._smoothed[gamma] = table, table.sum(-1)
         return kept
 
     @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add predictions to the running sums. logits: (B, C). labels: (B,)."""
+    def update(self, logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> None:
+        """Add predictions to the running sums. logits: (B, C). labels: (B,). counted: (B,) bool, which of them; None for all."""
         self._check(labels)
         if logits.shape != (labels.shape[0], self.probs.shape[0]):
             raise ValueError(
                 f"the class prior needs logits ({labels.shape[0]}, {self.probs.shape[0]}), got {tuple(logits.shape)}"
             )
         probs = F.softmax(logits.to(self.probs.dtype) / self.temperature, dim=-1).double()
-        self.sums.index_add_(0, labels, probs)
-        # Not bincount, which reads the largest label back and so waits for a GPU.
-        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
+        # Neither a choice of rows nor bincount: both read values back and so wait for a GPU.
+        each = (
+            torch.ones_like(labels, dtype=self.counts.dtype)
+            if counted is None
+            else counted.to(self.counts.dtype)
+        )
+        self.sums.index_add_(0, labels, probs if counted is None else probs * each.unsqueeze(-1))
+        self.counts.index_add_(0, labels, each)
 
     @torch.no_grad()
     def renew(self) -> None:

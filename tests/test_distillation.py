@@ -274,13 +274,13 @@ def configured(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     return config
 
 
-def make_task(method: str, folder: Path, *overrides: str) -> Distillation:
+def make_task(method: str, folder: Path, *overrides: str, device: str = "cpu") -> Distillation:
     config = configured(method, folder, *overrides)
     torch.manual_seed(5)
     model = make(config["model"], num_classes=10)
     if config["precision"] != "float32":
         model = model.double()
-    return build(config, data=scans(), model=model, device=torch.device("cpu"))
+    return build(config, data=scans(), model=model, device=torch.device(device))
 
 
 def train(task: Distillation, epoch: int, steps: range) -> None:

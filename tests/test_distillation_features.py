@@ -197,7 +197,7 @@ def test_negatives_are_of_other_classes_and_follow_from_the_picture_alone(given:
 @pytest.mark.parametrize("count", [3, 12])
 def test_choices_are_even(count: int) -> None:
     allowed = torch.tensor([True, False, True, True, True, False, True, True, True, True]).expand(4000, -1)
-    chosen = choose(sample_keys(0, 1, torch.arange(4000), "test"), allowed, count)
+    chosen = choose(sample_keys(0, 1, torch.arange(4000), "test"), allowed, count, enough=count <= 8)
     frequency = torch.bincount(chosen.flatten(), minlength=10) / (4000 * count / 8)
     assert torch.equal(frequency == 0, ~allowed[0])
     torch.testing.assert_close(frequency[allowed[0]], torch.ones(8), rtol=0, atol=0.06)

@@ -22,7 +22,9 @@ from trainers.robust import RobustTraining
 EPSILON = 0.15
 
 
-def task_of(experiment: str, *overrides: str, model: nn.Module | None = None) -> tuple[dict, RobustTraining]:
+def task_of(
+    experiment: str, *overrides: str, model: nn.Module | None = None, device: str = "cpu"
+) -> tuple[dict, RobustTraining]:
     ramp = compose("train", [f"experiment={experiment}"])["attack"]["ramp"]
     config = compose("train", [f"experiment={experiment}", "scale=smoke", "precision=float64", "batch_size=32",
                                "channels_last=false", f"attack.ramp={ramp}", *overrides])  # fmt: skip
@@ -31,7 +33,7 @@ def task_of(experiment: str, *overrides: str, model: nn.Module | None = None) ->
     model = (model or TinyNet()).double()
     if config["generated"]:
         config["generated"]["images"] = 200
-    return config, build(config, data=digits(), model=model, device=torch.device("cpu"))
+    return config, build(config, data=digits(), model=model, device=torch.device(device))
 
 
 def published_epochs(experiment: str) -> str:

@@ -50,6 +50,7 @@ class AdversarialTraining(TwoViewTraining):
         items = batch * len(self.view_weights)
 
         x_adv = self.adversarial(x, y, epoch, index, view)
+        view = view.to(self.device, non_blocking=True)
         self.model.train()
 
         def worst_case() -> Tensor:
@@ -67,8 +68,7 @@ class AdversarialTraining(TwoViewTraining):
             robust = (self.view_weights[view] * self.loss(adversarial, clean, y, self.prior)).sum() / batch
             self.descend(natural + robust)
 
-        basic = view == 0
-        self.prior.update(clean.detach()[basic], y[basic])
+        self.prior.update(clean.detach(), y, counted=None if len(self.view_weights) == 1 else view == 0)
         self.after_step(epoch)
         correct = (adversarial.detach().argmax(-1) == y).sum() * (100.0 / items)
         return {"loss/natural": natural, "loss/robust": robust, "train/robust_accuracy": correct}

@@ -86,14 +86,17 @@ class TrainingSet:
         """Images (b, 3, H, W) uint8 and labels (b,) of sample indices on the CPU, on the device."""
         real = index < len(self.labels)
         if self.generated is None or bool(real.all()):
-            index = index.to(self.device)
+            index = index.to(self.device, non_blocking=True)
             return self.images[index], self.labels[index]
-        images, labels = self.generated.take(index[~real] - len(self.labels))
+        made = self.generated.take(index[~real] - len(self.labels))
         x = torch.empty((len(index), *self.images.shape[1:]), dtype=torch.uint8, device=self.device)
         y = torch.empty(len(index), dtype=torch.int64, device=self.device)
-        here, own = real.to(self.device), index[real].to(self.device)
+        own, here, there, images, labels = (
+            t.to(self.device, non_blocking=True)
+            for t in (index[real], real.nonzero().squeeze(1), (~real).nonzero().squeeze(1), *made)
+        )
         x[here], y[here] = self.images[own], self.labels[own]
-        x[~here], y[~here] = images.to(self.device), labels.to(self.device)
+        x[there], y[there] = images, labels
         return x, y
 
 
@@ -142,13 +145,13 @@ class FileTrainingSet:
         return min(self.batch_size, len(self.labels) - step * self.batch_size)
 
     def views(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """This process's part of a step: views (b, 3, S, S) uint8, labels and sample indices (b,), on the device."""
+        """This process's part of a step: views (b, 3, S, S) uint8, labels (b,); sample indices (b,) on the CPU."""
         if self.next != (epoch, step):
             crops = Views(self.data.train, self.augment, self.data.image_size, self.data.decoder)
             self.stream = loader(crops, _Steps(self, epoch, step), self.workers)
         images, index = next(self.stream)
         self.next = (epoch, step + 1)
-        x, y, index = (t.to(self.device, non_blocking=True) for t in (images, self.labels[index], index))
+        x, y = (t.to(self.device, non_blocking=True) for t in (images, self.labels[index]))
         return x, y, index
 
     def plan(self, epoch: int, step: int) -> list[tuple[int, int]]:

@@ -40,7 +40,6 @@ class DAJAT(TwoViewTraining):
         index = self.training.drawn(epoch, step)
         index = index[self.share(len(index))]  # all views of a sample on one process
         images, y = self.training.pictures(index)
-        index = index.to(self.device)
         views = [
             to_float(v).to(self.dtype) for v in self.augment(images, seed=self.seed, epoch=epoch, index=index)
         ]

@@ -158,14 +158,13 @@ class Distillation(Training):
         if self.cache is None or view is None:
             logits = self.taught_logits(x)
         else:
-            index, view = index.cpu(), view.cpu()
             kept, there = self.cache.get(index, view)
-            logits = kept.to(self.device)
+            logits = kept.to(self.device, non_blocking=True)
             if not there.all():
                 missing = (~there).nonzero().squeeze(1)
-                fresh = self.taught_logits(x[missing.to(self.device)])
+                here = missing.to(self.device, non_blocking=True)
+                logits[here] = fresh = self.taught_logits(x[here])
                 self.cache.put(index[missing], view[missing], fresh)
-                logits[missing.to(self.device)] = fresh
         return Taps([], [], logits[:, :0], logits)
 
     def taught_logits(self, x: Tensor) -> Tensor:
@@ -198,7 +197,7 @@ class Distillation(Training):
         if self.cache is not None:
             assert isinstance(self.augment, Views)
             drawn = self.augment.numbers(seed=self.seed, epoch=epoch, index=index)
-            view = torch.stack(drawn)[number, torch.arange(len(index), device=index.device)]
+            view = torch.stack(drawn)[number, torch.arange(len(index))]
         items = self.training.samples(step) * len(self.augment.views)
         group_size = self.method.group_size = self.group_size(items)
         target: Tensor | None = None
@@ -208,8 +207,8 @@ class Distillation(Training):
                 first_group=rank() * self.bn_groups // world_size(),
             )  # fmt: skip
             y = target.argmax(1)
-        place = step * self.training.batch_size + self.mine(items).to(x.device)
-        keys = sample_keys(self.seed, epoch, place, "inside_the_network")
+        place = step * self.training.batch_size + self.mine(items)
+        keys = sample_keys(self.seed, epoch, place.to(x.device, non_blocking=True), "inside_the_network")
         self.model.train()
         self.method.train()
         shares: dict[str, Tensor] = {}
@@ -217,7 +216,8 @@ class Distillation(Training):
         def parts() -> Iterator[Tensor]:
             """Each turn's share of the loss; the first alone reaches the running statistics, as one turn would."""
             own = self.turn_size(len(x), group_size)
-            for number, part in enumerate(torch.arange(len(x), device=x.device).split(own)):
+            for number, first in enumerate(range(0, len(x), own)):
+                part = slice(first, first + own)
                 teacher = self.taught(x[part], index[part], None if view is None else view[part])
                 set_sample_keys(self.model, keys[part])
                 with frozen_statistics(self.model) if number else nullcontext():

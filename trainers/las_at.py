@@ -100,7 +100,8 @@ class LASAT(PGDTraining):
 
     def _draw(self, logits: list[Tensor], epoch: int, index: Tensor, stream: str) -> list[Tensor]:
         """A choice (b,) from each head's distribution."""
-        chance = uniform(sample_keys(self.seed, epoch, index, stream), len(logits)).to(self.dtype)
+        keys = sample_keys(self.seed, epoch, index, stream).to(self.device, non_blocking=True)
+        chance = uniform(keys, len(logits)).to(self.dtype)
         cumulative = [F.softmax(z.detach(), dim=-1).cumsum(-1) for z in logits]
         return [(chance[:, [k]] >= c).sum(-1).clamp_max(c.shape[1] - 1) for k, c in enumerate(cumulative)]
 
@@ -111,7 +112,7 @@ class LASAT(PGDTraining):
         epsilon, steps, step_size = (
             table[choice].view(-1, 1, 1, 1) for table, choice in zip(self.tables, drawn, strict=True)
         )
-        keys = sample_keys(self.seed, epoch, index, stream)
+        keys = sample_keys(self.seed, epoch, index, stream).to(x.device, non_blocking=True)
         return pgd(
             self.logits,
             x,
@@ -153,7 +154,9 @@ class LASAT(PGDTraining):
         updated = self._updated_copy(x_adv, y, items, epoch).requires_grad_(False)
         starts = []
         for restart in range(RESTARTS):
-            keys = sample_keys(self.seed, epoch, index, f"las_restart/{restart}")
+            keys = sample_keys(
+                self.seed, epoch, index.to(x.device, non_blocking=True), f"las_restart/{restart}"
+            )
             starts.append(
                 pgd(
                     lambda z: self.logits(z, updated),

@@ -66,7 +66,7 @@ class RobustTraining(Training):
         view: Tensor | int = 0,
     ) -> Tensor:
         """x moved within the epoch's budget so that loss_fn(logits) rises; the network in the attack's mode."""
-        keys = sample_keys(self.seed, epoch, index, "attack_start") + view
+        keys = (sample_keys(self.seed, epoch, index, "attack_start") + view).to(x.device, non_blocking=True)
         with self.attack_mode():
             return pgd(
                 self.logits,

@@ -210,7 +210,7 @@ class Training(ABC):
         return (self.model,)
 
     def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's part of a step: images (b, 3, H, W) in [0, 1], labels, view numbers, sample indices (b,).
+        """This process's part of a step: images (b, 3, H, W) in [0, 1], labels; view numbers and sample indices (b,) on the CPU.
 
         The batch's views stand one after the other.
         """
@@ -223,9 +223,9 @@ class Training(ABC):
         item = self.share(len(self.augment.views) * len(index))
         view, index = item // len(index), index[item % len(index)]
         images, y = self.training.pictures(index)
-        view, index = view.to(self.device), index.to(self.device)
         views = self.augment(images, seed=self.seed, epoch=epoch, index=index)
-        x = torch.stack(views)[view, torch.arange(len(index), device=self.device)]
+        there = view.to(self.device, non_blocking=True)
+        x = torch.stack(views)[there, torch.arange(len(index), device=self.device)]
         return to_float(x).to(self.dtype), y, view, index
 
     def descend(

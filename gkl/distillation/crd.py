@@ -41,6 +41,8 @@ class CRD(Distiller):
         super().__init__(context, label_weight=label_weight)
         self.negatives, self.momentum, self.temperature = negatives, momentum, temperature
         self.weight, self.seed = weight, context.seed
+        largest = int(torch.bincount(context.train_labels).max())
+        self.enough = len(context.train_labels) - largest >= negatives
         self.embed_student = nn.Linear(context.student.pooled.shape[1], dim)
         self.embed_teacher = nn.Linear(teacher_taps(context.teacher).pooled.shape[1], dim)
         generator = torch.Generator().manual_seed(context.seed)
@@ -57,6 +59,7 @@ class CRD(Distiller):
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch; in training the stored features move on."""
+        index = index.to(labels.device, non_blocking=True)
         mine = F.normalize(self.embed_student(student.pooled))
         theirs = F.normalize(self.embed_teacher(teacher_taps(teacher).pooled))
         chosen = torch.cat([index[:, None], self.drawn(epoch, index, labels)], dim=1)
@@ -71,12 +74,12 @@ class CRD(Distiller):
         """Numbers of the training pictures that are a picture's negatives in this epoch, (b, negatives)."""
         keys = sample_keys(self.seed, epoch, index, "crd_negatives")
         every: Tensor = self.train_labels  # type: ignore[assignment]
-        return choose(keys, every[None] != labels[:, None], self.negatives)
+        return choose(keys, every[None] != labels[:, None], self.negatives, enough=self.enough)
 
     def contrast(self, features: Tensor, memory: Tensor, chosen: Tensor, side: int) -> Tensor:
         """NCE loss of (b, dim) features against the stored ones, whose first choice is the positive, (b,)."""
         scores = (memory[chosen] @ features[:, :, None]).squeeze(2).div(self.temperature).exp()
-        mean = world_sum(torch.stack([scores.sum(), scores.new_tensor(float(scores.numel()))]))
+        mean = world_sum(torch.stack([scores.sum(), scores.new_full((), scores.numel())]))
         first = mean[0] / mean[1] * len(memory)
         constant = torch.where(self.constants[side] > 0, self.constants[side], first)
         self.constants[side] = constant

@@ -59,7 +59,9 @@ def _parts(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, 
     """log (p_target, 1 - p_target), (B, 2), and the log-softmax of the other classes, (B, C - 1)."""
     scaled = at_least_float32(logits) / temperature
     target = scaled.gather(1, labels[:, None])
-    other = torch.ones_like(scaled, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    others = scaled[other].view(len(scaled), -1)
+    place = torch.arange(scaled.shape[1] - 1, device=scaled.device)
+    others = scaled.gather(
+        1, place + (place >= labels[:, None])
+    )  # a mask would be read back, which waits for a GPU
     both = torch.cat([target, others.logsumexp(1, keepdim=True)], dim=1)
     return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)

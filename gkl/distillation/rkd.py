@@ -60,12 +60,13 @@ def angles(features: Tensor, vertices: Tensor) -> Tensor:
 
 def _scale(d: Tensor) -> Tensor:
     """The mean of the distances above 0."""
-    return d[d > 0].mean()
+    positive = d > 0
+    return (d * positive).sum() / positive.sum()
 
 
 def _own_rows(count: int, device: torch.device) -> Tensor:
     """Places of this process's pictures among those of all processes."""
     if world_size() == 1:
         return torch.arange(count, device=device)
-    counts = world_cat(torch.tensor([[float(count)]], device=device)).squeeze(1).long()
+    counts = world_cat(torch.full((1, 1), float(count), device=device)).squeeze(1).long()
     return torch.arange(count, device=device) + counts[: rank()].sum()
