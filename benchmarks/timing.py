@@ -156,6 +156,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
         "timm": version("timm"), "pyautoattack": version("pyautoattack"), "commit": commit.stdout.strip()[:9],
+        **({"capability": torch.cuda.get_device_capability(device)} if device.type == "cuda" else {}),
     }  # fmt: skip
 
 
