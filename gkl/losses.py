@@ -275,11 +275,8 @@ class _ClosedForm(torch.autograd.Function):
             if teacher_probs is not None and needed[0]:
                 grads[0] = teacher_probs
             for part in parts:
-                known = [None if x is None else x[part] for x in (sums, teacher_probs)]
-                value[part], *found = compute(*(x[part] for x in rows), *known)
-                for whole, piece in zip(grads, found, strict=True):
-                    if whole is not None and piece is not None:
-                        whole[part] = piece
+                known = [None if x is None else x[part] for x in (sums, teacher_probs, *grads)]
+                value[part], *_ = compute(*(x[part] for x in rows), *known)
         ctx.save_for_backward(*grads)
         ctx.dtypes = student.dtype, teacher.dtype
         return value
@@ -298,9 +295,13 @@ class _ClosedForm(torch.autograd.Function):
 
 def _with_gradients(
     student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor | None, teacher_probs: Tensor | None,
+    to_student: Tensor | None = None, to_teacher: Tensor | None = None,
     *, dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed. Arguments as in _ClosedForm."""
+    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed, in the tensors given for them.
+
+    Arguments as in _ClosedForm.
+    """
     student, teacher, smoothed, scale = (
         student.to(dtype),
         teacher.to(dtype),
@@ -318,12 +319,15 @@ def _with_gradients(
     half = torch.linalg.vecdot(pull, difference)
     value = log_likelihood.mul_(-beta).addcmul_(half, scale, value=0.5)
     scale = scale.unsqueeze(-1)
-    to_student = None
     if needed[0]:
-        to_student = log_probs.exp_().sub_(teacher_probs).mul_(beta / temperature)
+        to_student = torch.sub(
+            log_probs.exp_(), teacher_probs, out=log_probs if to_student is None else to_student
+        ).mul_(beta / temperature)
         if break_asymmetry:
             to_student.addcmul_(pull, scale, value=-1.0)
-    return value, to_student, pull.mul_(scale) if needed[1] else None
+    if needed[1]:
+        to_teacher = torch.mul(pull, scale, out=pull if to_teacher is None else to_teacher)
+    return value, to_student, to_teacher
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
