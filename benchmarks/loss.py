@@ -198,7 +198,7 @@ def main() -> None:
                     variants["authors'"] = case.of(theirs)
                 if device.type == "cuda":
                     variants["eager"] = case.eager
-                times = interleaved(variants, device, arguments.rounds, at_least=0.005)
+                times = interleaved(variants, device, arguments.rounds, at_least=0.02)
                 bound = 0.4 if device.type == "cuda" else 1.1 if several else 1.35
                 name = f"{size}, {weights}-wise, {scope}"
                 row = Row(
