@@ -1,18 +1,22 @@
 """GKL forward and backward against PyTorch's own KL divergence, a restatement, the authors' pairs and itself compiled, in turn.
 
-    python benchmarks/loss.py [--device cuda] [--rounds 24]
+    python benchmarks/loss.py [--device cuda] [--rounds 8] [--processes 5]
     DKL_REF=<a checkout of the authors' code> python benchmarks/loss.py
 
 Ratios are time(ours) / time(F.kl_div(log_softmax(student), softmax(teacher))), or as a row says. "fixed": gradient to the student alone
 (distillation); "both": to both logits (adversarial training). Weights: class-wise rows of the prior (gather included) or
 sample-wise. Before the clock, in float64: the largest difference of the gradients from the restatement's and, where DKL_REF names a
 checkout, from the authors' `dkl_loss`, relative to their largest entry; in float32, how far gradients stand from float64's on the same
-rounded logits when a common offset is added. On a GPU ours is the Triton kernels; the eager form stands beside them.
+rounded logits when a common offset is added. The rounds are those of several processes, since where a process's memory lies
+moves a ratio by up to a half. On a GPU ours is the Triton kernels; the eager form stands beside them.
 """
 
 import argparse
 import ast
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,17 +166,11 @@ def offsets(device: torch.device) -> dict[str, float]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=24)
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    theirs = published()
+def measured(device: torch.device, rounds: int) -> list[Row]:
+    """Every row, in this process."""
     # A freed tensor of 29 MB, as any training frees: before that glibc gives each larger one back to the system and fetches it anew.
     torch.empty(7 << 20)
+    theirs = published()
     equal, kept = differences(device, theirs), offsets(device)
     rows = [
         Row(
@@ -200,7 +198,7 @@ def main() -> None:
                     variants["authors'"] = case.of(theirs)
                 if device.type == "cuda":
                     variants["eager"] = case.eager
-                times = interleaved(variants, device, arguments.rounds, at_least=0.02)
+                times = interleaved(variants, device, rounds, at_least=0.02)
                 bound = 0.4 if device.type == "cuda" else 1.1 if several else 1.35
                 name = f"{size}, {weights}-wise, {scope}"
                 row = Row(
@@ -216,10 +214,42 @@ def main() -> None:
                     if other in variants:
                         rows.append(Row(f"{name}: {other} / ours", ratios(times, other, "ours")))
                 equal = ""
-                print(f"{name} done", flush=True)
                 del case, variants
                 torch.compiler.reset()
-    report("loss", "time ratios, forward and backward", rows, device)
+    return rows
+
+
+def pooled(each: list[list[dict[str, Any]]]) -> list[Row]:
+    """The rows of several processes as one; a profile where the whole misses its target."""
+    rows = []
+    for same in zip(*each, strict=True):
+        profiles = [row["more"].pop("profile") for row in same if "profile" in row["more"]]
+        row = Row(**{**same[0], "values": [ratio for row in same for ratio in row["values"]]})
+        if row.met() is False:
+            row.more["profile"] = profiles[0]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--processes", type=int, default=5)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    if arguments.processes == 0:  # one of several
+        print(json.dumps([vars(row) for row in measured(device, arguments.rounds)]))
+        return
+    found = []
+    for number in range(arguments.processes):
+        command = [sys.executable, __file__, "--device", arguments.device, "--rounds", str(arguments.rounds)]
+        done = subprocess.run([*command, "--processes", "0"], stdout=subprocess.PIPE, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"process {number + 1} of {arguments.processes} done", flush=True)
+    report("loss", "time ratios, forward and backward", pooled(found), device)
 
 
 if __name__ == "__main__":
