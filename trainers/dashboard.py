@@ -56,6 +56,7 @@ def workspace(config: Mapping[str, Any], table: Table, runs: Path, *, project: s
     try:
         import wandb_workspaces.reports.v2 as panels
         import wandb_workspaces.workspaces as ws
+        from wandb_workspaces.expr import And
     except ImportError:
         raise ConfigError("a dashboard needs wandb-workspaces: pip install 'gkl[dashboard]'") from None
     by, groups = runs_of(config, compared(config, table))
@@ -106,7 +107,7 @@ def workspace(config: Mapping[str, Any], table: Table, runs: Path, *, project: s
         ],
         settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=20),
         runset_settings=ws.RunsetSettings(
-            filters=[ws.Config("scale") == table.scale, asked.isin(list(groups))],
+            filters=And(ws.Config("scale") == table.scale, asked.isin(list(groups))),
             groupby=[ws.Config("table"), ws.Config("row"), ws.Config("seed")],
         ),
     )
