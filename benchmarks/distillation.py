@@ -1,6 +1,6 @@
 """One distillation step against the published one, and each method's against plain KD's, in turns.
 
-    python benchmarks/distillation.py [--device cuda] [--rounds 9] [--method-rounds 3] [--pair resnet32x4_resnet8x4]
+    python benchmarks/distillation.py [--device cuda] [--rounds 3] [--method-rounds 1] [--processes 3] [--pair resnet32x4_resnet8x4]
 
 A step: views, the teacher's forward, the student's forward and backward, the method, the update; CIFAR-100's sizes (batch 64,
 32x32, 100 classes) on random pictures and with an untrained teacher, as a step's time depends on neither. The published step is
@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import Row, explained, interleaved, noise, ratios, report
+from timing import Row, explained, interleaved, noise, ratios, report, spread
 
 from gkl.data import ImageData
 from trainers.configuration import build, compose, make
@@ -106,16 +106,9 @@ def difference(published: Published, task: Distillation) -> str:
     return f"parameters after two steps: {largest:.0e}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--method-rounds", type=int, default=3)
-    parser.add_argument("--pair", default="resnet32x4_resnet8x4")
-    arguments = parser.parse_args()
-    device, data, pair = torch.device(arguments.device), noise(), arguments.pair
+def measured(pair: str, device: torch.device, rounds: int, method_rounds: int) -> list[Row]:
+    """Every row, in this process."""
+    data = noise()
     with tempfile.TemporaryDirectory() as folder:
         kinds: dict[str, tuple[str | None, float]] = {
             "live teacher": (None, 1.2),
@@ -129,7 +122,7 @@ def main() -> None:
             task = made("gkl", pair, device, data, OURS, cache=cache)
             steps[name] = partial(task.train_step, EPOCH, 0)
         steps["published"] = partial(Published(made("gkl", pair, device, data), pair).step, 0)
-        times = interleaved(steps, device, arguments.rounds)
+        times = interleaved(steps, device, rounds)
         rows = [
             explained(
                 Row(
@@ -147,8 +140,25 @@ def main() -> None:
             m: partial(made(m, pair, device, data).train_step, EPOCH, 0) for m in METHODS
         }
         step["kd again"] = partial(made("kd", pair, device, data).train_step, EPOCH, 0)  # shows the noise
-        times = interleaved(step, device, arguments.method_rounds)
+        times = interleaved(step, device, method_rounds)
         rows += [Row(f"{m} / kd", ratios(times, m, "kd")) for m in step if m != "kd"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--method-rounds", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--pair", default="resnet32x4_resnet8x4")
+    arguments = parser.parse_args()
+    device, pair = torch.device(arguments.device), arguments.pair
+    rows = spread(
+        arguments.processes, lambda: measured(pair, device, arguments.rounds, arguments.method_rounds)
+    )
     report(
         "distillation", f"time ratios of one step; {pair}, batch 64, CIFAR-100's sizes, float32", rows, device
     )

@@ -13,10 +13,7 @@ moves a ratio by up to a half. On a GPU ours is the Triton kernels; the eager fo
 
 import argparse
 import ast
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import Row, explained, interleaved, ratios, report
+from timing import Row, explained, interleaved, ratios, report, spread
 from torch import Tensor
 
 from gkl import losses
@@ -219,18 +216,6 @@ def measured(device: torch.device, rounds: int) -> list[Row]:
     return rows
 
 
-def pooled(each: list[list[dict[str, Any]]]) -> list[Row]:
-    """The rows of several processes as one; a profile where the whole misses its target."""
-    rows = []
-    for same in zip(*each, strict=True):
-        profiles = [row["more"].pop("profile") for row in same if "profile" in row["more"]]
-        row = Row(**{**same[0], "values": [ratio for row in same for ratio in row["values"]]})
-        if row.met() is False:
-            row.more["profile"] = profiles[0]
-        rows.append(row)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -240,16 +225,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    if arguments.processes == 0:  # one of several
-        print(json.dumps([vars(row) for row in measured(device, arguments.rounds)]))
-        return
-    found = []
-    for number in range(arguments.processes):
-        command = [sys.executable, __file__, "--device", arguments.device, "--rounds", str(arguments.rounds)]
-        done = subprocess.run([*command, "--processes", "0"], stdout=subprocess.PIPE, text=True, check=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-        print(f"process {number + 1} of {arguments.processes} done", flush=True)
-    report("loss", "time ratios, forward and backward", pooled(found), device)
+    rows = spread(arguments.processes, lambda: measured(device, arguments.rounds))
+    report("loss", "time ratios, forward and backward", rows, device)
 
 
 if __name__ == "__main__":

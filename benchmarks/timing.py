@@ -13,6 +13,8 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +116,31 @@ def explained(row: Row, ours: Callable[[], object], device: torch.device) -> Row
         shares = ", ".join(f"{key} {100 * time / sum(spent.values()):.0f} %" for key, time in largest)
         row.more["profile"] = f"{shares}; {calls} operator calls"
     return row
+
+
+def spread(processes: int, measured: Callable[[], list[Row]]) -> list[Row]:
+    """The rows that so many processes measure, one after the other, each running this command anew; the rounds of all together.
+
+    Where a process's memory happens to lie moves a ratio by up to a half, and all its rounds alike.
+    """
+    child = "BENCHMARK_ROWS"  # the file that such a process leaves its rows in
+    if child in os.environ:
+        Path(os.environ[child]).write_text(json.dumps([vars(row) for row in measured()]))
+        raise SystemExit
+    each = []
+    for number in range(processes):
+        with tempfile.NamedTemporaryFile() as file:
+            subprocess.run([sys.executable, *sys.argv], env=os.environ | {child: file.name}, check=True)
+            each.append(json.loads(Path(file.name).read_text()))
+        print(f"process {number + 1} of {processes} done", flush=True)
+    rows = []
+    for same in zip(*each, strict=True):
+        profiles = [row["more"].pop("profile") for row in same if "profile" in row["more"]]
+        row = Row(**{**same[0], "values": [ratio for row in same for ratio in row["values"]]})
+        if row.met() is False:
+            row.more["profile"] = profiles[0]
+        rows.append(row)
+    return rows
 
 
 def report(name: str, heading: str, rows: Sequence[Row], device: torch.device) -> None:
