@@ -79,7 +79,7 @@ doctor: $(STAMP) ## this machine, its versions and data, and what each table sti
 speed5: $(STAMP) ## Table V's steps, all methods in one run, beside the paper's; seconds on a GPU (ARGS: --batch --precision)
 	@$(PY) benchmarks/table5.py $(ARGS) && $(PY) benchmarks/table.py
 
-bench: $(STAMP) ## speed as ratios against targets, about twenty minutes on two idle cores; DKL_REF=folder adds the authors' code
+bench: $(STAMP) ## speed as ratios against targets, under half an hour on two idle cores; DKL_REF=folder adds the authors' code
 	@for name in loss step distillation autoattack augmentation table5; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 	@$(PY) benchmarks/table.py
 

@@ -5,6 +5,7 @@
 The network is a WRN-10-1 that this command first trains adversarially, a few epochs of TRADES at epsilon 0.1 on handwritten
 digits enlarged to 32x32, so that some images fall to each attack and many to none. Each round attacks the next `images` test
 images. An image that withstands everything costs about 10,000 passes of the network, so that a round takes minutes.
+Where the target is missed, the operators shown are those of our screen: a profile of the whole attack does not fit in memory.
 """
 
 import argparse
