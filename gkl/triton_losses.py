@@ -45,6 +45,7 @@ def _forward(
     BLOCK: tl.constexpr,
 ):
     """One program for each row."""
+    inverse_temperature = tl.cast(inverse_temperature, tl.float32)  # torch.compile passes Python floats as float64
     row = tl.program_id(0).to(tl.int64)  # B * C may pass 2^31
     student += row * student_stride
     teacher += row * teacher_stride
@@ -126,6 +127,8 @@ def _backward(
     BLOCK: tl.constexpr,
 ):
     """One program for each block of each row."""
+    inverse_temperature = tl.cast(inverse_temperature, tl.float32)
+    entropy_scale = tl.cast(entropy_scale, tl.float32)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < classes
