@@ -41,6 +41,7 @@ class ClassPrior(nn.Module):
         # Double sums: adding in another order, as several processes do, then changes no digit of the float32 mean.
         self.register_buffer("sums", torch.zeros(num_classes, num_classes, dtype=torch.float64))
         self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
+        # Renewed in place, as the buffers are: a captured CUDA graph goes on reading these very tensors.
         self._smoothed: dict[float, tuple[Tensor, Tensor]] = {}
 
     def __getitem__(self, labels: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class ClassPrior(nn.Module):
         return self._table(gamma)[1].index_select(0, labels)
 
     def _table(self, gamma: float) -> tuple[Tensor, Tensor]:
-        """probs ** gamma and its row sums, kept for the epoch."""
+        """probs ** gamma and its row sums, taken anew when probs changes."""
         kept = self._smoothed.get(gamma)
         if kept is None or kept[0].device != self.probs.device or kept[0].dtype != self.probs.dtype:
             table = smooth(self.probs, gamma, validate=False)
@@ -90,11 +91,11 @@ class ClassPrior(nn.Module):
     def renew(self) -> None:
         """End of an epoch: the means of all processes become the prior, the sums start from zero."""
         sums, counts = world_sum(self.sums), world_sum(self.counts)
-        seen = counts > 0
-        self.probs[seen] = (sums[seen] / counts[seen, None]).to(self.probs.dtype)
+        means = (sums / counts.clamp(min=1.0).unsqueeze(-1)).to(self.probs.dtype)
+        self.probs.copy_(torch.where((counts > 0).unsqueeze(-1), means, self.probs))
         self.sums.zero_()
         self.counts.zero_()
-        self._smoothed.clear()
+        self._smooth_anew()
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -104,7 +105,14 @@ class ClassPrior(nn.Module):
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._smoothed.clear()
+        self._smooth_anew()
+
+    @torch.no_grad()
+    def _smooth_anew(self) -> None:
+        """Every kept table and its sums from probs as it is now, in place."""
+        for gamma, (table, sums) in self._smoothed.items():
+            table.copy_(smooth(self.probs, gamma, validate=False))
+            sums.copy_(table.sum(-1))
 
     def _check(self, labels: Tensor) -> None:
         # On a GPU reading the labels back would stall every step; data sets are checked when they are loaded.

@@ -54,6 +54,54 @@ def test_prior_resumes_in_the_middle_of_an_epoch() -> None:
     assert one.probs.equal(other.probs)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
+def test_a_new_epoch_and_a_loaded_one_are_in_the_tensors_of_the_old(gamma: float) -> None:
+    """What a captured CUDA graph reads: the very storage of the buffers, of the table and of its sums."""
+    prior, other, labels = ClassPrior(3), ClassPrior(3), torch.tensor([0, 1, 2, 0])
+
+    def places() -> list[int]:
+        return [x.data_ptr() for x in (prior.probs, prior.sums, prior.counts, *prior._table(gamma))]
+
+    before = places()
+    for seed, change in enumerate((prior.renew, lambda: prior.load_state_dict(other.state_dict()))):
+        for each in (prior, other):
+            each.update(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)), labels)
+        other.renew()
+        change()
+        assert prior.probs.equal(other.probs) and places() == before
+        torch.testing.assert_close(prior.rows(labels, gamma), prior.probs[labels] ** gamma)
+        torch.testing.assert_close(prior.totals(labels, gamma), (prior.probs**gamma).sum(1)[labels])
+
+
+def test_a_prior_that_moves_smooths_anew() -> None:
+    prior, labels = ClassPrior(3), torch.tensor([0, 2])
+    prior.update(torch.randn(2, 3), labels)
+    prior.renew()
+    assert prior.rows(labels, 0.4).dtype == torch.float32
+    prior.double()
+    assert prior.rows(labels, 0.4).equal((prior.probs[labels].log() * 0.4).exp())
+    assert prior.totals(labels, 0.4).dtype == torch.float64
+
+
+@pytest.mark.parametrize("weights", ["class", "sample"])
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_a_step_reads_nothing_back_from_its_device(
+    weights: str, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tensors without values: whatever asks for one, or makes a shape of one, raises."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # it knows no meta device
+    with torch.device("meta"):
+        prior = ClassPrior(10)
+        student, teacher = (torch.empty(8, 10, requires_grad=True) for _ in range(2))
+        labels = torch.empty(8, dtype=torch.int64)
+    objective = GKL(alpha=20.0, beta=4.0, gamma=0.4, weights=weights)
+    objective(student, teacher, labels, prior, group_size).sum().backward()
+    prior.update(teacher.detach(), labels)
+    prior.update(teacher.detach(), labels, counted=labels > 0)
+    prior.renew()
+    assert student.grad is not None and prior.rows(labels, 0.4).shape == (8, 10)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
