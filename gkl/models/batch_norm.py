@@ -10,8 +10,9 @@ with auxiliary_batch_norm(split_batch_norm(model)):
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+HAS_TRITON = find_spec("triton") is not None
+Activation = Callable[[Tensor], Tensor]
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
@@ -32,11 +36,18 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
     groups: int = 1
     group_size: int = 0  # images in a chunk where it is not this batch's own share: see set_group_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape. Raises ValueError for a chunk of one value a channel, as torch."""
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        """(B, C, H, W) -> the same shape. activation: applied to the result.
+
+        One pass over the map where `_fused` says so. Raises ValueError for a chunk of one value a channel, as torch.
+        """
         by_batch = self.training or self.running_mean is None
-        if self.groups == 1 or not by_batch:
-            return super().forward(x)
+        if _fused(self, x):
+            return self._in_one_pass(x, by_batch, activation)
+        y = self._chunk_by_chunk(x) if self.groups > 1 and by_batch else super().forward(x)
+        return y if activation is None else activation(y)
+
+    def _chunk_by_chunk(self, x: Tensor) -> Tensor:
         first, *others = x.split(self.group_size) if self.group_size else x.chunk(self.groups)
         normalised = [super().forward(first)]
         for chunk in others:
@@ -44,6 +55,68 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
                 F.batch_norm(chunk, None, None, self.weight, self.bias, training=True, eps=self.eps)
             )
         return torch.cat(normalised)
+
+    def _in_one_pass(self, x: Tensor, by_batch: bool, activation: Activation | None) -> Tensor:
+        # Imported when first wanted: a machine without a GPU may have no Triton.
+        from gkl.models.triton_batch_norm import ACTIVATIONS, batch_norm
+
+        buffers: Any = (self.running_mean, self.running_var, self.num_batches_tracked)
+        renewed = self.training and self.track_running_stats
+        known = activation in ACTIVATIONS
+        y = batch_norm(
+            x,
+            self.weight,
+            self.bias,
+            buffers if renewed or not by_batch else None,
+            images=_chunk_size(self, x),
+            by_batch=by_batch,
+            momentum=self.momentum if self.momentum is not None else 0.0,
+            eps=self.eps,
+            activation=activation if known else None,
+        )
+        return y if known or activation is None else activation(y)
+
+
+def _chunk_size(norm: GroupBatchNorm2d, x: Tensor) -> int:
+    """Images in each chunk but the last."""
+    size = norm.group_size if norm.groups > 1 and norm.group_size else -(-x.shape[0] // norm.groups)
+    return min(size, x.shape[0])
+
+
+def _fused(norm: GroupBatchNorm2d, x: Tensor) -> bool:
+    """Whether the Triton kernels do what torch would: x on a GPU that Triton knows, channels_last, no float64."""
+    if not (
+        HAS_TRITON
+        and x.is_cuda
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and x.dim() == 4
+        and x.shape[1] == norm.num_features
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and torch.cuda.get_device_properties(x.device).major >= 7
+    ):
+        return False
+    tensors: list[Tensor | None] = [norm.weight, norm.bias]
+    by_batch = norm.training or norm.running_mean is None
+    if norm.training and norm.track_running_stats:
+        if norm.momentum is None or norm.num_batches_tracked is None:
+            return False  # torch's cumulative average, or a norm that counts no batches
+        tensors += [norm.running_mean, norm.running_var]
+    elif not by_batch:
+        tensors += [norm.running_mean, norm.running_var]
+    if by_batch:
+        size = _chunk_size(norm, x)
+        smallest = x.shape[0] % size or size
+        if smallest * x.shape[2] * x.shape[3] == 1:
+            return False  # torch says what is wrong with a chunk of one value
+    return all(t is not None and t.dtype == torch.float32 and t.device == x.device for t in tensors)
+
+
+def activated(norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
+    """activation(norm(x)), in one pass over the map where the norm can; whoever hooks the norm sees norm(x)."""
+    if isinstance(norm, GroupBatchNorm2d) and not norm._forward_hooks:
+        return norm(x, activation)
+    return activation(norm(x))
 
 
 class SplitBatchNorm2d(GroupBatchNorm2d):
@@ -55,9 +128,9 @@ class SplitBatchNorm2d(GroupBatchNorm2d):
     auxiliary: GroupBatchNorm2d
     divert: bool = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> the same shape."""
-        return self.auxiliary(x) if self.divert else super().forward(x)
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        """(B, C, H, W) -> the same shape. activation: applied to the result."""
+        return self.auxiliary(x, activation) if self.divert else super().forward(x, activation)
 
 
 def split_batch_norm(model: nn.Module) -> nn.Module:

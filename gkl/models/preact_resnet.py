@@ -5,6 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkl.models.batch_norm import activated
 from gkl.models.classifier import Classifier, register_model
 
 
@@ -23,9 +24,9 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        out = F.relu(self.bn1(x))
+        out = activated(self.bn1, x, F.relu)
         shortcut = x if self.shortcut is None else self.shortcut(out)
-        return shortcut + self.conv2(F.relu(self.bn2(self.conv1(out))))
+        return shortcut + self.conv2(activated(self.bn2, self.conv1(out), F.relu))
 
 
 class PreActResNet(Classifier):
@@ -49,7 +50,8 @@ class PreActResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 512, H / 8, W / 8)."""
-        return F.relu(self.bn(self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return activated(self.bn, out, F.relu)
 
 
 def _stage(blocks: int, width_in: int, width: int, stride: int) -> nn.Sequential:

@@ -10,6 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gkl.models.batch_norm import activated
 from gkl.models.classifier import Classifier, TappedClassifier, register_model
 from gkl.models.normalise import Normalise, normaliser
 
@@ -27,13 +28,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        return self.after_norm(x, self.bn1(x))
+        return self.after_relu(x, activated(self.bn1, x, F.relu))
 
-    def after_norm(self, x: Tensor, normalised: Tensor) -> Tensor:
-        """The same for whoever has bn1(x) already."""
-        out = F.relu(normalised)
+    def after_relu(self, x: Tensor, out: Tensor) -> Tensor:
+        """The same for whoever has relu(bn1(x)) already."""
         shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        out = F.relu(self.bn2(self.conv1(out)))
+        out = activated(self.bn2, self.conv1(out), F.relu)
         return shortcut + self.conv2(out)
 
 
@@ -49,7 +49,7 @@ class Stage(nn.Module):
         """(B, width_in, H, W) -> the input as the first block normalises it, and (B, width, H / stride, W / stride)."""
         first: Any = self.layer[0]
         normalised = first.bn1(x)
-        return normalised, self.layer[1:](first.after_norm(x, normalised))
+        return normalised, self.layer[1:](first.after_relu(x, F.relu(normalised)))
 
 
 class WideResNet(TappedClassifier):
@@ -88,6 +88,12 @@ class WideResNet(TappedClassifier):
         before = [stem, one_normalised, two_normalised, three_normalised]
         return [stem, one, two, three], before, F.relu(three_normalised)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As `staged` without what it keeps, so that each batch norm and its ReLU may be one pass."""
+        stem = self.conv1(self.normalise(x))
+        three = self.block3.layer(self.block2.layer(self.block1.layer(stem)))
+        return activated(self.bn1, three, F.relu)
+
     def batch_norms(self) -> list[nn.BatchNorm2d]:
         """Of each stage, the batch norm with which the next one begins."""
         following: list[Any] = [self.block2.layer[0], self.block3.layer[0], self]
@@ -108,10 +114,10 @@ class SwishBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) -> (B, width, H / stride, W / stride)."""
-        out = F.silu(self.batchnorm_0(x))
+        out = activated(self.batchnorm_0, x, F.silu)
         shortcut = x if self.shortcut is None else self.shortcut(out)
         out = self.conv_0(F.pad(out, self.pad))
-        return shortcut + self.conv_1(F.silu(self.batchnorm_1(out)))
+        return shortcut + self.conv_1(activated(self.batchnorm_1, out, F.silu))
 
 
 class SwishStage(nn.Module):
@@ -159,7 +165,8 @@ class SwishWideResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 64 * width, H / 4, W / 4)."""
-        return F.silu(self.batchnorm(self.layer(self.init_conv(self.normalise(x)))))
+        out = self.layer(self.init_conv(self.normalise(x)))
+        return activated(self.batchnorm, out, F.silu)
 
 
 def _blocks(depth: int) -> int:
