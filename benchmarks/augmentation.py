@@ -2,8 +2,8 @@
 
     python benchmarks/augmentation.py [--device cuda] [--rounds 9] [--model wrn_16_2]
 
-A batch of 128 pictures of 32x32. Throughput: ours over torchvision's RandomCrop + RandomHorizontalFlip (+ AutoAugment), one picture after
-the other as a data loader's worker has it. Share: time of the views in percent of one GKL-AT step on the batch (attack of 5 steps, AWP,
+A batch of pictures of 32x32. Throughput: ours over torchvision's RandomCrop + RandomHorizontalFlip (+ AutoAugment), one picture after
+the other on the CPU as a data loader's worker has it. Share: time of the views in percent of one GKL-AT step on the batch (attack of 5 steps, AWP,
 update) of the given network.
 """
 
@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--model", default="wrn_16_2")
+    parser.add_argument("--batch", type=int, default=128)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     data, rows = noise(), []
@@ -33,16 +34,21 @@ def main() -> None:
         [RandomCrop(32, padding=4), RandomHorizontalFlip(), AutoAugment(AutoAugmentPolicy.CIFAR10)]
     )
     for experiment, made in (("at/c100_basic_gkl", [each]), ("at/c100_autoaug", [each, strong])):
-        config = compose("train", [f"experiment={experiment}", f"model={arguments.model}"])
+        config = compose(
+            "train", [f"experiment={experiment}", f"model={arguments.model}", f"batch_size={arguments.batch}"]
+        )
         task = build(config, data=data, model=make(config["model"], num_classes=100), device=device)
         task.start_epoch(20)
-        index = torch.arange(128, device=device)
-        batch = task.training.images[index]
+        index = torch.arange(arguments.batch)  # on the CPU, where a batch's places are
+        batch = task.training.images[index.to(device)]
+        pictures = batch.cpu()
         variants = {
             "ours": lambda task=task, index=index, batch=batch: task.augment(
                 batch, seed=0, epoch=20, index=index
             ),
-            "torchvision": lambda batch=batch, made=made: [torch.stack([f(x) for x in batch]) for f in made],
+            "torchvision": lambda batch=pictures, made=made: [
+                torch.stack([f(x) for x in batch]) for f in made
+            ],
             "step": lambda task=task: task.train_step(20, 0),
         }
         times, name = interleaved(variants, device, arguments.rounds), " + ".join(task.augment.views)

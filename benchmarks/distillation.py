@@ -1,23 +1,39 @@
 """One distillation step against the published one, and each method's against plain KD's, in turns.
 
     python benchmarks/distillation.py [--device cuda] [--rounds 3] [--method-rounds 1] [--processes 3] [--pair resnet32x4_resnet8x4]
+                                      [--seconds 12]
 
 A step: views, the teacher's forward, the student's forward and backward, the method, the update; CIFAR-100's sizes (batch 64,
 32x32, 100 classes) on random pictures and with an untrained teacher, as a step's time depends on neither. The published step is
 GKL-KD as the authors' loop has it, written out below: the teacher under no_grad, contiguous tensors, the loss over all pairs of
 classes. Ours: channels_last, the teacher in inference mode; "kept logits": read from teacher.cache, which a first pass has filled.
-Beside each stands the largest difference of a parameter after two steps in float64.
+Beside each stands the largest difference of a parameter after two steps in float64. On a GPU the published step has the switches
+that its scripts leave (TF32 in convolutions), ours TF32 or bfloat16, step by step and, with `graph`, replayed as CUDA graphs.
 """
 
 import argparse
 import copy
+import statistics
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timing import Row, explained, interleaved, noise, ratios, report, spread
+from timing import (
+    AS_PUBLISHED,
+    Row,
+    arithmetic,
+    explained,
+    interleaved,
+    noise,
+    ratios,
+    replayed,
+    report,
+    spread,
+    under,
+)
 
 from gkl.data import ImageData
 from trainers.configuration import build, compose, make
@@ -92,55 +108,90 @@ class Published:
         self.optimizer.step()
 
 
-def difference(published: Published, task: Distillation) -> str:
-    """Both after two steps from the same weights."""
-    for number in range(2):
+class Way(NamedTuple):
+    """One way to take our step."""
+
+    overrides: tuple[str, ...]
+    cached: bool = False  # the teacher's logits are read from where they are kept
+    at_least: float | None = None  # times as fast as the published step
+
+    def task(
+        self, pair: str, device: torch.device, folder: str, precision: str | None = None
+    ) -> Distillation:
+        chosen = self.overrides if precision is None else (*self.overrides, f"precision={precision}")
+        return made("gkl", pair, device, noise(), OURS, *chosen, cache=folder if self.cached else None)
+
+
+def ways(device: torch.device) -> dict[str, Way]:
+    """Ours, by name."""
+    plain = tuple(replayed(False))
+    if device.type != "cuda":
+        return {
+            "live teacher": Way(plain, at_least=1.2),
+            "kept logits": Way(plain, cached=True, at_least=3.0),
+        }
+    found = {
+        "live teacher, tf32": Way(("precision=tf32", *plain)),
+        "kept logits, tf32": Way(("precision=tf32", *plain), cached=True),
+        "live teacher, bf16": Way(("precision=bf16", *plain)),
+    }
+    if graph := tuple(replayed(True)):
+        found["live teacher, tf32, replayed"] = Way(("precision=tf32", *graph), at_least=3.0)
+        found["live teacher, bf16, replayed"] = Way(("precision=bf16", *graph))
+    return found
+
+
+def difference(published: Published, task: Distillation, steps: int = 2) -> str:
+    """Both after so many steps from the same weights."""
+    for number in range(steps):
         published.step(number)
         task.train_step(EPOCH, number)
     pairs = zip(published.student.parameters(), task.model.parameters(), strict=True)
     largest = max(float((a - b).detach().abs().max()) for a, b in pairs)
-    if not largest <= 1e-12:
+    if not largest <= (1e-12 if task.device.type == "cpu" else 1e-10):
         raise SystemExit(
-            f"a parameter differs by {largest:.1e} from the published loop's after two steps in float64"
+            f"a parameter differs by {largest:.1e} from the published loop's after {steps} steps in float64"
         )
-    return f"parameters after two steps: {largest:.0e}"
+    return f"parameters after {steps} steps: {largest:.0e}"
 
 
-def measured(pair: str, device: torch.device, rounds: int, method_rounds: int) -> list[Row]:
-    """Every row, in this process."""
-    data = noise()
+def measured(
+    pair: str, device: torch.device, rounds: int, method_rounds: int, seconds: float | None = None
+) -> list[Row]:
+    """Every row, in this process. seconds: for the timing of each half; None takes every round."""
+    data, on_card = noise(), device.type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
-        kinds: dict[str, tuple[str | None, float]] = {
-            "live teacher": (None, 1.2),
-            "kept logits": (folder, 3.0),
-        }
-        equal, steps = {}, {}
-        for name, (cache, _) in kinds.items():
-            exact = made("gkl", pair, device, data, OURS, "precision=float64", cache=cache)
-            plain = made("gkl", pair, device, data, "precision=float64")
-            equal[name] = difference(Published(plain, pair), exact)
-            task = made("gkl", pair, device, data, OURS, cache=cache)
-            steps[name] = partial(task.train_step, EPOCH, 0)
-        steps["published"] = partial(Published(made("gkl", pair, device, data), pair).step, 0)
-        times = interleaved(steps, device, rounds)
-        rows = [
-            explained(
-                Row(
-                    f"GKL-KD: published / {name}",
-                    ratios(times, "published", name),
-                    at_least=target,
-                    equal=equal[name],
-                ),
-                steps[name],
-                device,
+        equal: dict[str, str] = {}
+        steps: dict[str, Callable[[], object]] = {}
+        for name, way in ways(device).items():
+            plain = made("gkl", pair, device, data, "precision=float64", *replayed(False))
+            exact = way.task(pair, device, folder, "float64")
+            # What is replayed is seen, seen again and recorded, then replayed.
+            equal[name] = difference(Published(plain, pair), exact, 4 if name.endswith("replayed") else 2)
+            steps[name] = under(arithmetic(), partial(way.task(pair, device, folder).train_step, EPOCH, 0))
+        plain = made("gkl", pair, device, data, *replayed(False))
+        steps["published"] = under(AS_PUBLISHED, partial(Published(plain, pair).step, 0))
+        times = interleaved(steps, device, rounds, seconds=seconds)
+        rows = []
+        for name, way in ways(device).items():
+            row = Row(
+                f"GKL-KD: published / {name}",
+                ratios(times, "published", name),
+                at_least=way.at_least,
+                equal=equal[name],
             )
-            for name, (_, target) in kinds.items()
-        ]
+            if on_card:
+                row.more["milliseconds"] = {
+                    n: round(1e3 * statistics.median(times[n]), 2) for n in ("published", name)
+                }
+            rows.append(explained(row, steps[name], device))
+        chosen = ["precision=tf32", *replayed(True)] if on_card else []
         step: dict[str, Callable[[], object]] = {
-            m: partial(made(m, pair, device, data).train_step, EPOCH, 0) for m in METHODS
+            m: partial(made(m, pair, device, data, *chosen).train_step, EPOCH, 0) for m in METHODS
         }
-        step["kd again"] = partial(made("kd", pair, device, data).train_step, EPOCH, 0)  # shows the noise
-        times = interleaved(step, device, method_rounds)
+        # shows the noise
+        step["kd again"] = partial(made("kd", pair, device, data, *chosen).train_step, EPOCH, 0)
+        times = interleaved(step, device, method_rounds, seconds=seconds)
         rows += [Row(f"{m} / kd", ratios(times, m, "kd")) for m in step if m != "kd"]
     return rows
 
@@ -150,17 +201,29 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--method-rounds", type=int, default=1)
-    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--method-rounds", type=int)
+    parser.add_argument("--processes", type=int)
     parser.add_argument("--pair", default="resnet32x4_resnet8x4")
+    parser.add_argument("--seconds", type=float, help="for the timing; on a GPU 12")
     arguments = parser.parse_args()
     device, pair = torch.device(arguments.device), arguments.pair
-    rows = spread(
-        arguments.processes, lambda: measured(pair, device, arguments.rounds, arguments.method_rounds)
+    on_card = device.type == "cuda"
+    rounds, method_rounds = (
+        arguments.rounds or (30 if on_card else 3),
+        arguments.method_rounds or (10 if on_card else 1),
     )
+    seconds = arguments.seconds or (12.0 if on_card else None)
+    rows = spread(
+        arguments.processes or (1 if on_card else 3),
+        lambda: measured(pair, device, rounds, method_rounds, None if seconds is None else seconds / 2),
+    )
+    theirs = "the published step in float32 with TF32 convolutions" if on_card else "float32"
     report(
-        "distillation", f"time ratios of one step; {pair}, batch 64, CIFAR-100's sizes, float32", rows, device
+        "distillation",
+        f"time ratios of one step; {pair}, batch 64, CIFAR-100's sizes, {theirs}",
+        rows,
+        device,
     )
 
 

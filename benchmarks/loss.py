@@ -1,6 +1,6 @@
 """GKL forward and backward against PyTorch's own KL divergence, a restatement, the authors' pairs and itself compiled, in turn.
 
-    python benchmarks/loss.py [--device cuda] [--rounds 8] [--processes 5]
+    python benchmarks/loss.py [--device cuda] [--rounds 8] [--processes 5] [--compile]
     DKL_REF=<a checkout of the authors' code> python benchmarks/loss.py
 
 Ratios are time(ours) / time(F.kl_div(log_softmax(student), softmax(teacher))), or as a row says. "fixed": gradient to the student alone
@@ -8,7 +8,8 @@ Ratios are time(ours) / time(F.kl_div(log_softmax(student), softmax(teacher))), 
 sample-wise. Before the clock, in float64: the largest difference of the gradients from the restatement's and, where DKL_REF names a
 checkout, from the authors' `dkl_loss`, relative to their largest entry; in float32, how far gradients stand from float64's on the same
 rounded logits when a common offset is added. The rounds are those of several processes, since where a process's memory lies
-moves a ratio by up to a half. On a GPU ours is the Triton kernels; the eager form stands beside them.
+moves a ratio by up to a half. On a GPU one process, ours is the Triton kernels, the eager form stands beside them and what
+torch.compile makes of it only with --compile; and the peak of memory that a forward and backward adds, in tensors of the logits' size.
 """
 
 import argparse
@@ -17,11 +18,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from timing import Row, explained, interleaved, ratios, report, spread
+from timing import AS_PUBLISHED, Row, explained, interleaved, ratios, report, spread, switched
 from torch import Tensor
 
 from gkl import losses
@@ -30,6 +30,8 @@ from gkl.prior import ClassPrior
 
 ON_CPU = ((128, 100), (512, 1000), (2048, 1000), (64, 21841), (16384, 150))
 ON_GPU = ((128, 100), (2048, 1000), (64, 21841), (16384, 150))
+AT_MOST = {"cpu": (1.35, 1.1), "cuda": (0.6, 0.4)}  # ours / kl_div of few logits, and from LARGE on
+LARGE = 512 * 1000
 ALPHA, BETA, GAMMA = 20.0, 4.0, 0.4
 PAIRS_UP_TO = 60_000_000  # entries of the authors' (B, C, C) tensors that are still tried
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # student, teacher, weights before the power -> scalar
@@ -90,8 +92,21 @@ class Case:
         torch.autograd.grad(value, self.wanted)
 
     def eager(self) -> None:
-        with mock.patch.object(losses, "HAS_TRITON", False):
+        there, losses.HAS_TRITON = losses.HAS_TRITON, False
+        try:
             self.ours()
+        finally:
+            losses.HAS_TRITON = there
+
+    def added(self) -> float:
+        """Peak of the memory that a call of ours adds on a GPU, in tensors of the logits' size."""
+        self.ours()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self.ours()
+        more = torch.cuda.max_memory_allocated() - before
+        return more / (self.student.numel() * self.student.element_size())
 
     def of(self, loss: Loss) -> Callable[[], object]:
         """The same of another loss, with the same weights made in the same way."""
@@ -163,8 +178,12 @@ def offsets(device: torch.device) -> dict[str, float]:
     return found
 
 
-def measured(device: torch.device, rounds: int) -> list[Row]:
-    """Every row, in this process."""
+def measured(
+    device: torch.device, rounds: int, seconds: float | None = None, compiled: bool | None = None
+) -> list[Row]:
+    """Every row, in this process. seconds: for all of them; None takes every round. compiled: on a GPU only where asked for."""
+    on_card = device.type == "cuda"
+    compiled = not on_card if compiled is None else compiled
     # A freed tensor of 29 MB, as any training frees: before that glibc gives each larger one back to the system and fetches it anew.
     torch.empty(7 << 20)
     theirs = published()
@@ -177,42 +196,50 @@ def measured(device: torch.device, rounds: int) -> list[Row]:
             more={"by_offset": kept},
         )
     ]
-    for batch, classes in ON_GPU if device.type == "cuda" else ON_CPU:
-        size = f"{batch} x {classes}"
+    cases = [
+        (batch, classes, weights, scope)
+        for batch, classes in (ON_GPU if on_card else ON_CPU)
         # A (C, C) prior of 21,841 classes would take 2 GB: sample-wise alone.
-        for weights in ("class", "sample") if classes < 5000 else ("sample",):
-            for scope in ("both", "fixed"):
-                case = Case(batch, classes, weights, scope == "fixed", device)
-                several = batch * classes >= 512 * 1000
-                variants = {
-                    "kl_div": case.of(kl_div),
-                    "ours": case.ours,
-                    "restatement": case.of(straight_line),
-                }
-                if (weights, scope) in (("class", "fixed"), ("class", "both")) or classes > 5000:
-                    variants["compiled"] = case.compiled()
-                if theirs and weights == "class" and batch * classes**2 <= PAIRS_UP_TO:
-                    variants["authors'"] = case.of(theirs)
-                if device.type == "cuda":
-                    variants["eager"] = case.eager
-                times = interleaved(variants, device, rounds, at_least=0.02)
-                bound = 0.4 if device.type == "cuda" else 1.1 if several else 1.35
-                name = f"{size}, {weights}-wise, {scope}"
-                row = Row(
-                    f"{name}: ours / kl_div", ratios(times, "ours", "kl_div"), at_most=bound, equal=equal
-                )
-                rows.append(explained(row, variants["ours"], device))
-                if "compiled" in variants:
-                    row = Row(f"{name}: ours compiled / kl_div", ratios(times, "compiled", "kl_div"),
-                              at_most=0.75 if device.type == "cpu" else None)  # fmt: skip
-                    rows.append(explained(row, variants["compiled"], device))
-                rows.append(Row(f"{name}: restatement / ours", ratios(times, "restatement", "ours")))
-                for other in ("authors'", "eager"):
-                    if other in variants:
-                        rows.append(Row(f"{name}: {other} / ours", ratios(times, other, "ours")))
-                equal = ""
-                del case, variants
-                torch.compiler.reset()
+        for weights in (("class", "sample") if classes < 5000 else ("sample",))
+        for scope in ("both", "fixed")
+    ]
+    for batch, classes, weights, scope in cases:
+        case = Case(batch, classes, weights, scope == "fixed", device)
+        several = batch * classes >= LARGE
+        variants: dict[str, Callable[[], object]] = {
+            "kl_div": case.of(kl_div),
+            "ours": case.ours,
+            "restatement": case.of(straight_line),
+        }
+        if compiled and ((weights, scope) in (("class", "fixed"), ("class", "both")) or classes > 5000):
+            variants["compiled"] = case.compiled()
+        if theirs and weights == "class" and batch * classes**2 <= PAIRS_UP_TO:
+            variants["authors'"] = case.of(theirs)
+        if on_card:
+            variants["eager"] = case.eager
+        share = None if seconds is None else seconds / len(cases)
+        times = interleaved(variants, device, rounds, at_least=0.02, seconds=share)
+        bound = AT_MOST[device.type][several]
+        name = f"{batch} x {classes}, {weights}-wise, {scope}"
+        row = Row(f"{name}: ours / kl_div", ratios(times, "ours", "kl_div"), at_most=bound, equal=equal)
+        if on_card:
+            row.more["microseconds"] = {n: round(1e6 * min(t), 1) for n, t in times.items()}
+        rows.append(explained(row, variants["ours"], device))
+        if "compiled" in variants:
+            row = Row(f"{name}: ours compiled / kl_div", ratios(times, "compiled", "kl_div"),
+                      at_most=None if on_card else 0.75)  # fmt: skip
+            rows.append(explained(row, variants["compiled"], device))
+        rows.append(Row(f"{name}: restatement / ours", ratios(times, "restatement", "ours")))
+        for other in ("authors'", "eager"):
+            if other in variants:
+                rows.append(Row(f"{name}: {other} / ours", ratios(times, other, "ours")))
+        if on_card and several and scope == "both":
+            # Both gradients, and of each row a few sums.
+            rows.append(Row(f"{name}: memory added, logits' tensors", [case.added()], at_most=2.1))
+        equal = ""
+        del case, variants
+        if compiled:
+            torch.compiler.reset()
     return rows
 
 
@@ -222,10 +249,17 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--processes", type=int)
+    parser.add_argument("--compile", action="store_true", help="on a GPU, too: takes minutes")
+    parser.add_argument("--seconds", type=float, help="for the timing; on a GPU 25")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
-    rows = spread(arguments.processes, lambda: measured(device, arguments.rounds))
+    on_card = device.type == "cuda"
+    processes = arguments.processes or (1 if on_card else 5)
+    seconds = arguments.seconds or (25.0 if on_card else None)
+    compiled = arguments.compile or not on_card
+    with switched(AS_PUBLISHED):
+        rows = spread(processes, lambda: measured(device, arguments.rounds, seconds, compiled))
     report("loss", "time ratios, forward and backward", rows, device)
 
 

@@ -4,57 +4,128 @@
     row = Row("WRN-16-2, K = 5", ratios(times, "theirs", "ours"), at_least=1.5)
     report("step", [explained(row, step, device)], device)
 
-`report` prints each ratio beside its target and writes results/benchmarks/<name>-<cpu or card>.json, from which table.py makes the
-table of the docs.
+`report` prints each ratio beside its target and writes <name>-<cpu or card>.json into results/benchmarks, or into the folder that
+GKL_BENCHMARKS names; from these files table.py makes the table of the docs. What torch's switches say about TF32 and cuDNN is one
+setting for all of a process, and a training sets it as it is made: `under` gives each variant its own.
 """
 
 import json
 import os
 import platform
+import re
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from omegaconf import OmegaConf
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gkl.data import ImageData
+from trainers.configuration import CONFIGS
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(os.environ.get("GKL_BENCHMARKS") or ROOT / "results" / "benchmarks")
+
+
+class Arithmetic(NamedTuple):
+    """torch's switches for float32 on a GPU."""
+
+    matmul_tf32: bool = False
+    cudnn_tf32: bool = True
+    deterministic: bool = True
+    benchmark: bool = False
+
+
+AS_PUBLISHED = Arithmetic()  # torch's own, and cudnn.deterministic, which the authors' scripts set
+
+
+def arithmetic() -> Arithmetic:
+    """The switches as they are: after a training was made, the training's."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    return Arithmetic(matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark)
+
+
+@contextmanager
+def switched(wanted: Arithmetic) -> Iterator[None]:
+    """Inside, the switches are as wanted; afterwards as they were."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def turn(to: Arithmetic) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = to
+
+    before = arithmetic()
+    turn(wanted)
+    try:
+        yield
+    finally:
+        turn(before)
+
+
+def under(wanted: Arithmetic, call: Callable[[], object]) -> Callable[[], object]:
+    """The call, with the switches as wanted."""
+
+    def switched_call() -> object:
+        with switched(wanted):
+            return call()
+
+    return switched_call
+
+
+def replayed(on: bool) -> list[str]:
+    """The override that has a training record its steps as CUDA graphs, or not; none where there is no such setting."""
+    return [f"graph={on}".lower()] if "graph" in OmegaConf.load(CONFIGS / "train.yaml") else []
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def timed(call: Callable[[], object], device: torch.device) -> float:
     """Seconds that a call takes, the device's own work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, at_least: float = 0.002
+    variants: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    rounds: int,
+    at_least: float = 0.002,
+    seconds: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call of each variant in each round. The variants take turns, and each round begins with another one.
 
-    at_least: seconds that a measurement lasts; a variant faster than that is called several times.
+    at_least: seconds that a measurement lasts; a variant faster than that is called several times. seconds: after so many no
+    further round begins; the first is always whole.
     """
+    began = time.perf_counter()
     for call in variants.values():
-        call()  # once for whatever is done once
+        for _ in range(3 if device.type == "cuda" else 1):  # whatever is done once; a CUDA graph is recorded
+            call()
     repeats = {name: max(1, int(at_least / timed(call, device))) for name, call in variants.items()}
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for number in range(rounds):
+        if number and seconds is not None and time.perf_counter() - began > seconds:
+            break
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
             call, n = variants[name], repeats[name]
@@ -98,31 +169,81 @@ class Row:
 
 
 def explained(row: Row, ours: Callable[[], object], device: torch.device) -> Row:
-    """The row; where it misses its target, with the operators in which a call of ours spends its time."""
+    """The row; where it misses its target, with what a call of ours spends its time in: operators, or a card's kernels."""
     if row.met() is False:
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-        ours()
-        with profile(activities=kinds) as seen:
-            ours()
         on_card = device.type == "cuda"
-        spent = {
-            event.key.removeprefix("aten::"): event.self_device_time_total
-            if on_card
-            else event.self_cpu_time_total
-            for event in seen.key_averages()
-        }
+        ours()
+        with profile(activities=[ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]) as seen:
+            ours()
+            synchronize(device)
+        spent: dict[str, float] = {}
+        for event in seen.key_averages():
+            if on_card == (event.device_type == DeviceType.CUDA):
+                name = shortened(event.key)
+                time_spent = event.self_device_time_total if on_card else event.self_cpu_time_total
+                spent[name] = spent.get(name, 0.0) + time_spent
         largest = sorted(spent.items(), key=lambda item: -item[1])[:5]
-        calls = sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))
-        shares = ", ".join(f"{key} {100 * time / sum(spent.values()):.0f} %" for key, time in largest)
-        row.more["profile"] = f"{shares}; {calls} operator calls"
+        total = sum(spent.values()) or 1.0
+        shares = ", ".join(f"{key} {100 * time / total:.0f} %" for key, time in largest)
+        if on_card:
+            spans = kernels(seen)
+            end = max((end for _, end in spans), default=0.0)
+            whole = end - min((start for start, _ in spans), default=0.0)
+            row.more["profile"] = (
+                f"{shares}; {len(spans)} kernels, working {100 * covered(spans) / (whole or 1):.0f} % of the time"
+            )
+        else:
+            calls = sum(event.count for event in seen.key_averages() if event.key.startswith("aten::"))
+            row.more["profile"] = f"{shares}; {calls} operator calls"
     return row
+
+
+def shortened(name: str) -> str:
+    """An operator's or kernel's name without namespaces, templates and arguments."""
+    name = re.sub(r"\(anonymous namespace\)", "", name.removeprefix("aten::").removeprefix("void "))
+    while (inner := re.sub(r"<[^<>]*>", "", name)) != name:
+        name = inner
+    return name.split("(")[0].split("<")[0].split("::")[-1][:48]
+
+
+def kernels(seen: profile) -> list[tuple[float, float]]:
+    """Begin and end, in microseconds, of all that a card did while it was looked at."""
+    events = [event for event in seen.events() or () if event.device_type == DeviceType.CUDA]
+    return [(event.time_range.start, event.time_range.end) for event in events]
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def busy(call: Callable[[], object], device: torch.device, calls: int = 5) -> float:
+    """Percent of the time in which the card works: with a kernel running, as profiled, of calls' time as it is without profiler."""
+
+    def several() -> None:
+        for _ in range(calls):
+            call()
+
+    several()
+    seconds = min(timed(several, device) for _ in range(3))
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        several()
+        synchronize(device)
+    return 100.0 * covered(kernels(seen)) / 1e6 / seconds
 
 
 def spread(processes: int, measured: Callable[[], list[Row]]) -> list[Row]:
     """The rows that so many processes measure, one after the other, each running this command anew; the rounds of all together.
 
-    Where a process's memory happens to lie moves a ratio by up to a half, and all its rounds alike.
+    Where a process's memory happens to lie moves a ratio by up to a half, and all its rounds alike; on a CPU, so that on a GPU
+    one process, this one, is enough.
     """
+    if processes == 1:
+        return measured()
     child = "BENCHMARK_ROWS"  # the file that such a process leaves its rows in
     if child in os.environ:
         Path(os.environ[child]).write_text(json.dumps([vars(row) for row in measured()]))
@@ -138,7 +259,9 @@ def spread(processes: int, measured: Callable[[], list[Row]]) -> list[Row]:
         profiles = [row["more"].pop("profile") for row in same if "profile" in row["more"]]
         row = Row(**{**same[0], "values": [ratio for row in same for ratio in row["values"]]})
         if row.met() is False:
-            row.more["profile"] = profiles[0]
+            row.more["profile"] = (
+                profiles[0] if profiles else "missed by the rounds of all processes together, in none alone"
+            )
         rows.append(row)
     return rows
 
@@ -178,12 +301,24 @@ def machine(device: torch.device) -> dict[str, Any]:
         models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         name = models[0] if models else platform.processor() or "CPU"
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=RESULTS.parents[1]
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=ROOT
     )
     return {
         "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
         "timm": version("timm"), "pyautoattack": version("pyautoattack"), "commit": commit.stdout.strip()[:9],
-        **({"capability": torch.cuda.get_device_capability(device)} if device.type == "cuda" else {}),
+        **(card(device) if device.type == "cuda" else {}),
+    }  # fmt: skip
+
+
+def card(device: torch.device) -> dict[str, Any]:
+    """What else there is to say of a GPU: memory in GiB as torch sees it, driver, Triton."""
+    seen = torch.cuda.get_device_properties(device)
+    told = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    ).stdout if shutil.which("nvidia-smi") else ""  # fmt: skip
+    return {
+        "capability": [seen.major, seen.minor], "memory": round(seen.total_memory / 2**30, 1), "driver": (told.split() or ["unknown"])[0],
+        "triton": version("triton") if find_spec("triton") else None,
     }  # fmt: skip
 
 
