@@ -51,7 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "one channel": {"shape": (4, 1, 5, 5), "groups": 2},
     "one pixel": {"shape": (12, 40, 1, 1), "groups": 3},
     "a mean of 100 deviations": {"shape": (8, 16, 16, 16), "groups": 2, "offset": 100.0, "activation": "none"},
-    "a first pixel of 10 deviations": {"shape": (8, 16, 16, 16), "groups": 2, "outlier": 10.0, "activation": "none"},
+    "a first pixel of 5 deviations": {"shape": (8, 16, 16, 16), "groups": 2, "outlier": 5.0, "activation": "none"},
     "momentum 1": {"groups": 4, "momentum": 1.0},
     "images alone": {"groups": 4, "wanted": "x"},
     "images alone, eval": {"mode": "eval", "wanted": "x"},

@@ -9,8 +9,9 @@ A channels_last map is a matrix: a row for each pixel of each picture, a column 
 program takes a block of columns of one group, and of its tiles of BLOCK_R rows every `splits`-th. What programs find
 is merged by a kernel of its own, in one order whatever runs first: the same bits each time, and on every card.
 
-Values are taken relative to the group's first row, which costs no digit where the mean is large beside the deviation, and
-each lane keeps a running mean and squared deviations. Source of their merge: Chan, Golub and LeVeque, 1979.
+Moments are those of values relative to the group's first row, and a mean is two floats, what the first cannot hold in the
+second: no digit is lost where the mean is large beside the deviation. Each lane keeps a running mean and squared deviations.
+Source of their merge: Chan, Golub and LeVeque, 1979.
 """
 
 from typing import Any
@@ -46,21 +47,19 @@ def _rows_held(count, split, splits, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _channels(x, mean, spread, column, inside, channels, eps, BY_BATCH: tl.constexpr):
-    """Of each channel what is taken off a value, in two parts, and 1 / deviation. x: at the group's first row.
+def _channels(mean, rest, spread, column, inside, eps, BY_BATCH: tl.constexpr):
+    """Of each channel what is taken off a value, in two parts, and 1 / deviation.
 
-    BY_BATCH: mean relative to the first row, and 1 / deviation, at the group's own; else the running mean and variance.
+    BY_BATCH: a group's rows of group_statistics; else the running mean and variance.
     """
+    mean = tl.load(mean + column, mask=inside, other=0.0)
+    spread = tl.load(spread + column, mask=inside, other=1.0)
     if BY_BATCH:
-        origin = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
-        centre = tl.load(mean + column, mask=inside, other=0.0)
-        inverse = tl.load(spread + column, mask=inside, other=0.0)
+        rest = tl.load(rest + column, mask=inside, other=0.0)
     else:
-        origin = tl.load(mean + column, mask=inside, other=0.0)
-        centre = tl.zeros_like(origin)
-        variance = tl.load(spread + column, mask=inside, other=1.0)
-        inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + tl.cast(eps, tl.float32)))
-    return origin, centre, inverse
+        rest = tl.zeros_like(mean)
+        spread = tl.div_rn(1.0, tl.sqrt_rn(spread + tl.cast(eps, tl.float32)))
+    return mean, rest, spread
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def _moments(
 def _statistics(
     x,
     found,  # as _moments leaves it
-    statistics,  # (2, groups, channels) written: the mean relative to the group's first row, and 1 / deviation
+    statistics,  # (3, groups, channels) written: the mean in two parts, and 1 / deviation
     running_mean,  # (channels), renewed from the first group where TRACKED
     running_var,
     batches,  # (), one more where TRACKED
@@ -164,15 +163,19 @@ def _statistics(
     apart = means - mean[None, :]
     squares = tl.sum(squares + held * apart * apart, 0)
     inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(squares, total) + eps))
+    origin = tl.load(x + first * channels + column, mask=inside, other=0.0).to(tl.float32)
+    whole = origin + mean
+    added = whole - origin
+    rest = (origin - (whole - added)) + (mean - added)
     statistics += group * channels + column
-    tl.store(statistics, mean, mask=inside)
-    tl.store(statistics + groups * channels, inverse, mask=inside)
+    tl.store(statistics, whole, mask=inside)
+    tl.store(statistics + groups * channels, rest, mask=inside)
+    tl.store(statistics + 2 * groups * channels, inverse, mask=inside)
     if TRACKED:
         share = tl.cast(momentum, tl.float32)
         renewed = inside & (group == 0)
-        mean += tl.load(x + column, mask=renewed, other=0.0).to(tl.float32)
         before = tl.load(running_mean + column, mask=renewed, other=0.0)
-        tl.store(running_mean + column, share * mean + (1.0 - share) * before, mask=renewed)
+        tl.store(running_mean + column, share * whole + (1.0 - share) * before, mask=renewed)
         variance = tl.div_rn(squares, total - 1.0)
         before = tl.load(running_var + column, mask=renewed, other=0.0)
         tl.store(running_var + column, share * variance + (1.0 - share) * before, mask=renewed)
@@ -184,6 +187,7 @@ def _normalise(
     x,  # (rows, channels)
     y,  # the same, written
     mean,  # (groups, channels) of statistics where BY_BATCH, else the (channels) running ones
+    rest,
     spread,
     weight,  # (channels)
     bias,
@@ -205,9 +209,8 @@ def _normalise(
     count = tl.minimum(rows - first, group_rows).to(tl.int32)
     x += first * channels
     y += first * channels
-    mean += group * channels
-    spread += group * channels
-    origin, centre, inverse = _channels(x, mean, spread, column, inside, channels, eps, BY_BATCH)
+    here = group * channels + column
+    middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
     scale = (inverse * tl.load(weight + column, mask=inside, other=0.0))[None, :]
     shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
     line = tl.arange(0, BLOCK_R)
@@ -217,7 +220,7 @@ def _normalise(
         start = (tiles - 1 - split - number * splits) * BLOCK_R  # what was read last is still in the cache
         valid = (start + line < count)[:, None] & inside[None, :]
         at = start.to(tl.int64) * channels + within
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - origin[None, :] - centre[None, :]
+        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
         tl.store(y + at, _activated(value * scale + shift, ACTIVATION), mask=valid)
 
 
@@ -226,6 +229,7 @@ def _slopes(
     x,  # (rows, channels)
     grad,
     mean,  # as in _normalise
+    rest,
     spread,
     weight,
     bias,
@@ -249,9 +253,8 @@ def _slopes(
     count = tl.minimum(rows - first, group_rows).to(tl.int32)
     x += first * channels
     grad += first * channels
-    mean += group * channels
-    spread += group * channels
-    origin, centre, inverse = _channels(x, mean, spread, column, inside, channels, eps, BY_BATCH)
+    here = group * channels + column
+    middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
     scale = (inverse * tl.load(weight + column, mask=inside, other=0.0))[None, :]
     shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
     line = tl.arange(0, BLOCK_R)
@@ -263,7 +266,7 @@ def _slopes(
         valid = (start + line < count)[:, None] & inside[None, :]
         at = start.to(tl.int64) * channels + within
         g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - origin[None, :] - centre[None, :]
+        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
         g = _through_activation(g, value * scale + shift, ACTIVATION)
         plain += g
         product += g * value  # 0 past the end, where g is 0
@@ -274,12 +277,9 @@ def _slopes(
 
 @triton.jit
 def _sums(
-    x,
     found,  # as _slopes leaves it
     sums,  # (2, groups, channels) written: each group's share of the gradient to the bias, and to the weight
-    mean,
-    spread,
-    group_rows,
+    spread,  # as in _normalise
     channels,
     groups,
     splits,
@@ -291,10 +291,8 @@ def _sums(
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = column < channels
     group = tl.program_id(1)
-    x += group.to(tl.int64) * group_rows * channels
-    mean += group * channels
-    spread += group * channels
-    _, _, inverse = _channels(x, mean, spread, column, inside, channels, eps, BY_BATCH)
+    here = group * channels + column
+    _, _, inverse = _channels(spread, spread, spread, here, inside, eps, BY_BATCH)
     split = tl.arange(0, BLOCK_S)
     valid = (split < splits)[:, None] & inside[None, :]
     at = found + (split[:, None] * groups + group) * channels + column[None, :]
@@ -310,6 +308,7 @@ def _gradient(
     grad,
     to_x,  # written
     mean,  # as in _normalise
+    rest,
     spread,
     weight,
     bias,
@@ -334,9 +333,8 @@ def _gradient(
     x += first * channels
     grad += first * channels
     to_x += first * channels
-    mean += group * channels
-    spread += group * channels
-    origin, centre, inverse = _channels(x, mean, spread, column, inside, channels, eps, BY_BATCH)
+    here = group * channels + column
+    middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
     scale = inverse * tl.load(weight + column, mask=inside, other=0.0)
     shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
     level = tl.zeros_like(scale)  # what the mean's and the deviation's own gradients take off
@@ -355,7 +353,7 @@ def _gradient(
         at = start.to(tl.int64) * channels + within
         g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
         if BY_BATCH or ACTIVATION != 0:
-            value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - origin[None, :] - centre[None, :]
+            value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
             g = _through_activation(g, value * scale[None, :] + shift, ACTIVATION)
             g = g * scale[None, :]
             if BY_BATCH:
@@ -397,7 +395,7 @@ def _merging(channels: int, splits: int) -> tuple[int, dict[str, int]]:
 def group_statistics(
     x: Tensor, images: int, running: tuple[Tensor, Tensor, Tensor] | None, *, momentum: float, eps: float
 ) -> Tensor:
-    """(2, groups, C) in float32: of each group the mean relative to its first row, and 1 / standard deviation.
+    """(3, groups, C) in float32: of each group the mean, what it lacks as a float, and 1 / standard deviation.
 
     x: as in `batch_norm`, without gradient. running: mean, variance and number of batches, which the first group renews in place.
     """
@@ -405,7 +403,7 @@ def group_statistics(
     batch, channels, height, width = x.shape
     rows = batch * height * width
     found = torch.empty(2, splits, groups, channels, dtype=torch.float32, device=x.device)
-    statistics = torch.empty(2, groups, channels, dtype=torch.float32, device=x.device)
+    statistics = torch.empty(3, groups, channels, dtype=torch.float32, device=x.device)
     mean, variance, batches = (statistics, statistics, statistics) if running is None else running
     merging, merged = _merging(channels, splits)
     with torch.cuda.device(x.get_device()):
@@ -429,22 +427,23 @@ class TritonBatchNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         mean: Tensor,
+        rest: Tensor,
         spread: Tensor,
         images: int,
         eps: float,
         by_batch: bool,
         activation: int,
     ) -> Tensor:
-        """One pass. mean, spread: two rows of group_statistics, (groups, C) each, or the running mean and variance."""
+        """One pass. mean, rest, spread: group_statistics; or the running mean, what nothing reads, the running variance."""
         grid, sizes, group_rows = _tiling(x, images, MAPPING)
         batch, channels, height, width = x.shape
         y = torch.empty_like(x)
         with torch.cuda.device(x.get_device()):
             _normalise[grid](
-                x, y, mean, spread, weight, bias, batch * height * width, group_rows, channels, grid[2], eps,
+                x, y, mean, rest, spread, weight, bias, batch * height * width, group_rows, channels, grid[2], eps,
                 BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, mean, spread)
+        ctx.save_for_backward(x, weight, bias, mean, rest, spread)
         ctx.images, ctx.eps, ctx.by_batch, ctx.activation = images, eps, by_batch, activation
         return y
 
@@ -452,7 +451,7 @@ class TritonBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Sums over the map where batch statistics or parameters want them, then the map's gradient where it is wanted."""
-        x, weight, bias, mean, spread = ctx.saved_tensors
+        x, weight, bias, mean, rest, spread = ctx.saved_tensors
         images, eps, by_batch, activation = ctx.images, ctx.eps, ctx.by_batch, ctx.activation
         to_map, *to_parameters = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -466,12 +465,12 @@ class TritonBatchNorm(torch.autograd.Function):
                 found = torch.empty(2, splits, groups, channels, dtype=torch.float32, device=x.device)
                 sums = torch.empty(2, groups, channels, dtype=torch.float32, device=x.device)
                 _slopes[(blocks, groups, splits)](
-                    x, grad, mean, spread, weight, bias, found, rows, group_rows, channels, groups, splits, eps,
+                    x, grad, mean, rest, spread, weight, bias, found, rows, group_rows, channels, groups, splits, eps,
                     BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
                 )  # fmt: skip
                 merging, merged = _merging(channels, splits)
                 _sums[(merging, groups)](
-                    x, found, sums, mean, spread, group_rows, channels, groups, splits, eps,
+                    found, sums, spread, channels, groups, splits, eps,
                     BY_BATCH=by_batch, **merged, num_warps=4,
                 )  # fmt: skip
                 if any(to_parameters):
@@ -481,10 +480,10 @@ class TritonBatchNorm(torch.autograd.Function):
                 to_x = torch.empty_like(x)
                 grid, sizes, group_rows = _tiling(x, images, MAPPING)
                 _gradient[grid](
-                    x, grad, to_x, mean, spread, weight, bias, sums, rows, group_rows, channels, grid[1], grid[2], eps,
+                    x, grad, to_x, mean, rest, spread, weight, bias, sums, rows, group_rows, channels, grid[1], grid[2], eps,
                     BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
                 )  # fmt: skip
-        return to_x, to_weight, to_bias, None, None, None, None, None, None
+        return to_x, to_weight, to_bias, None, None, None, None, None, None, None
 
 
 def batch_norm(
@@ -508,8 +507,9 @@ def batch_norm(
     kind = ACTIVATIONS[activation]
     if by_batch:
         statistics = group_statistics(x.detach(), images, running, momentum=momentum, eps=eps)
-        mean, spread = statistics[0], statistics[1]
+        mean, rest, spread = statistics[0], statistics[1], statistics[2]
     else:
         assert running is not None, "eval mode needs running statistics"
-        mean, spread, images = running[0], running[1], x.shape[0]
-    return TritonBatchNorm.apply(x, weight, bias, mean, spread, images, eps, by_batch, kind)
+        (mean, spread, _), images = running, x.shape[0]
+        rest = mean
+    return TritonBatchNorm.apply(x, weight, bias, mean, rest, spread, images, eps, by_batch, kind)
