@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack, fab_projections
+from tape import Taped
 from torch import Tensor, nn
 
 from gkl import evaluation
@@ -48,6 +51,22 @@ def scans(count: int, classes: int = 10) -> tuple[Tensor, Tensor]:
     data = digits()
     keep = data.test_labels < classes
     return data.test_images[keep][:count], data.test_labels[keep][:count]
+
+
+def replays(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[Taped]:
+    """Has a module record and replay where it would on a GPU; what was recorded and replayed, call by call."""
+    taped: list[Taped] = []
+
+    @contextmanager
+    def recordings(device: torch.device, graph: bool = True) -> Iterator[Taped | None]:
+        if graph:
+            taped.append(Taped(kept=12))
+        yield taped[-1] if graph else None
+        if graph:
+            taped[-1].forget()
+
+    monkeypatch.setattr(module, "recordings", recordings)
+    return taped
 
 
 def floats(images: Tensor) -> Tensor:
@@ -85,6 +104,18 @@ def test_pgd_robust_flags_do_not_depend_on_the_batches(loss: str, norm: str, eps
     assert (whole & ~clean).sum() == 0 and 0 < whole.sum() < clean.sum()
     longer = pgd_robust(model, images, labels, batch_size=60, **{**options, "steps": 40})
     assert longer.sum() <= whole.sum()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_pgd_s_steps_may_be_replayed(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (images, labels) = Classifier().eval(), scans(50)
+    options = {"norm": norm, "epsilon": 0.1 if norm == "linf" else 0.8, "step_size": 0.05, "steps": 7}
+    options |= {"batch_size": 20, "device": CPU}
+    taped = replays(monkeypatch, evaluation)
+    for loss in ("ce", "cw"):
+        found = pgd_robust(model, images, labels, loss=loss, **options)
+        assert found.equal(pgd_robust(model, images, labels, loss=loss, graph=False, **options))
+    assert len(taped) == 2 and all((t.recorded, t.replayed) == (2, 19) and not t.known for t in taped)
 
 
 def test_the_margin_is_cw_s() -> None:
@@ -149,6 +180,36 @@ def test_every_verdict_and_image_is_the_package_s_own(
             ours[part["points"][~part["robust"]]] = torch.from_numpy(part["x_adv"])
         left = round(14 * after / 100)
     assert ours.equal(x_adv) and not ours.equal(floats(images)) and left > 5
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.2), ("l2", 1.8)])
+@pytest.mark.parametrize("order", [("square", "apgd-ce"), ("apgd-t",), ("fab-t",)])
+def test_replayed_attacks_are_the_package_s_image_by_image(
+    order: tuple[str, ...], norm: str, epsilon: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Iterations replayed, sizes of batches shrinking between them: every image and verdict, bit for bit."""
+    monkeypatch.setattr(autoattack, "AutoAttack", Short)
+    monkeypatch.setattr(autoattack, "ATTACKS", {"standard": order})
+    taped = replays(monkeypatch, autoattack)
+    options = {"epsilon": epsilon, "norm": norm, "device": CPU, "batch_size": 12, "seed": 3}
+    data = scans(24, classes=5)
+    model, kinds = Classifier(classes=5).eval(), ("plain", "replayed")
+    for weights in range(2):
+        with torch.no_grad():
+            model.head.weight.mul_(1 + weights)
+        plain, ours = (
+            evaluate(model, *data, folder=tmp_path / f"{kind} {weights}", graph=kind == "replayed", **options)
+            for kind in kinds
+        )
+        assert ours.robust_flags.equal(plain.robust_flags) and ours.after == plain.after
+        assert ours.warnings == plain.warnings and 0 < ours.robust <= ours.after[order[0]] < ours.clean
+        files = (sorted(tmp_path.glob(f"{kind} {weights}/*/*.npz")) for kind in kinds)
+        for one, other in zip(*files, strict=True):
+            a, b = np.load(one), np.load(other)
+            assert all(np.array_equal(a[k], b[k]) for k in ("points", "robust", "x_adv", "warnings")), (
+                one.name
+            )
+    assert len(taped) == 2 and all(t.replayed > 5 * t.recorded > 20 and not t.failed for t in taped)
 
 
 def test_the_projection_is_the_package_s_without_its_sort() -> None:

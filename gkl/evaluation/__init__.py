@@ -16,6 +16,7 @@ from torch import Tensor
 from gkl.attacks import Norm, pgd, random_start
 from gkl.counter import sample_keys
 from gkl.evaluation.autoattack import AutoAttackResult, evaluate
+from gkl.evaluation.recorded import recordings
 
 __all__ = ["AutoAttackResult", "accuracy", "evaluate", "first_of_each_class", "pgd_robust"]
 
@@ -47,24 +48,35 @@ def pgd_robust(
     numbers: Tensor | None = None,
     batch_size: int,
     device: torch.device,
+    graph: bool = True,
 ) -> Tensor:
     """Which images withstand PGD-`steps` from one random start in the epsilon-ball, (N,) bool on the CPU.
 
     loss: "ce" climbs the cross-entropy (PGD), "cw" the margin max_{k != y} z_k - z_y (CW). epsilon, step_size: pixel
     units. The start depends on (seed, image number) alone; numbers: the images' where they are part of a set, else
-    0..N-1. logits_fn: in eval mode. Source: Table XV.
+    0..N-1. logits_fn: in eval mode. graph: on a GPU, replay a step from a recording, with the same bits. Source: Table XV.
     """
+    objective = _cross_entropy if loss == "ce" else _margin
+
+    def climbed(x: Tensor, y: Tensor, x_adv: Tensor, steps: int = 1) -> Tensor:
+        return pgd(
+            logits_fn, x, partial(objective, labels=y), norm=norm, epsilon=epsilon, step_size=step_size, steps=steps,
+            start=x_adv,
+        )  # fmt: skip
+
     robust = []
-    for x, y, index in _batches(images, labels, batch_size, device):
-        number = index if numbers is None else numbers.to(device)[index]
-        keys = sample_keys(seed, 0, number, "pgd_start")
-        start = random_start(x, keys, norm=norm, epsilon=epsilon)
-        objective = partial(_cross_entropy if loss == "ce" else _margin, labels=y)
-        x_adv = pgd(
-            logits_fn, x, objective, norm=norm, epsilon=epsilon, step_size=step_size, steps=steps, start=start
-        )
-        with torch.no_grad():
-            robust.append((logits_fn(x_adv).argmax(-1) == y).cpu())
+    with recordings(device, graph) as replayed:
+        for x, y, index in _batches(images, labels, batch_size, device):
+            number = index if numbers is None else numbers.to(device)[index]
+            keys = sample_keys(seed, 0, number, "pgd_start")
+            x_adv = random_start(x, keys, norm=norm, epsilon=epsilon)
+            if replayed is None:
+                x_adv = climbed(x, y, x_adv, steps)
+            else:
+                for _ in range(steps):
+                    x_adv = replayed("pgd", climbed, (x, y, x_adv))
+            with torch.no_grad():
+                robust.append((logits_fn(x_adv).argmax(-1) == y).cpu())
     return torch.cat(robust) if robust else torch.zeros(0, dtype=torch.bool)
 
 

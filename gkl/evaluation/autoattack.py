@@ -38,6 +38,9 @@ from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 
 from gkl.attacks import Norm
+from gkl.evaluation.projection import projection_linf
+from gkl.evaluation.recorded import Recorded, recordings
+from gkl.graphs import Replayed
 
 Version = Literal["standard", "screen"]
 # The screen is for development: APGD-CE and APGD-T alone. Its number is never called AutoAttack.
@@ -84,13 +87,15 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     on_progress: Callable[[str, float], None] | None = None,
+    graph: bool = True,
 ) -> AutoAttackResult:
     """Attack this process's batches of each attack (number % world_size == rank), wait for the others' and return the result.
 
     model: in eval mode, images in [0, 1] to logits, at least 4 classes. images: (N, 3, H, W), uint8 or float.
     folder: where finished batches are kept, seen by all processes; those of other weights or settings lie beside them and
     are not read. on_progress: called after each batch with where this process is and the seconds it has left, counted as if
-    no further image fell. epsilon: pixel units.
+    no further image fell. epsilon: pixel units. graph: on a GPU, replay the attacks' iterations from recordings, with the
+    same bits.
     Raises ValueError for a model in training mode or with too few classes, RuntimeError if AutoAttack returns an image
     outside the ball or one it calls misclassified that is not.
     """
@@ -113,15 +118,18 @@ def evaluate(
     found: list[dict[str, Any]] = []
     share: dict[str, float] = {}
     spent, passes = 0.0, 0.0
-    with _prepared(model, device):
-        adapted = _Adapter(model, device)
+    images, labels = images.to(device), labels.to(device)
+    with _prepared(model, device), recordings(device, graph) as replayed:
+        adapted = _Adapter(model, device, replayed)
         with torch.no_grad():
-            num_classes = adapted(_floats(images[:1], device)).shape[1]
+            num_classes = adapted(_floats(images[:1])).shape[1]
         if num_classes < 4:
             raise ValueError(
                 f"AutoAttack's targeted DLR loss needs at least 4 classes, the model has {num_classes}"
             )
         adversary = attacker(adapted, num_classes, epsilon=epsilon, norm=norm, seed=seed, device=device)
+        if replayed is not None:
+            Recorded(adapted.network, replayed).take_over(adversary)
         stages = ("clean", *ATTACKS[version])
         for attack in stages:
             points = robust.nonzero().squeeze(1)  # still standing
@@ -132,7 +140,8 @@ def evaluate(
                 if _read(paths[number], batches[number]) is not None:
                     continue
                 started = time.monotonic()
-                x, y = _floats(images[batches[number]], device), labels[batches[number]].to(device)
+                index = batches[number].to(device)
+                x, y = _floats(images[index]), labels[index]
                 outcome = _clean(adapted, x, y) if attack == "clean" else _attack(attack, adversary, x, y)
                 seconds = time.monotonic() - started
                 _write(
@@ -208,10 +217,9 @@ def _clean(model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
     }
 
 
-def _floats(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 or float images as contiguous float32 in [0, 1] on the device."""
-    x = images.to(device)
-    return (x.float() / 255 if x.dtype == torch.uint8 else x.float()).contiguous()
+def _floats(images: Tensor) -> Tensor:
+    """uint8 or float images as contiguous float32 in [0, 1]."""
+    return (images.float() / 255 if images.dtype == torch.uint8 else images.float()).contiguous()
 
 
 def _attack(attack: str, adversary: AutoAttack, x: Tensor, y: Tensor) -> dict[str, Any]:
@@ -246,42 +254,27 @@ def _attack(attack: str, adversary: AutoAttack, x: Tensor, y: Tensor) -> dict[st
     }
 
 
-def projection_linf(points: Tensor, normals: Tensor, offsets: Tensor) -> Tensor:
-    """The step of least maximum norm from each point onto its hyperplane {z: w.z = b} within the unit box, (B, n) as points.
-
-    Where the box does not reach the plane, the step ends in the box's corner nearest to it. normals: w, (B, n). offsets: b, (B,).
-    FAB's projection, where the package sorts the n coordinates: a step of length s covers sum_i |w_i| min(s, room_i) of the
-    gap, concave in s, so Newton's method from below reaches the very s in a few passes.
-    """
-    gap = (normals * points).sum(1) - offsets
-    normals = torch.where(
-        gap[:, None] < 0, -normals, normals
-    )  # so that each step leads down along its normal
-    room = torch.where(normals < 0, 1 - points, points)
-    size, gap = normals.abs(), gap.abs()[:, None]
-    reached = gap < (size * room).sum(1, keepdim=True)
-    step = torch.where(reached, gap / size.sum(1, keepdim=True), torch.inf)
-    while True:
-        short = gap - (size * torch.minimum(step, room)).sum(1, keepdim=True)
-        slope = (size * (room > step)).sum(1, keepdim=True)
-        further = torch.where((slope > 0) & (short > 0), step + short / slope, step)
-        if not (further > step).any():
-            return -normals.sign() * torch.minimum(step, room)
-        step = further
-
-
 class _Adapter(nn.Module):
     """The model as AutoAttack is to see it: contiguous images in, contiguous gradients out, whatever the layout between them.
 
     The package's zero-gradient check fails on gradients in channels_last.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, replayed: Replayed | None = None) -> None:
+        """replayed: what replays a forward pass alone."""
         super().__init__()
         self.model, self.layout = model, LAYOUT.get(device.type, torch.preserve_format)
+        self.replayed = replayed
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits."""
+        """Logits, the caller's to change."""
+        if self.replayed is None or (torch.is_grad_enabled() and x.requires_grad):
+            return self.network(x)
+        with torch.no_grad():
+            return self.replayed("logits", self.network, (x,)).clone()
+
+    def network(self, x: Tensor) -> Tensor:
+        """The same, nothing replayed."""
         return self.model(_ContiguousGradient.apply(x).to(memory_format=self.layout))
 
 
