@@ -60,22 +60,37 @@ class Views:
             made.append((rows * (2 * self.padding + 1) + columns) * 2 + mirrored)
         return tuple(made)
 
+    @property
+    def recordable(self) -> bool:
+        """Whether `seen` asks for nothing of its draws' values, so that a CUDA graph can hold it."""
+        return all("autoaugment" not in VIEWS[view] for view in self.views)
+
+    def draws(self, *, seed: int, epoch: int, index: Tensor) -> Tensor:
+        """The keys that each operation of each view draws from, (operations, B) int64. index: (B,) places in the data set."""
+        streams = [
+            f"{operation}/{number}" for number, view in enumerate(self.views) for operation in VIEWS[view]
+        ]
+        return torch.stack([sample_keys(seed, epoch, index, stream) for stream in streams])
+
+    def seen(self, images: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
+        """One tensor like images, (B, 3, H, W) uint8, per view. draws: on the CPU, where views are not recordable."""
+        made, keys = [], iter(draws)
+        for view in self.views:
+            out = images
+            for operation in VIEWS[view]:
+                if operation == "crop_flip":
+                    out = crop_flip(out, next(keys), padding=self.padding, flip=self.flip, border=self.border)
+                else:
+                    out = OPERATIONS[operation](out, next(keys))
+            made.append(out)
+        return tuple(made)
+
     def __call__(self, images: Tensor, *, seed: int, epoch: int, index: Tensor) -> tuple[Tensor, ...]:
         """images: (B, 3, H, W) uint8. index: (B,) places in the data set, on the CPU. One tensor like images per view.
 
         What is drawn follows from index alone: on the CPU, so that no device is waited for to learn which pictures an operation takes.
         """
-        made = []
-        for number, view in enumerate(self.views):
-            out = images
-            for operation in VIEWS[view]:
-                keys = sample_keys(seed, epoch, index, f"{operation}/{number}")
-                if operation == "crop_flip":
-                    out = crop_flip(out, keys, padding=self.padding, flip=self.flip, border=self.border)
-                else:
-                    out = OPERATIONS[operation](out, keys)
-            made.append(out)
-        return tuple(made)
+        return self.seen(images, self.draws(seed=seed, epoch=epoch, index=index))
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ class Average:
     every: "epoch" (their average over the files of epochs 1..200 has decay 0.9) or "step" (their EMA: 0.9996).
     """
 
+    recordable = True  # whether `after_step` is the same work at every step of one `phase`
+
     def __init__(self, decay: float, every: Literal["epoch", "step"], start_epoch: int = 1) -> None:
         if not 0.0 <= decay < 1.0 or every not in ("epoch", "step"):
             raise ValueError(
@@ -32,6 +34,10 @@ class Average:
 
     def prepare(self, steps: int) -> None:
         """Told once how many steps the training has."""
+
+    def phase(self, epoch: int) -> int:
+        """What after_step does in an epoch: -1 nothing, 0 a copy, 1 the average."""
+        return -1 if self.every != "step" else (epoch > self.start_epoch) - (epoch < self.start_epoch)
 
     def after_step(self, model: nn.Module, epoch: int) -> None:
         """Call after every optimizer step of epoch 1, 2, ..."""
@@ -48,8 +54,11 @@ class Average:
         if epoch < self.start_epoch:
             return
         state = model.state_dict()
-        if epoch == self.start_epoch or not self.state:
+        if not self.state:
             self.state = {key: value.detach().clone() for key, value in state.items()}
+            return
+        if epoch == self.start_epoch:
+            torch._foreach_copy_(list(self.state.values()), [state[key] for key in self.state])
             return
         averaged = [key for key, value in state.items() if value.is_floating_point()]
         torch._foreach_lerp_(
@@ -74,6 +83,8 @@ class RampedAverage(Average):
     Until `warmup` of all steps it is the model; t steps later its decay is min(decay, (1 + t) / (10 + t)). Batch-norm
     statistics are the model's at the end of each epoch. Source: Gowal et al. 2020, as DM-AT's trainer has it.
     """
+
+    recordable = False  # another decay at every step
 
     def __init__(self, decay: float, warmup: float = 0.025) -> None:
         """warmup: share of all steps."""

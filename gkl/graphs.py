@@ -29,17 +29,19 @@ class Replayed:
         """kept: recordings held at once, the latest used; all of them share their memory. warn: told once if recording fails."""
         self.kept, self.warn = kept, warn
         self.failed = False
-        self.known: OrderedDict[Hashable, tuple[list[Tensor], Callable[[], Any]] | None] = OrderedDict()
+        self.known: OrderedDict[Hashable, tuple[list[Tensor | None], Callable[[], Any]] | None] = (
+            OrderedDict()
+        )
         if device.type == "cuda":
             # All that is recorded, and each first call, on one stream: autograd's nodes must not know of another.
             self.stream = torch.cuda.Stream(device)
             self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, key: Hashable, function: Callable[..., Any], inputs: Sequence[Tensor]) -> Any:
+    def __call__(self, key: Hashable, function: Callable[..., Any], inputs: Sequence[Tensor | None]) -> Any:
         """function(*inputs), its tensors detached. key: all that it depends on beside tensors; shapes are added here."""
         if self.failed:
             return _detached(function(*inputs))
-        key = key, tuple((x.shape, x.stride(), x.dtype) for x in inputs)
+        key = key, tuple(x if x is None else (x.shape, x.stride(), x.dtype) for x in inputs)
         if key not in self.known:
             self.known[key] = None
             while len(self.known) > self.kept:
@@ -48,7 +50,7 @@ class Replayed:
         self.known.move_to_end(key)
         recording = self.known[key]
         if recording is None:
-            static = [x.clone() for x in inputs]
+            static = [x if x is None else x.clone() for x in inputs]
             try:
                 recording = static, self.record(lambda: _detached(function(*static)))
             except (
@@ -62,8 +64,9 @@ class Replayed:
                 return _detached(function(*inputs))
             self.known[key] = recording
         else:
-            for kept, x in zip(recording[0], inputs, strict=True):
-                kept.copy_(x, non_blocking=True)
+            for held, x in zip(recording[0], inputs, strict=True):
+                if held is not None and x is not None:
+                    held.copy_(x, non_blocking=True)
         return recording[1]()
 
     def forget(self) -> None:

@@ -22,6 +22,7 @@ EXCLUDED = (
     "devices",
     "accumulate",
     "workers",
+    "graph",
     "logger",
     "launcher",
     "checkpoint_minutes",

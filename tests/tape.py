@@ -31,12 +31,15 @@ class Notes(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         arguments = func._schema.arguments
         for place, argument in enumerate(arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            # batch norm's schema does not tell that it changes these
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written or argument.name in ("running_mean", "running_var"):
                 given = args[place] if place < len(args) else kwargs.get(argument.name)
                 for tensor in tree_leaves(given):
                     self.keep(tensor)
         out = func(*args, **kwargs)
-        self.made.update(t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor))
+        if not any(result.alias_info for result in func._schema.returns):  # else views of what was there
+            self.made.update(t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor))
         self.calls.append((func, args, kwargs, out))
         return out
 
@@ -74,16 +77,13 @@ class Taped(Replayed):
             with torch.no_grad():
                 for func, args, kwargs, results in notes.calls:
                     again = func(*args, **kwargs)
-                    aliased = [r.alias_info is not None for r in func._schema.returns]
-                    pairs = zip(
-                        tree_leaves(results if len(aliased) != 1 else [results]),
-                        tree_leaves(again if len(aliased) != 1 else [again]),
-                        strict=True,
-                    )
-                    for number, (kept, new) in enumerate(pairs):
-                        alias = aliased[min(number, len(aliased) - 1)]
-                        if isinstance(kept, Tensor) and not alias:
-                            kept.copy_(new)
+                    alias = [r.alias_info is not None for r in func._schema.returns]
+                    kept, new = ([x] if len(alias) == 1 else list(x or ()) for x in (results, again))
+                    for aliased, *pair in zip(alias, kept, new, strict=True):
+                        if not aliased:
+                            for old, fresh in zip(*map(tree_leaves, pair), strict=True):
+                                if isinstance(old, Tensor):
+                                    old.copy_(fresh)
             return out
 
         return replay

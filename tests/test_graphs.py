@@ -1,8 +1,20 @@
 """Recorded work: the keys, the failures, and whole training steps replayed on the CPU, bit for bit what they are without."""
 
+import copy
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tape import Taped
+from test_distillation import make_task
+from test_methods import task_of
+from torch.utils._pytree import tree_leaves_with_path
+
+from gkl.prior import ClassPrior
+from gkl.records import identity
+from trainers.configuration import ConfigError, compose
+from trainers.training import Training
 
 
 def test_a_key_is_run_then_recorded_then_replayed_with_the_same_bits() -> None:
@@ -64,3 +76,98 @@ def test_a_number_that_python_holds_is_part_of_the_recording(number: float) -> N
         taped("key", lambda x: [x * held["by"]], (torch.ones(1),))
     held["by"] = 5.0
     assert taped("key", lambda x: [x * held["by"]], (torch.ones(1),))[0].item() == number
+
+
+AT = ["c100_basic_gkl", "c100_basic_kl", "c100_autoaug", "c100_acat", "c100_dajat", "c100_dm", "c10_rice", "c100_awp", "c100_lbgat_awp"]  # fmt: skip
+KD = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "vanilla"]
+
+
+def with_rates_on_the_device(task: Training) -> Training:
+    """As Training.settle has them on a GPU."""
+    for group in task.optimizer.param_groups:
+        group.update(lr=torch.as_tensor(group["lr"], dtype=torch.float64), fused=True, foreach=False)
+    return task
+
+
+def trained(task: Training, epochs: range) -> list[dict[str, float]]:
+    """Some steps of some epochs, the last and shorter one too; what was logged."""
+    logged = []
+    for epoch in epochs:
+        task.start_epoch(epoch)
+        for step in (0, 1, 2, 3, task.steps_per_epoch - 1):
+            logged.append({name: value.item() for name, value in task.train_step(epoch, step).items()})
+        task.end_of_method_epoch()
+        for average in task.averages.values():
+            average.after_epoch(task.model, epoch)
+    return logged
+
+
+@pytest.fixture
+def unchecked_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where labels are not read back."""
+    monkeypatch.setattr(ClassPrior, "_check", lambda self, labels: None)
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    pairs = zip(tree_leaves_with_path(one), tree_leaves_with_path(other), strict=True)
+    for (path, here), (_, there) in pairs:
+        same = here.equal(there) if isinstance(here, torch.Tensor) else here == there
+        assert same, path
+
+
+@pytest.mark.usefixtures("unchecked_labels")
+@pytest.mark.parametrize("experiment", AT)
+def test_replayed_adversarial_steps_are_the_same_to_the_bit(experiment: str, tmp_path: Path) -> None:
+    """Over epochs that change learning rate, radius, weight perturbation and averages; with everything in a checkpoint."""
+    own = [f"generated.root={tmp_path}"] if experiment == "c100_dm" else []
+    plain, taped = (
+        with_rates_on_the_device(
+            task_of(f"at/{experiment}", "epochs=4", "batch_size=128", "attack.ramp=true", *own)[1]
+        )
+        for _ in range(2)
+    )
+    taped.replayed = tape = Taped(warn=pytest.fail)
+    assert trained(taped, range(1, 5)) == trained(plain, range(1, 5))
+    assert_alike(taped.state_dict(), plain.state_dict())
+    assert tape.replayed >= 12 and tape.recorded <= 5  # an epoch needs no recording of its own
+    state = copy.deepcopy(taped.state_dict())
+    for task in (plain, taped):
+        task.load_state_dict(copy.deepcopy(state))
+        with_rates_on_the_device(task)
+    assert trained(taped, range(4, 5)) == trained(plain, range(4, 5))
+
+
+@pytest.mark.usefixtures("unchecked_labels")
+@pytest.mark.parametrize("method", KD)
+def test_replayed_distillation_steps_are_the_same_to_the_bit(method: str, tmp_path: Path) -> None:
+    """With methods that rise over epochs, that draw by epoch, and with a teacher whose logits are kept and whose are not."""
+    for cache in ("null", str(tmp_path / "kept")):
+        if method == "vanilla" and cache != "null":
+            continue
+        changed = [] if method == "vanilla" else [f"teacher.cache={cache}"]
+        plain, taped = (with_rates_on_the_device(make_task(method, tmp_path, *changed)) for _ in range(2))
+        taped.replayed = tape = Taped(warn=pytest.fail)
+        assert trained(taped, range(1, 4)) == trained(plain, range(1, 4))
+        assert_alike(taped.state_dict(), plain.state_dict())
+        assert tape.replayed >= 5
+
+
+def test_a_method_that_cannot_be_recorded_says_so_and_trains(tmp_path: Path) -> None:
+    task = task_of("at/c100_las_at", "epochs=4", "batch_size=128")[1]
+    told: list[str] = []
+    task.say, task.replayed = told.append, Taped(warn=pytest.fail)
+    task.start_epoch(1)
+    task.train_step(1, 0), task.train_step(1, 1)
+    assert len(told) == 1 and "not recorded" in told[0] and "LAS-AT" in told[0] and task.replayed is None
+
+
+def test_a_graph_without_a_gpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match="graph=true records a GPU's work, and this run is on cpu"):
+        task_of("at/c100_basic_gkl", "graph=true")
+
+
+def test_how_a_step_is_executed_is_no_part_of_a_run_s_identity() -> None:
+    known = {
+        identity(compose("train", ["experiment=at/c100_basic_gkl", *own])) for own in ([], ["graph=false"])
+    }
+    assert len(known) == 1

@@ -43,14 +43,15 @@ class AdversarialTraining(TwoViewTraining):
         self.label_smoothing, self.clean_first = label_smoothing or 0.0, bool(clean_first)
         self.first_statistics = bool(first_statistics)
 
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def update(
+        self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
         """One update; every loss is this process's share of the mean over the global batch of all views."""
-        x, y, view, index = self.batch(epoch, step)
-        batch = self.training.samples(step)
+        x = self.seen(images, view, draws)
+        batch = self.samples
         items = batch * len(self.view_weights)
 
-        x_adv = self.adversarial(x, y, epoch, index, view)
-        view = view.to(self.device, non_blocking=True)
+        x_adv = self.adversarial(x, y, keys)
         self.model.train()
 
         def worst_case() -> Tensor:
@@ -58,8 +59,8 @@ class AdversarialTraining(TwoViewTraining):
             robust = self.loss(adversarial, clean, y, self.prior)
             return (F.cross_entropy(clean, y, reduction="sum") + robust.sum()) / items
 
-        first = full_momentum(self.model, self.first_statistics and (epoch, step) == (1, 0))
-        with first, self.awp(worst_case, self.awp_gamma, active=epoch >= self.awp_start_epoch):
+        first = full_momentum(self.model, self.first_statistics and self.first_step)
+        with first, self.awp(worst_case, self.awp_gamma, active=self.epoch >= self.awp_start_epoch):
             if self.clean_first:
                 clean, adversarial = self.logits(x), self.logits(x_adv)
             else:
@@ -69,7 +70,7 @@ class AdversarialTraining(TwoViewTraining):
             self.descend(natural + robust)
 
         self.prior.update(clean.detach(), y, counted=None if len(self.view_weights) == 1 else view == 0)
-        self.after_step(epoch)
+        self.after_step()
         correct = (adversarial.detach().argmax(-1) == y).sum() * (100.0 / items)
         return {"loss/natural": natural, "loss/robust": robust, "train/robust_accuracy": correct}
 

@@ -41,6 +41,7 @@ SETTINGS: dict[str, Any] = {
     "precision": typing.Literal["float32", "tf32", "bf16", "fp16", "float64"],
     "channels_last": bool,
     "compile": bool,
+    "graph": bool | typing.Literal["auto"],
     "evaluate": str,
     "generated_share": float | None,
     "held_out": float | None,

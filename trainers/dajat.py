@@ -35,20 +35,22 @@ class DAJAT(TwoViewTraining):
         """With a second batch norm for the strong views."""
         return super().placed(split_batch_norm(model))
 
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """One update; losses are this process's shares of means over the global batch."""
+    def inputs(self, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """All views (views, b, 3, H, W) of each picture, on one process; labels; the keys of the attack's random starts."""
         index = self.training.drawn(epoch, step)
-        index = index[self.share(len(index))]  # all views of a sample on one process
+        index = index[self.share(len(index))]
         images, y = self.training.pictures(index)
-        views = [
-            to_float(v).to(self.dtype) for v in self.augment(images, seed=self.seed, epoch=epoch, index=index)
-        ]
-        batch = self.training.samples(step)
+        views = torch.stack(self.augment(images, seed=self.seed, epoch=epoch, index=index))
+        return to_float(views).to(self.dtype), y, self.start_keys(epoch, index)
+
+    def update(self, views: Tensor, y: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """One update; losses are this process's shares of means over the global batch."""
+        batch = self.samples
 
         attacked = []
         for number, x in enumerate(views):
             with auxiliary_batch_norm(self.model, number > 0):
-                attacked.append(self.adversarial(x, y, epoch, index, number))
+                attacked.append(self.adversarial(x, y, keys + number))
         self.model.train()
 
         def worst_case() -> Tensor:
@@ -56,7 +58,7 @@ class DAJAT(TwoViewTraining):
             robust = self.loss(adversarial, clean, y, self.prior)
             return (F.cross_entropy(clean, y, reduction="sum") + robust.sum()) / batch
 
-        with self.awp(worst_case, self.awp_gamma, active=epoch >= self.awp_start_epoch):
+        with self.awp(worst_case, self.awp_gamma, active=self.epoch >= self.awp_start_epoch):
             items = batch * len(views)
             natural = robust = torch.zeros((), device=self.device, dtype=self.dtype)
             clean_logits, adversarial_logits = [], []
@@ -71,7 +73,7 @@ class DAJAT(TwoViewTraining):
             agreement = self.js_weight * jensen_shannon(clean_logits).sum() / batch
             self.descend(natural + robust + agreement)
         self.prior.update(clean_logits[0].detach(), y)
-        self.after_step(epoch)
+        self.after_step()
         correct = (adversarial_logits[0].argmax(-1) == y).sum() * (100.0 / batch)
         return {
             "loss/natural": natural,

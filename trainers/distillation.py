@@ -145,27 +145,34 @@ class Distillation(Training):
             logits.to(self.dtype),
         )
 
-    def taught(self, x: Tensor, index: Tensor, view: Tensor | None) -> Taps | None:
-        """The teacher's taps of images, without gradient; logits alone for a method that sees nothing else.
-
-        index, view: the pictures and which of their countable views they are; read where the teacher's logits are kept.
-        """
+    def taught(self, x: Tensor, kept: Tensor | None) -> Taps | None:
+        """The teacher's taps of images, without gradient; logits alone for a method that sees nothing else. kept: they, if kept."""
         if self.teacher is None:
             return None
         if not self.method.logits_alone:
             with torch.no_grad(), self.teacher_mode():
                 return self.taps(x, self.teacher)
-        if self.cache is None or view is None:
-            logits = self.taught_logits(x)
-        else:
-            kept, there = self.cache.get(index, view)
-            logits = kept.to(self.device, non_blocking=True)
-            if not there.all():
-                missing = (~there).nonzero().squeeze(1)
-                here = missing.to(self.device, non_blocking=True)
-                logits[here] = fresh = self.taught_logits(x[here])
-                self.cache.put(index[missing], view[missing], fresh)
+        logits = self.taught_logits(x) if kept is None else kept
         return Taps([], [], logits[:, :0], logits)
+
+    def kept_logits(self, x: Callable[[], Tensor], epoch: int, view: Tensor, index: Tensor) -> Tensor | None:
+        """The teacher's logits on views of pictures as they are kept, None where none are; those missing are computed and kept.
+
+        x: makes the views.
+        """
+        if self.cache is None:
+            return None
+        assert isinstance(self.augment, Views)
+        drawn = self.augment.numbers(seed=self.seed, epoch=epoch, index=index)
+        number = torch.stack(drawn)[view, torch.arange(len(index))]
+        kept, there = self.cache.get(index, number)
+        logits = kept.to(self.device, non_blocking=True)
+        if not there.all():
+            missing = (~there).nonzero().squeeze(1)
+            here = missing.to(self.device, non_blocking=True)
+            logits[here] = fresh = self.taught_logits(x()[here])
+            self.cache.put(index[missing], number[missing], fresh)
+        return logits
 
     def taught_logits(self, x: Tensor) -> Tensor:
         """The teacher's logits, from batches of `turn` images each, the last one filled up.
@@ -174,13 +181,13 @@ class Distillation(Training):
         """
         assert self.answering is not None
         found = []
-        with torch.inference_mode(), eval_mode(self.answering):
+        with torch.no_grad(), eval_mode(self.answering):
             for few in x.split(self.turn):
                 whole = (
                     few if len(few) == self.turn else few[torch.arange(self.turn, device=x.device) % len(few)]
                 )
                 found.append(self.taps(whole, self.answering).logits[: len(few)])
-        return torch.cat(found)  # outside inference mode: an ordinary tensor, which a loss may save
+        return torch.cat(found)
 
     def teacher_mode(self) -> AbstractContextManager[None]:
         """The mode in which the method wants the teacher; its running statistics never change."""
@@ -190,25 +197,44 @@ class Distillation(Training):
         self.teacher.train()
         return frozen_statistics(self.teacher)
 
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """One update; every term is this process's share of its mean over the global batch."""
-        x, y, number, index = self.batch(epoch, step)
-        view = None
-        if self.cache is not None:
-            assert isinstance(self.augment, Views)
-            drawn = self.augment.numbers(seed=self.seed, epoch=epoch, index=index)
-            view = torch.stack(drawn)[number, torch.arange(len(index))]
+    def inputs(self, epoch: int, step: int) -> tuple[Tensor | None, ...]:
+        """Pictures, what their views draw from, labels, view numbers, sample indices, the keys of draws inside the networks; the
+        labels' distributions where pictures are mixed, and the teacher's logits where they are kept.
+        """
+        drawn = images, y, view, index, draws = self.drawn(epoch, step)
+        images, there, draws = self.viewable(*drawn)
         items = self.training.samples(step) * len(self.augment.views)
-        group_size = self.method.group_size = self.group_size(items)
         target: Tensor | None = None
         if self.mixing is not None:
-            x, target = self.mixing(
-                x, y, num_classes=self.data.num_classes, draw=(self.seed, epoch, step), group_size=group_size,
-                first_group=rank() * self.bn_groups // world_size(),
+            images, target = self.mixing(
+                self.seen(images, there, draws), y, num_classes=self.data.num_classes, draw=(self.seed, epoch, step),
+                group_size=self.group_size(items), first_group=rank() * self.bn_groups // world_size(),
             )  # fmt: skip
-            y = target.argmax(1)
+            y, draws = target.argmax(1), draws[:0]
         place = step * self.training.batch_size + self.mine(items)
-        keys = sample_keys(self.seed, epoch, place.to(x.device, non_blocking=True), "inside_the_network")
+        keys = sample_keys(self.seed, epoch, place.to(self.device, non_blocking=True), "inside_the_network")
+        kept = self.kept_logits(lambda: self.seen(images, there, draws), epoch, view, index)
+        return images, draws, y, there, index.to(self.device, non_blocking=True), keys, target, kept
+
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """What the method takes from the epoch, too."""
+        return (self.method.constant(epoch), *super().constants(epoch))
+
+    def update(
+        self,
+        images: Tensor,
+        draws: Tensor,
+        y: Tensor,
+        view: Tensor,
+        index: Tensor,
+        keys: Tensor,
+        target: Tensor | None,
+        kept: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """One update; every term is this process's share of its mean over the global batch."""
+        x = self.seen(images, view, draws)
+        items = self.samples * len(self.augment.views)
+        group_size = self.method.group_size = self.group_size(items)
         self.model.train()
         self.method.train()
         shares: dict[str, Tensor] = {}
@@ -218,12 +244,12 @@ class Distillation(Training):
             own = self.turn_size(len(x), group_size)
             for number, first in enumerate(range(0, len(x), own)):
                 part = slice(first, first + own)
-                teacher = self.taught(x[part], index[part], None if view is None else view[part])
+                teacher = self.taught(x[part], None if kept is None else kept[part])
                 set_sample_keys(self.model, keys[part])
                 with frozen_statistics(self.model) if number else nullcontext():
                     student = self.taps(x[part], self.model)
                 with frozen_statistics(self.method) if number else nullcontext():
-                    terms = self.method(student, teacher, y[part], epoch=epoch, index=index[part])
+                    terms = self.method(student, teacher, y[part], epoch=self.epoch, index=index[part])
                 labels = self.label_loss(student.logits, y[part] if target is None else target[part])
                 terms = {"labels": self.method.label_weight * labels, **terms}
                 losses = {f"loss/{name}": values.sum() / items for name, values in terms.items()}
@@ -233,7 +259,7 @@ class Distillation(Training):
                 yield torch.stack(list(losses.values())).sum()
 
         self.descend(parts())
-        self.after_step(epoch)
+        self.after_step()
         return shares
 
     def turn_size(self, images: int, group_size: int) -> int:

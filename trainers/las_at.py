@@ -88,8 +88,20 @@ class LASAT(PGDTraining):
         for group in self.strategy_optimizer.param_groups:
             group["lr"] = self.strategy_lr * self.schedule(epoch, self.epochs)
 
-    def adversarial(self, x: Tensor, y: Tensor, epoch: int, step: int, index: Tensor) -> Tensor:
+    def unrecordable(self) -> str:
+        """What a step does follows from what the strategy network says."""
+        return "in LAS-AT a network says how many steps an attack takes"
+
+    def inputs(self, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """As for AT; which pictures and which step it is, too, for the strategy's draws."""
+        drawn = images, y, view, index, draws = self.drawn(epoch, step)
+        images, view, draws = self.viewable(*drawn)
+        self.step, self.index = step, index
+        return images, draws, y, view, self.start_keys(epoch, index) + view
+
+    def adversarial(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """Improve the strategy if it is time to, draw each image's attack, attack."""
+        epoch, step, index = self.epoch, self.step, self.index
         if ((epoch - 1) * self.steps_per_epoch + step + 1) % self.interval == 0:
             self._improve(x, y, epoch, step, index)
         with torch.no_grad(), eval_mode(self.strategy):
@@ -196,7 +208,7 @@ class LASAT(PGDTraining):
                 return F.cross_entropy(self.logits(x_adv, network), y, reduction="sum") / items
 
         optimizer = torch.optim.SGD(
-            network.parameters(), lr=group["lr"], weight_decay=group["weight_decay"]
+            network.parameters(), lr=float(group["lr"]), weight_decay=group["weight_decay"]
         )  # one step: momentum has nothing to remember
         if self.awp_gamma > 0 and epoch >= self.awp_start_epoch:
             with perturbed(network, worst_case, self.awp_gamma):

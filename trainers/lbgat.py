@@ -34,11 +34,13 @@ class LBGAT(TwoViewTraining):
         """Both networks."""
         return self.model, self.natural_model
 
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def update(
+        self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
         """One update of both networks; losses are this process's shares of means over the global batch."""
-        x, y, _, index = self.batch(epoch, step)
-        items = self.training.samples(step)
-        x_adv = self.adversarial(x, y, epoch, index)
+        x = self.seen(images, view, draws)
+        items = self.samples
+        x_adv = self.adversarial(x, y, keys)
         self.model.train()
         self.natural_model.train()
         guide = self.logits(x, self.natural_model)
@@ -51,12 +53,12 @@ class LBGAT(TwoViewTraining):
             return robust, adversarial, clean
 
         with self.awp(
-            lambda: robust_loss(guide.detach())[0], self.awp_gamma, active=epoch >= self.awp_start_epoch
+            lambda: robust_loss(guide.detach())[0], self.awp_gamma, active=self.epoch >= self.awp_start_epoch
         ):
             robust, adversarial, clean = robust_loss(guide)
             self.descend(natural + robust)
         self.prior.update(clean.detach(), y)
-        self.after_step(epoch)
+        self.after_step()
         correct = (adversarial.detach().argmax(-1) == y).sum() * (100.0 / items)
         return {"loss/natural": natural, "loss/robust": robust, "train/robust_accuracy": correct}
 

@@ -22,30 +22,36 @@ class PGDTraining(RobustTraining):
         super().__init__(**common)
         self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
 
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """Whether weights are perturbed, too."""
+        return (epoch >= self.awp_start_epoch, *super().constants(epoch))
+
+    def update(
+        self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
+    ) -> dict[str, Tensor]:
         """One update; the loss is this process's share of the mean over the global batch."""
-        x, y, _, index = self.batch(epoch, step)
-        x_adv = self.adversarial(x, y, epoch, step, index)
+        x = self.seen(images, view, draws)
+        x_adv = self.adversarial(x, y, keys)
         self.model.train()
-        items = self.training.samples(step) * len(self.augment.views)
+        items = self.samples * len(self.augment.views)
 
         def loss() -> tuple[Tensor, Tensor]:
             logits = self.logits(x_adv)
             return F.cross_entropy(logits, y, reduction="sum") / items, logits
 
-        with self.awp(lambda: loss()[0], self.awp_gamma, active=epoch >= self.awp_start_epoch):
+        with self.awp(lambda: loss()[0], self.awp_gamma, active=self.epoch >= self.awp_start_epoch):
             robust, logits = loss()
             self.descend(robust)
         with torch.no_grad():
             clean = self.logits(x)  # in training mode: half of what the running statistics see
             natural = F.cross_entropy(clean, y, reduction="sum") / items
-        self.after_step(epoch)
+        self.after_step()
         correct = (logits.detach().argmax(-1) == y).sum() * (100.0 / items)
         return {"loss/natural": natural, "loss/robust": robust, "train/robust_accuracy": correct}
 
-    def adversarial(self, x: Tensor, y: Tensor, epoch: int, step: int, index: Tensor) -> Tensor:
+    def adversarial(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """The images to train on."""
-        return self.attacked(x, lambda logits: F.cross_entropy(logits, y, reduction="none"), epoch, index)
+        return self.attacked(x, lambda logits: F.cross_entropy(logits, y, reduction="none"), keys)
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What every adversarial training shares: the attack, adversarial weight perturbation, selection, AutoAttack at the end.
 
-A method is a subclass in a file of its own with `train_step` and `forwards`; it reads like its paper's algorithm and
-calls `batch`, `attacked`, `awp` and `descend` for the rest. Every loss it hands over is this process's share.
+A method is a subclass in a file of its own with `update` and `forwards`; it reads like its paper's algorithm and
+calls `seen`, `attacked`, `awp` and `descend` for the rest. Every loss it hands over is this process's share.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from gkl.selection import MostRobust
 from trainers.batches import TrainingSet
 from trainers.report import Console
 from trainers.robustness import autoattack, clean_accuracy, pgd_accuracy
-from trainers.training import Training
+from trainers.training import HALF, Training, cast
 
 # What batch norm does while the network is attacked: see gkl.attacks.PGD.
 ATTACK_MODES: dict[str, Callable[[nn.Module], AbstractContextManager[Any]]] = {
@@ -52,21 +52,28 @@ class RobustTraining(Training):
             )
         super().__init__(data=data, **common)
         self.attack, self.selection = attack, selection
+        self.epsilon, self.step_size = torch.zeros(2, device=self.device, dtype=self.dtype)
         if selection is not None and selection.images == "held_out" and not len(self.training.held_out):
             raise ValueError(
                 "selection.images=held_out needs held_out, the share of training images kept for it"
             )
 
-    def attacked(
-        self,
-        x: Tensor,
-        loss_fn: Callable[[Tensor], Tensor],
-        epoch: int,
-        index: Tensor,
-        view: Tensor | int = 0,
-    ) -> Tensor:
-        """x moved within the epoch's budget so that loss_fn(logits) rises; the network in the attack's mode."""
-        keys = (sample_keys(self.seed, epoch, index, "attack_start") + view).to(x.device, non_blocking=True)
+    def inputs(self, epoch: int, step: int) -> tuple[Tensor, ...]:
+        """Pictures, what their views draw from, labels, view numbers, and the keys of the attack's random starts."""
+        drawn = images, y, view, index, draws = self.drawn(epoch, step)
+        images, view, draws = self.viewable(*drawn)
+        return images, draws, y, view, self.start_keys(epoch, index) + view
+
+    def start_keys(self, epoch: int, index: Tensor) -> Tensor:
+        """The keys (b,) of pictures' random starts in an epoch, on the device; + view for a view's."""
+        return sample_keys(self.seed, epoch, index, "attack_start").to(self.device, non_blocking=True)
+
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """The attack's steps, too; its radius and step size lie on the device."""
+        return (self.budget["steps"], *super().constants(epoch))
+
+    def attacked(self, x: Tensor, loss_fn: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
+        """x moved within the epoch's budget so that loss_fn(logits) rises; the network in the attack's mode. keys: its start's."""
         with self.attack_mode():
             return pgd(
                 self.logits,
@@ -74,7 +81,9 @@ class RobustTraining(Training):
                 loss_fn,
                 norm=self.attack.norm,
                 start=self.attack.start(x, keys),
-                **self.budget,
+                steps=self.budget["steps"],
+                epsilon=self.epsilon,
+                step_size=self.step_size,
             )
 
     @contextmanager
@@ -82,7 +91,12 @@ class RobustTraining(Training):
         """Inside, the network is as the attack wants it, and its parameters need no gradient."""
         if self.attack.mode != "eval":
             self.model.train()
-        with frozen_parameters(self.model), ATTACK_MODES[self.attack.mode](self.model):
+        half = HALF.get(self.precision)
+        with (
+            frozen_parameters(self.model),
+            ATTACK_MODES[self.attack.mode](self.model),
+            cast(self.model, half),
+        ):
             yield
 
     def awp(self, loss_fn: Callable[[], Tensor], gamma: float, active: bool) -> AbstractContextManager[None]:
@@ -98,6 +112,9 @@ class RobustTraining(Training):
         """The attack's budget, too."""
         super().start_epoch(epoch)
         self.budget = self.attack.budget(epoch, self.epochs)
+        # On the device, where a recorded step reads them.
+        self.epsilon.fill_(self.budget["epsilon"])
+        self.step_size.fill_(self.budget["step_size"])
 
     def measured(self, epoch: int) -> dict[str, float]:
         """The attack's radius, clean test accuracy, and the robust accuracy that a selection goes by."""
@@ -202,7 +219,11 @@ class TwoViewTraining(RobustTraining):
         self.prior.probs = self.prior.probs.to(self.dtype)
         self.awp_gamma, self.awp_start_epoch = awp_gamma, awp_start_epoch
 
-    def adversarial(self, x: Tensor, y: Tensor, epoch: int, index: Tensor, view: Tensor | int = 0) -> Tensor:
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """Whether weights are perturbed, too."""
+        return (epoch >= self.awp_start_epoch, *super().constants(epoch))
+
+    def adversarial(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
         """x moved so that attack_loss to the clean prediction rises."""
         with torch.no_grad(), self.attack_mode():
             reference = self.logits(x)  # constant during the attack: the reference point does not move
@@ -210,7 +231,7 @@ class TwoViewTraining(RobustTraining):
         def divergence(logits: Tensor) -> Tensor:
             return self.attack_loss(logits, reference, y, self.prior)
 
-        return self.attacked(x, divergence, epoch, index, view)
+        return self.attacked(x, divergence, keys)
 
     def end_of_method_epoch(self) -> None:
         """The next epoch is weighed by what this one has seen."""

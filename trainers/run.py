@@ -112,6 +112,7 @@ def run(config: dict[str, Any]) -> None:
                 configuration.make(config["assessment"]).check()
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
+    task.say = console.say
     if not done:
         with mirrored(config, folder, console):
             _train(config, task, folder, console, code)

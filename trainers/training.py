@@ -1,13 +1,16 @@
 """What every training shares: data and its views, networks on the device, the update, averages, checkpoints.
 
-A kind of training is a subclass that says what a step computes and what is measured at the end. A step takes its part of
-the global batch from `batch` and hands its share of the loss to `descend`.
+A kind of training is a subclass that says what a step computes and what is measured at the end: `inputs` brings this process's
+part of the global batch to the device, `update` computes with nothing else and hands its share of the loss to `descend`. On a
+GPU an update is recorded as a CUDA graph and replayed (`gkl.graphs`).
 """
 
 import math
 import os
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +24,7 @@ from gkl.crops import ResizedCrop
 from gkl.data import ImageData
 from gkl.distributed import broadcast_, rank, world_size, world_sum_
 from gkl.generated import Generated
+from gkl.graphs import Replayed
 from gkl.imagenet import ImageFiles
 from gkl.models.batch_norm import eval_mode, group_batch_norm, set_group_size
 from trainers.batches import FileTrainingSet, TrainingSet
@@ -28,6 +32,21 @@ from trainers.report import Console
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@contextmanager
+def cast(network: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, convolutions and linear layers hold their parameters in dtype, cast once and not at each call as autocast does where
+    no gradient is wanted; None leaves them."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)] if dtype else []
+    parameters = [(p, p.data) for layer in layers for p in layer.parameters()]
+    for p, data in parameters:
+        p.data = data.to(dtype)
+    try:
+        yield
+    finally:
+        for p, data in parameters:
+            p.data = data
 
 
 def compiled(network: nn.Module) -> Any:
@@ -70,6 +89,7 @@ class Training(ABC):
         precision: Precision,
         channels_last: bool,
         compile: bool,
+        graph: bool | Literal["auto"] = "auto",
         device: torch.device,
     ) -> None:
         """model: takes images in [0, 1]. momentum: the optimizer's, by epoch; None leaves it as it is.
@@ -81,7 +101,12 @@ class Training(ABC):
         accumulate: each process takes its part of a batch in so many turns, whole batch-norm groups in each. workers:
         processes that read and decode, where pictures stay in their files. Neither changes what is computed.
         precision: of the networks alone; losses and averages are float32 (float64 in tests). fp16 scales the loss.
+        graph: record updates as CUDA graphs and replay them; auto: on a GPU. What is computed stays the same to the bit.
         """
+        if graph is True and device.type != "cuda":
+            raise ValueError(
+                f"graph=true records a GPU's work, and this run is on {device.type}; use graph=auto"
+            )
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         if device.type == "cuda":
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
@@ -118,15 +143,45 @@ class Training(ABC):
         self.prepare()
         self.optimizer, self.schedule, self.momentum = optimizer(self.trained()), schedule, momentum
         self.base_lr = self.optimizer.param_groups[0]["lr"]
+        self.settle()
+        self.say: Callable[[str], None] = lambda line: print(
+            line, file=sys.stderr
+        )  # where the run tells of itself
+        self.replayed: Replayed | None = None
+        if graph is not False and device.type == "cuda":
+            self.replayed = Replayed(device, warn=lambda line: self.say(f"warning: {line}"))
         self.averages = averages
         for average in averages.values():
             average.prepare(epochs * self.steps_per_epoch)
 
     # --- what a training gives ----------------------------------------------------------------------------------------
 
-    @abstractmethod
-    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """One update; returns this process's shares of what is logged."""
+    def inputs(self, epoch: int, step: int) -> tuple[Tensor | None, ...]:
+        """What an update computes with, on the device: this process's part of the step, of equal shapes but for the last step's."""
+        raise NotImplementedError(f"{type(self).__name__} must define inputs")
+
+    def update(self, *inputs: Any) -> dict[str, Tensor]:
+        """One update from `inputs`; returns this process's shares of what is logged, whose sum over processes is the value.
+
+        Of epoch and step it may use what `constants` tells, self.samples, the pictures of the global batch, and self.first_step.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update")
+
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """Numbers of an epoch that updates hold and Python keeps: one recording serves the epochs that agree in them."""
+        groups = [
+            (g.get("momentum"), None if isinstance(g["lr"], Tensor) else g["lr"])
+            for g in self.optimizer.param_groups
+        ]
+        return (*groups, *(average.phase(epoch) for average in self.averages.values() if average.recordable))
+
+    def unrecordable(self) -> str | None:
+        """Why updates cannot be recorded as CUDA graphs, None if they can."""
+        if self.scaler.is_enabled():
+            return "precision=fp16 asks after each backward pass whether the gradients are finite"
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return f"{type(self.optimizer).__name__} counts its steps in Python"
+        return None
 
     @staticmethod
     @abstractmethod
@@ -170,6 +225,32 @@ class Training(ABC):
         """What a record must say of where this training's ingredients come from, beside its data."""
         return {}
 
+    # --- a step ---------------------------------------------------------------------------------------------------------
+
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update; returns this process's shares of what is logged."""
+        self.samples, self.first_step = self.training.samples(step), (epoch, step) == (1, 0)
+        if self.replayed is not None and (reason := self.unrecordable()):
+            self.say(f"warning: steps are not recorded as CUDA graphs, which is slower: {reason}")
+            self.replayed = None
+        inputs = self.inputs(epoch, step)
+        if self.replayed is None:
+            shares = self.update(*inputs)
+        else:
+            key = self.samples, self.first_step, self.constants(epoch)
+            shares = self.replayed(key, self.update, inputs)
+        for average in self.averages.values():
+            if not average.recordable:
+                average.after_step(self.model, epoch)
+        return shares
+
+    def settle(self) -> None:
+        """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it."""
+        if self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.SGD):
+            for group in self.optimizer.param_groups:
+                lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+                group.update(lr=lr.to(self.device), fused=True, foreach=False)
+
     # --- building blocks ----------------------------------------------------------------------------------------------
 
     def placed(self, model: nn.Module) -> nn.Module:
@@ -209,24 +290,52 @@ class Training(ABC):
         """The networks whose batch norm follows the batch."""
         return (self.model,)
 
-    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """This process's part of a step: images (b, 3, H, W) in [0, 1], labels; view numbers and sample indices (b,) on the CPU.
+    def drawn(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of a step before its views are made: images (b, 3, H, W) uint8 and labels on the device; view
+        numbers and sample indices (b,), and what the views draw from, (operations, b), on the CPU.
 
-        The batch's views stand one after the other.
+        The batch's views stand one after the other. Pictures from files come as their one view, and draw nothing.
         """
         if isinstance(self.training, FileTrainingSet):
             self.share(self.training.samples(step))
             images, y, index = self.training.views(epoch, step)
-            return to_float(images).to(self.dtype), y, torch.zeros_like(index), index
+            return images, y, torch.zeros_like(index), index, index.new_zeros(0, len(index))
         assert isinstance(self.augment, Views)
         index = self.training.drawn(epoch, step)
         item = self.share(len(self.augment.views) * len(index))
         view, index = item // len(index), index[item % len(index)]
         images, y = self.training.pictures(index)
-        views = self.augment(images, seed=self.seed, epoch=epoch, index=index)
+        return images, y, view, index, self.augment.draws(seed=self.seed, epoch=epoch, index=index)
+
+    def seen(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
+        """The views (b, 3, H, W) in [0, 1] of pictures as drawn; of what are views already, themselves."""
+        if images.is_floating_point():
+            return images
+        if isinstance(self.augment, Views):
+            views = self.augment.seen(images, draws)
+            images = (
+                views[0]
+                if len(views) == 1
+                else torch.stack(views)[view, torch.arange(len(view), device=view.device)]
+            )
+        return to_float(images).to(self.dtype)
+
+    def batch(self, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This process's part of a step: images (b, 3, H, W) in [0, 1], labels; view numbers and sample indices (b,) on the CPU."""
+        images, y, view, index, draws = self.drawn(epoch, step)
+        return self.seen(images, view.to(self.device, non_blocking=True), draws), y, view, index
+
+    def viewable(
+        self, images: Tensor, y: Tensor, view: Tensor, index: Tensor, draws: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, view numbers and draws as an update takes them that calls `seen` itself, on the device.
+
+        Arguments: as `drawn`. Where views ask for their draws' values, the views stand in the pictures' place and no draws are left.
+        """
         there = view.to(self.device, non_blocking=True)
-        x = torch.stack(views)[there, torch.arange(len(index), device=self.device)]
-        return to_float(x).to(self.dtype), y, view, index
+        if isinstance(self.augment, Views) and not self.augment.recordable:
+            images, draws = self.seen(images, there, draws), draws[:0]
+        return images, there, draws.to(self.device, non_blocking=True)
 
     def descend(
         self, loss: Tensor | Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
@@ -243,19 +352,25 @@ class Training(ABC):
         self.scaler.step(optimizer)
         self.scaler.update()
 
-    def after_step(self, epoch: int) -> None:
+    def after_step(self) -> None:
         """Buffers and averages after an update."""
         norms = [m for network in self.networks() for m in network.modules() if isinstance(m, _BatchNorm)]
         broadcast_(b for norm in norms for b in norm.buffers())  # process 0 holds the statistics that count
         for average in self.averages.values():
-            average.after_step(self.model, epoch)
+            if average.recordable:
+                average.after_step(self.model, self.epoch)
 
     # --- the engine's task --------------------------------------------------------------------------------------------
 
     def start_epoch(self, epoch: int) -> None:
         """Learning rate and order of the samples."""
+        self.epoch = epoch
         for group in self.optimizer.param_groups:
-            group["lr"] = self.base_lr * self.schedule(epoch, self.epochs)
+            lr = self.base_lr * self.schedule(epoch, self.epochs)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
             if self.momentum is not None:
                 group["momentum"] = self.momentum(epoch, self.epochs)
         self.training.shuffle(epoch)
@@ -265,7 +380,7 @@ class Training(ABC):
         self.end_of_method_epoch()
         for average in self.averages.values():
             average.after_epoch(self.model, epoch)
-        return {"lr": self.optimizer.param_groups[0]["lr"], **self.measured(epoch)}
+        return {"lr": float(self.optimizer.param_groups[0]["lr"]), **self.measured(epoch)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The networks a run ends with, as state dicts: `last` and each average by its name."""
@@ -286,6 +401,9 @@ class Training(ABC):
         """Go on from a checkpoint, on any number of processes."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.settle()
+        if self.replayed is not None:
+            self.replayed.forget()
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         for name, average in self.averages.items():

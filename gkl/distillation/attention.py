@@ -14,6 +14,8 @@ class AttentionTransfer(Distiller):
     Source: Eq. 2 of the paper with the mean over positions, as mdistiller's AT (p = 2, weight 1000).
     """
 
+    warmup = 0
+
     def __init__(self, context: Context, *, weight: float, label_weight: float = 1.0) -> None:
         """Raises ValueError for networks of different numbers of stages."""
         super().__init__(context, label_weight=label_weight)

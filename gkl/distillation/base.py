@@ -35,6 +35,9 @@ class Distiller(nn.Module):
     whole_batch: bool = (
         False  # a picture's value depends on others beyond its group, so the batch cannot be taken in parts
     )
+    warmup: int | None = (
+        None  # epochs over which the terms rise, 0: they know of no epoch, None: every epoch's are its own
+    )
     group_size: int = (
         0  # pictures of a batch-norm group, one card's share in the published runs; set by the trainer
     )
@@ -53,6 +56,10 @@ class Distiller(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} must define forward")
 
+    def constant(self, epoch: int) -> int:
+        """What the terms take from an epoch: in epochs that agree in it they are the same function."""
+        return epoch if self.warmup is None else min(epoch, self.warmup)
+
     def end_epoch(self) -> None:
         """What the method does after the last step of an epoch."""
 
@@ -67,6 +74,7 @@ class Vanilla(Distiller):
     """No distillation: the labels alone."""
 
     logits_alone = True
+    warmup = 0
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
@@ -75,7 +83,7 @@ class Vanilla(Distiller):
         return {}
 
 
-def warmed_up(epoch: int, warmup: int) -> float:
+def warmed_up(epoch: int, warmup: int | None) -> float:
     """The share of its weight that a distillation term has in epoch 1, 2, ...: min(epoch / warmup, 1)."""
     return min(epoch / warmup, 1.0) if warmup else 1.0
 

@@ -16,6 +16,7 @@ class DIST(Distiller):
     """
 
     logits_alone = True
+    warmup = 0
 
     def __init__(
         self, context: Context, *, inter: float, intra: float, temperature: float, label_weight: float = 1.0

@@ -10,6 +10,8 @@ from gkl.models.classifier import Taps
 class FitNet(Distiller):
     """weight * mean squared error between a regressor of the student's map and the teacher's. Source: mdistiller's FitNet."""
 
+    warmup = 0
+
     def __init__(
         self, context: Context, *, layer: int = 2, weight: float = 100.0, label_weight: float = 1.0
     ) -> None:

@@ -11,6 +11,7 @@ class JSD(Distiller):
     """weight * JSD(student, teacher). Source: Eq. 15; the weight is not stated, see results/README.md."""
 
     logits_alone = True
+    warmup = 0
 
     def __init__(self, context: Context, *, weight: float, label_weight: float = 1.0) -> None:
         super().__init__(context, label_weight=label_weight)

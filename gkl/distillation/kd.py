@@ -11,6 +11,7 @@ class KD(Distiller):
     """weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) beside label_weight * CE."""
 
     logits_alone = True
+    warmup = 0
 
     def __init__(self, context: Context, *, temperature: float, weight: float, label_weight: float) -> None:
         """temperature: T. weight: 0.9 beside label_weight 0.1 in the CIFAR-100 line of work."""

@@ -18,6 +18,7 @@ class OFD(Distiller):
     """
 
     teacher_mode = "train"
+    warmup = 0
 
     def __init__(
         self, context: Context, *, kernel_size: int = 1, weight: float = 0.001, label_weight: float = 1.0

@@ -17,6 +17,7 @@ class RKD(Distiller):
     """
 
     whole_batch = True
+    warmup = 0
 
     def __init__(
         self,
