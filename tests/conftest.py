@@ -1,11 +1,19 @@
-"""What needs more than a bare machine is skipped with its reason."""
+"""What needs more than a bare machine is skipped with its reason; what does not ask for a GPU sees none.
+
+A test with the marker `gpu` has the machine's GPU. For every other one, its fixtures and the processes it starts included, the
+machine has none, so that the suite is the same with a GPU as without, also where one process runs tests of both kinds.
+"""
 
 import os
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tests run side by side, one per core
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -43,6 +51,35 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for name, (there, reason) in NEEDS.items():
             if item.get_closest_marker(name) and not there():
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@contextmanager
+def gpu_hidden() -> Iterator[None]:
+    """Inside, neither this process nor one that it starts sees a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        patch.setenv(
+            "CUDA_VISIBLE_DEVICES", ""
+        )  # this process has asked for its GPUs before, if it has tests for them
+        forget_gpu()
+        yield
+    forget_gpu()
+
+
+def forget_gpu() -> None:
+    """torch.compile asks once in a process whether Triton has a GPU to work for."""
+    for answer in (
+        vars(sys.modules["torch.utils._triton"]).values() if "torch.utils._triton" in sys.modules else ()
+    ):
+        if hasattr(answer, "cache_clear"):
+            answer.cache_clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with nullcontext() if item.get_closest_marker("gpu") else gpu_hidden():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
