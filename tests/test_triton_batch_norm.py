@@ -61,25 +61,25 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def made(case: dict[str, Any]) -> tuple[GroupBatchNorm2d, Tensor, Tensor]:
+def made(case: dict[str, Any], device: str = "cpu") -> tuple[GroupBatchNorm2d, Tensor, Tensor]:
     """A batch norm as the case has it, its map and the gradient to its output."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     shape = case["shape"]
-    x = torch.randn(shape, generator=generator) * torch.linspace(0.5, 2.0, shape[1])[:, None, None]
-    x = x + case.get("offset", 0.3) * torch.linspace(0.5, 2.0, shape[1])[:, None, None]
+    scale = torch.linspace(0.5, 2.0, shape[1], device=device)[:, None, None]
+    x = (torch.randn(shape, generator=generator, device=device) + case.get("offset", 0.3)) * scale
     x[0, :, 0, 0] += case.get("outlier", 0.0)
-    norm = nn.BatchNorm2d(shape[1], momentum=case.get("momentum", 0.1))
+    norm = nn.BatchNorm2d(shape[1], momentum=case.get("momentum", 0.1), device=device)
     group_batch_norm(norm, case["groups"])
     norm.group_size = case.get("group_size", 0)
     for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
-        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+        tensor.copy_(torch.randn(tensor.shape, generator=generator, device=device))
     norm.running_var.uniform_(0.5, 2.0, generator=generator)
     norm.train(case["mode"] != "eval")
     norm.track_running_stats = case["mode"] != "frozen"
     norm.weight.requires_grad_("w" in case["wanted"])
     norm.bias.requires_grad_("b" in case["wanted"])
     x = x.to(getattr(torch, case["dtype"])).contiguous(memory_format=torch.channels_last)
-    return norm, x, torch.randn(shape, generator=generator).to(x.dtype)
+    return norm, x, torch.randn(shape, generator=generator, device=device).to(x.dtype)
 
 
 def results(norm: GroupBatchNorm2d, x: Tensor, slope: Tensor, case: dict[str, Any]) -> dict[str, Tensor]:

@@ -58,11 +58,11 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def _in_one_pass(self, x: Tensor, by_batch: bool, activation: Activation | None) -> Tensor:
         # Imported when first wanted: a machine without a GPU may have no Triton.
-        from gkl.models.triton_batch_norm import ACTIVATIONS, batch_norm
+        from gkl.models.triton_batch_norm import batch_norm, number
 
         buffers: Any = (self.running_mean, self.running_var, self.num_batches_tracked)
         renewed = self.training and self.track_running_stats
-        known = activation in ACTIVATIONS
+        inside = number(activation)
         y = batch_norm(
             x,
             self.weight,
@@ -72,9 +72,9 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
             by_batch=by_batch,
             momentum=self.momentum if self.momentum is not None else 0.0,
             eps=self.eps,
-            activation=activation if known else None,
+            activation=inside or 0,
         )
-        return y if known or activation is None else activation(y)
+        return y if activation is None or inside else activation(y)
 
 
 def _chunk_size(norm: GroupBatchNorm2d, x: Tensor) -> int:
@@ -93,6 +93,7 @@ def _fused(norm: GroupBatchNorm2d, x: Tensor) -> bool:
         and x.shape[1] == norm.num_features
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
+        and not norm._forward_hooks  # whoever listens sees what torch does
         and torch.cuda.get_device_properties(x.device).major >= 7
     ):
         return False

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ACTIVATIONS = {None: 0, F.relu: 1, F.silu: 2}  # what can follow, and its number in the kernels
 TILE = 4096  # elements that a program holds at once, 16 for each of its threads
 WARPS = 8
 REDUCING = 528  # programs of a reduction, 4 for each multiprocessor of an H100: one wave
@@ -211,8 +210,8 @@ def _normalise(
     y += first * channels
     here = group * channels + column
     middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
-    scale = (inverse * tl.load(weight + column, mask=inside, other=0.0))[None, :]
-    shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
+    scale = inverse * tl.load(weight + column, mask=inside, other=0.0)
+    shift = tl.load(bias + column, mask=inside, other=0.0) - rest * scale
     line = tl.arange(0, BLOCK_R)
     within = line[:, None] * channels + column[None, :]
     tiles = tl.cdiv(count, BLOCK_R)
@@ -220,8 +219,8 @@ def _normalise(
         start = (tiles - 1 - split - number * splits) * BLOCK_R  # what was read last is still in the cache
         valid = (start + line < count)[:, None] & inside[None, :]
         at = start.to(tl.int64) * channels + within
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
-        tl.store(y + at, _activated(value * scale + shift, ACTIVATION), mask=valid)
+        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :]
+        tl.store(y + at, _activated(value * scale[None, :] + shift[None, :], ACTIVATION), mask=valid)
 
 
 @triton.jit
@@ -255,8 +254,8 @@ def _slopes(
     grad += first * channels
     here = group * channels + column
     middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
-    scale = (inverse * tl.load(weight + column, mask=inside, other=0.0))[None, :]
-    shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
+    scale = inverse * tl.load(weight + column, mask=inside, other=0.0)
+    shift = tl.load(bias + column, mask=inside, other=0.0) - rest * scale
     line = tl.arange(0, BLOCK_R)
     within = line[:, None] * channels + column[None, :]
     plain = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
@@ -266,13 +265,14 @@ def _slopes(
         valid = (start + line < count)[:, None] & inside[None, :]
         at = start.to(tl.int64) * channels + within
         g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
-        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
-        g = _through_activation(g, value * scale + shift, ACTIVATION)
+        value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :]
+        g = _through_activation(g, value * scale[None, :] + shift[None, :], ACTIVATION)
         plain += g
         product += g * value  # 0 past the end, where g is 0
     found += (split * groups + group) * channels + column
-    tl.store(found, tl.sum(plain, 0), mask=inside)
-    tl.store(found + splits * groups * channels, tl.sum(product, 0), mask=inside)
+    total = tl.sum(plain, 0)
+    tl.store(found, total, mask=inside)
+    tl.store(found + splits * groups * channels, tl.sum(product, 0) - rest * total, mask=inside)
 
 
 @triton.jit
@@ -336,7 +336,7 @@ def _gradient(
     here = group * channels + column
     middle, rest, inverse = _channels(mean, rest, spread, here, inside, eps, BY_BATCH)
     scale = inverse * tl.load(weight + column, mask=inside, other=0.0)
-    shift = tl.load(bias + column, mask=inside, other=0.0)[None, :]
+    shift = tl.load(bias + column, mask=inside, other=0.0) - rest * scale
     level = tl.zeros_like(scale)  # what the mean's and the deviation's own gradients take off
     slope = tl.zeros_like(scale)
     if BY_BATCH:
@@ -344,6 +344,7 @@ def _gradient(
         share = scale / count.to(tl.float32)
         level = tl.load(sums, mask=inside, other=0.0) * share
         slope = tl.load(sums + groups * channels, mask=inside, other=0.0) * inverse * share
+        level -= slope * rest
     line = tl.arange(0, BLOCK_R)
     within = line[:, None] * channels + column[None, :]
     tiles = tl.cdiv(count, BLOCK_R)
@@ -353,8 +354,8 @@ def _gradient(
         at = start.to(tl.int64) * channels + within
         g = tl.load(grad + at, mask=valid, other=0.0).to(tl.float32)
         if BY_BATCH or ACTIVATION != 0:
-            value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :] - rest[None, :]
-            g = _through_activation(g, value * scale[None, :] + shift, ACTIVATION)
+            value = tl.load(x + at, mask=valid, other=0.0).to(tl.float32) - middle[None, :]
+            g = _through_activation(g, value * scale[None, :] + shift[None, :], ACTIVATION)
             g = g * scale[None, :]
             if BY_BATCH:
                 g = g - level[None, :] - value * slope[None, :]
@@ -404,7 +405,8 @@ def group_statistics(
     rows = batch * height * width
     found = torch.empty(2, splits, groups, channels, dtype=torch.float32, device=x.device)
     statistics = torch.empty(3, groups, channels, dtype=torch.float32, device=x.device)
-    mean, variance, batches = (statistics, statistics, statistics) if running is None else running
+    # Without buffers to renew something must stand in their place, which nothing reads.
+    mean, variance, batches = (found, found, found) if running is None else running
     merging, merged = _merging(channels, splits)
     with torch.cuda.device(x.get_device()):
         _moments[(blocks, groups, splits)](
@@ -427,23 +429,23 @@ class TritonBatchNorm(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         mean: Tensor,
-        rest: Tensor,
         spread: Tensor,
         images: int,
         eps: float,
         by_batch: bool,
         activation: int,
     ) -> Tensor:
-        """One pass. mean, rest, spread: group_statistics; or the running mean, what nothing reads, the running variance."""
+        """One pass. mean, spread: of group_statistics, the first two and the last; or the running mean and variance."""
         grid, sizes, group_rows = _tiling(x, images, MAPPING)
         batch, channels, height, width = x.shape
         y = torch.empty_like(x)
+        whole, rest = (mean[0], mean[1]) if by_batch else (mean, mean)
         with torch.cuda.device(x.get_device()):
             _normalise[grid](
-                x, y, mean, rest, spread, weight, bias, batch * height * width, group_rows, channels, grid[2], eps,
+                x, y, whole, rest, spread, weight, bias, batch * height * width, group_rows, channels, grid[2], eps,
                 BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, mean, rest, spread)
+        ctx.save_for_backward(x, weight, bias, mean, spread)
         ctx.images, ctx.eps, ctx.by_batch, ctx.activation = images, eps, by_batch, activation
         return y
 
@@ -451,21 +453,22 @@ class TritonBatchNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Sums over the map where batch statistics or parameters want them, then the map's gradient where it is wanted."""
-        x, weight, bias, mean, rest, spread = ctx.saved_tensors
+        x, weight, bias, mean, spread = ctx.saved_tensors
         images, eps, by_batch, activation = ctx.images, ctx.eps, ctx.by_batch, ctx.activation
         to_map, *to_parameters = ctx.needs_input_grad[:3]
         grad = grad.contiguous(memory_format=torch.channels_last)
         batch, channels, height, width = x.shape
         rows = batch * height * width
         to_x, to_weight, to_bias = None, None, None
-        sums = mean  # which nothing reads
+        whole, rest = (mean[0], mean[1]) if by_batch else (mean, mean)
+        sums = whole  # which nothing reads
         with torch.cuda.device(x.get_device()):
             if any(to_parameters) or by_batch:
                 (blocks, groups, splits), sizes, group_rows = _tiling(x, images, REDUCING)
                 found = torch.empty(2, splits, groups, channels, dtype=torch.float32, device=x.device)
                 sums = torch.empty(2, groups, channels, dtype=torch.float32, device=x.device)
                 _slopes[(blocks, groups, splits)](
-                    x, grad, mean, rest, spread, weight, bias, found, rows, group_rows, channels, groups, splits, eps,
+                    x, grad, whole, rest, spread, weight, bias, found, rows, group_rows, channels, groups, splits, eps,
                     BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
                 )  # fmt: skip
                 merging, merged = _merging(channels, splits)
@@ -474,16 +477,23 @@ class TritonBatchNorm(torch.autograd.Function):
                     BY_BATCH=by_batch, **merged, num_warps=4,
                 )  # fmt: skip
                 if any(to_parameters):
-                    whole = sums.sum(1)
-                    to_bias, to_weight = whole[0], whole[1]
+                    together = sums.sum(1)
+                    to_bias, to_weight = together[0], together[1]
             if to_map:
                 to_x = torch.empty_like(x)
                 grid, sizes, group_rows = _tiling(x, images, MAPPING)
                 _gradient[grid](
-                    x, grad, to_x, mean, rest, spread, weight, bias, sums, rows, group_rows, channels, grid[1], grid[2], eps,
+                    x, grad, to_x, whole, rest, spread, weight, bias, sums, rows, group_rows, channels, grid[1], grid[2], eps,
                     BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
                 )  # fmt: skip
-        return to_x, to_weight, to_bias, None, None, None, None, None, None, None
+        return to_x, to_weight, to_bias, None, None, None, None, None, None
+
+
+def number(activation: Any) -> int | None:
+    """Of an activation in the kernels, 0 without one; None where they have it not."""
+    if activation is None:
+        return 0
+    return 1 if activation is F.relu else 2 if activation is F.silu else None
 
 
 def batch_norm(
@@ -496,20 +506,18 @@ def batch_norm(
     by_batch: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    activation: Any = None,
+    activation: int = 0,
 ) -> Tensor:
     """(B, C, H, W) normalised and activated, the same shape, dtype and layout.
 
     x: channels_last, on a GPU, any dtype but float64; all else in float32. running: mean, variance and number of batches,
     by_batch to be renewed from the first group or None; else what normalises. images: in a group, the last may have fewer. activation:
-    a key of ACTIVATIONS.
+    its `number`.
     """
-    kind = ACTIVATIONS[activation]
     if by_batch:
         statistics = group_statistics(x.detach(), images, running, momentum=momentum, eps=eps)
-        mean, rest, spread = statistics[0], statistics[1], statistics[2]
+        mean, spread = statistics[:2], statistics[2]
     else:
         assert running is not None, "eval mode needs running statistics"
         (mean, spread, _), images = running, x.shape[0]
-        rest = mean
-    return TritonBatchNorm.apply(x, weight, bias, mean, rest, spread, images, eps, by_batch, kind)
+    return TritonBatchNorm.apply(x, weight, bias, mean, spread, images, eps, by_batch, activation)
