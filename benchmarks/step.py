@@ -43,7 +43,6 @@ from timing import (
     interleaved,
     noise,
     ratios,
-    replayed,
     report,
     under,
 )
@@ -53,6 +52,7 @@ from gkl.counter import normal, sample_keys
 from trainers.adversarial import AdversarialTraining
 from trainers.configuration import build, compose, make
 from trainers.robustness import clean_accuracy
+from trainers.training import Training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_fidelity import RECIPES, Restatement
@@ -133,7 +133,7 @@ class Restated:
             self.model, "official", RECIPES[setting.experiment], classes=CLASSES, replicas=1
         )
         self.inner.prior = task.prior.probs.clone()
-        self.lr, budget = task.optimizer.param_groups[0]["lr"], task.budget
+        self.lr, budget = float(task.optimizer.param_groups[0]["lr"]), task.budget
         self.budget = (budget["epsilon"], budget["steps"], budget["step_size"])
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
@@ -164,7 +164,7 @@ class Published:
         proxy = nn.DataParallel(proxy.to(self.device, self.dtype), one)
         group = task.optimizer.param_groups[0]
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=group["lr"], momentum=0.9, weight_decay=5e-4
+            self.model.parameters(), lr=float(group["lr"]), momentum=0.9, weight_decay=5e-4
         )
         self.awp = module(root / "utils_awp.py").TradesAWP(
             model=self.model,
@@ -243,7 +243,7 @@ def equality(setting: Setting, device: torch.device, root: Path | None, compile:
     compile: whether that is the compiled network; else, where there are graphs, the replayed step after four.
     """
     exact: dict[str, Any] = {"precision": "float64", "channels_last": True}
-    task = our_task(setting, device, **exact, compile=False, **graph(False))
+    task = our_task(setting, device, **exact, compile=False, graph=False)
     others: dict[str, Restated | Published] = {"restatement": Restated(task, setting)}
     if root is not None:
         others["authors'"] = Published(task, setting, root)
@@ -268,16 +268,16 @@ def equality(setting: Setting, device: torch.device, root: Path | None, compile:
         found[name] = f"float64, two steps: {largest:.0e}"
     ways: dict[str, tuple[dict[str, Any], int]] = {}
     if compile:
-        ways["compiled"] = {"compile": True, **graph(False)}, 2
-    if device.type == "cuda" and graph(True):
+        ways["compiled"] = {"compile": True, "graph": False}, 2
+    if device.type == "cuda":
         ways["replayed"] = (
-            {"compile": False, **graph(True)},
+            {"compile": False, "graph": "auto"},
             4,
         )  # the third step is the first that is replayed
     said = []
     for name, (way, steps) in ways.items():
         other_way = our_task(setting, device, **exact, **way)
-        one_way = our_task(setting, device, **exact, compile=False, **graph(False))
+        one_way = our_task(setting, device, **exact, compile=False, graph=False)
         for step in range(steps):
             one_way.train_step(EPOCH, step)
             other_way.train_step(EPOCH, step)
@@ -288,9 +288,9 @@ def equality(setting: Setting, device: torch.device, root: Path | None, compile:
     return {**found, "ours": ", ".join(said)}
 
 
-def graph(on: bool) -> dict[str, bool]:
-    """The setting that replays steps from CUDA graphs, or not; none where there is no such setting."""
-    return {"graph": on} if replayed(on) else {}
+def recorded(task: Training) -> bool:
+    """Whether its steps are replayed: what cannot be recorded runs step by step after a warning."""
+    return task.replayed is not None and not task.replayed.failed
 
 
 def our_ways(device: torch.device, compile: bool) -> dict[str, dict[str, Any]]:
@@ -306,11 +306,10 @@ def our_ways(device: torch.device, compile: bool) -> dict[str, dict[str, Any]]:
     ways = {}
     for precision in ("bf16", "tf32"):
         common = {"channels_last": True, "precision": precision}
-        ways[precision] = {**common, "compile": False, **graph(False)}
-        if replayed(True):
-            ways[f"{precision}, replayed"] = {**common, "compile": False, **graph(True)}
+        ways[precision] = {**common, "compile": False, "graph": False}
+        ways[f"{precision}, replayed"] = {**common, "compile": False, "graph": "auto"}
         if compile:
-            ways[f"{precision}, compiled"] = {**common, "compile": True, **graph(False)}
+            ways[f"{precision}, compiled"] = {**common, "compile": True, "graph": False}
     return ways
 
 
@@ -334,7 +333,7 @@ def rows_of(
         tasks[name] = task = our_task(setting, device, **way)
         variants[name] = under(arithmetic(), lambda task=task: task.train_step(EPOCH, 0))
     ways = list(tasks)
-    plain = our_task(setting, device, channels_last=False, compile=False, **graph(False))
+    plain = our_task(setting, device, channels_last=False, compile=False, graph=False)
     batches = [batch_and_start(plain, 0)]
     if root is not None:
         published = Published(plain, setting, root)
@@ -360,6 +359,8 @@ def rows_of(
             bound = setting.target if base == against and name == fastest else None
             other = "compiled" in name or "replayed" in name
             same = f"{equal[base]}; {ours_equal}" if other and ours_equal else equal[base]
+            if "replayed" in name and not recorded(tasks[name]):
+                same = f"NOT recorded, but step by step; {same}"
             row = Row(
                 f"{title}, {base} / {name}", ratios(times, base, name), at_least=bound, equal=same, more=more
             )

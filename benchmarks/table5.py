@@ -61,7 +61,8 @@ def stepper(
     x = torch.rand(batch, 3, side, side, generator=generator).to(device)
     index = torch.arange(batch)  # on the CPU, where a batch's places are
     y = data.train_labels[index].to(device)
-    task.batch = lambda epoch, step: (x, y, torch.zeros_like(index), index)
+    task.share(batch)
+    task.drawn = lambda epoch, step: (x, y, torch.zeros_like(index), index, index.new_zeros(0, batch))
     task.start_epoch(10)
     return lambda: task.train_step(10, 0)
 

@@ -29,12 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gkl.data import ImageData
-from trainers.configuration import CONFIGS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("GKL_BENCHMARKS") or ROOT / "results" / "benchmarks")
@@ -82,11 +80,6 @@ def under(wanted: Arithmetic, call: Callable[[], object]) -> Callable[[], object
             return call()
 
     return switched_call
-
-
-def replayed(on: bool) -> list[str]:
-    """The override that has a training record its steps as CUDA graphs, or not; none where there is no such setting."""
-    return [f"graph={on}".lower()] if "graph" in OmegaConf.load(CONFIGS / "train.yaml") else []
 
 
 def synchronize(device: torch.device) -> None:
