@@ -16,16 +16,26 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+if TYPE_CHECKING:
+    from gkl.prior import ClassPrior
+
 Reduction = Literal["mean", "none"]
 CACHED = 1 << 18  # entries of a (b, C) tensor of which several fit into a core's own cache
 HAS_TRITON = find_spec("triton") is not None
+
+
+class ClassRows(NamedTuple):
+    """Class-wise weights prior[labels], gathered where they are used; made by `prior.at(labels)`. labels: (B,) classes."""
+
+    prior: "ClassPrior"
+    labels: Tensor
 
 
 def kl(
@@ -85,7 +95,7 @@ def dkl(
 def ikl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | ClassRows | None,
     *,
     alpha: float,
     beta: float,
@@ -114,7 +124,7 @@ def ikl(
 def gkl(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | ClassRows | None,
     *,
     alpha: float,
     beta: float,
@@ -122,7 +132,6 @@ def gkl(
     temperature: float = 1.0,
     weights_temperature: float = 1.0,
     pair_weight: float | Tensor | Callable[[Tensor], Tensor] | None = None,
-    total: Tensor | None = None,
     break_asymmetry: bool = True,
     validate: bool = True,
     reduction: Reduction = "mean",
@@ -136,40 +145,56 @@ def gkl(
 
     student_logits, teacher_logits: (B, C); of a map (N, C, H, W) the pixels, x.permute(0, 2, 3, 1).flatten(0, 2), which copies
     nothing in channels_last. weights: (B, C), rows are probabilities, no gradient flows into them: `prior[labels]`
-    (class-wise); None for softmax(teacher / weights_temperature) (sample-wise).
+    or, without making them, `prior.at(labels)` (class-wise); None for softmax(teacher / weights_temperature) (sample-wise).
     gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
     pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
     batches of all processes (see `mean_pair_weight`), or (B,), one for each example, or what gives it of the W^2 (B,);
     1 gives Eq. 13 without normalisation.
-    total: W, (B,), where it is known already (`prior.totals`).
     break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
     validate: False skips the check of the weights' values, which on a GPU waits for the device.
     Returns the mean over the batch, or (B,) with reduction="none".
     Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
     """
     _check_logits(student_logits, teacher_logits)
-    if weights is not None and weights.shape != student_logits.shape:
-        raise ValueError(
-            f"gkl needs weights of the logits' shape {tuple(student_logits.shape)}, got {tuple(weights.shape)}; "
-            "pass prior[labels], or None for softmax(teacher)"
-        )
+    _check_gamma(gamma)
+    if isinstance(weights, ClassRows):
+        _check_labels(weights.labels, student_logits)
+    elif weights is not None:
+        if weights.shape != student_logits.shape:
+            raise ValueError(
+                f"gkl needs weights of the logits' shape {tuple(student_logits.shape)}, got {tuple(weights.shape)}; "
+                "pass prior[labels], or None for softmax(teacher)"
+            )
+        if validate:
+            _check_probabilities(weights)
     device = student_logits.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
     with torch.autocast(device, enabled=False) if half else nullcontext():
+        if _fused(student_logits, teacher_logits, weights):
+            table, labels = weights.detach() if isinstance(weights, Tensor) else None, None
+            if isinstance(weights, ClassRows):
+                table, labels = weights.prior.table(gamma)[0], weights.labels
+            mean = _is_mean(reduction)
+            return _triton_form().apply(
+                student_logits, teacher_logits, table, labels, alpha, beta, gamma, temperature,
+                weights_temperature, pair_weight, break_asymmetry, mean,
+            )  # fmt: skip
         dtype = _dtype(student_logits, teacher_logits)
+        sums = teacher_probs = None
         if weights is None:
             smoothed, total, probs = _sample_wise(teacher_logits.detach(), gamma, weights_temperature, dtype)
-            sums, teacher_probs = None, probs if weights_temperature == temperature else None
+            teacher_probs = probs if weights_temperature == temperature else None
+        elif isinstance(weights, Tensor):
+            smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=False)
+            sums = total = smoothed.sum(-1, dtype=dtype)
         else:
-            smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=validate)
-            sums = total = smoothed.sum(-1, dtype=dtype) if total is None else total.to(dtype)
-            teacher_probs = None
+            smoothed = weights.prior.rows(weights.labels, gamma)
+            sums = total = weights.prior.totals(weights.labels, gamma).to(dtype)
         squares = total.square()
         if pair_weight is None or callable(pair_weight):
             pair_weight = squares.mean() if pair_weight is None else pair_weight(squares)
         scale = (squares if sums is None else total) * alpha / pair_weight
-        form = _triton_form() if _fused(student_logits, teacher_logits, smoothed) else _ClosedForm
-        per_example = form.apply(
+        per_example = _ClosedForm.apply(
             student_logits,
             teacher_logits,
             smoothed,
@@ -190,13 +215,7 @@ def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
     """
     _check_gamma(gamma)
     if validate:
-        low, high = (value.item() for value in weights.sum(-1).aminmax())
-        smallest = weights.amin().item()
-        if not (0.99 <= low and high <= 1.01 and smallest >= 0.0):  # written so that NaN fails too
-            raise ValueError(
-                "weights must be probabilities (rows that sum to 1, no entry below 0), got row sums "
-                f"{low:g}..{high:g} and a smallest entry {smallest:g}; pass softmax(teacher) or prior[labels]"
-            )
+        _check_probabilities(weights)
     if gamma == 1.0:
         return weights
     if gamma == 0.0:
@@ -342,13 +361,14 @@ def _parts(logits: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]
 
 
-def _fused(student: Tensor, teacher: Tensor, weights: Tensor) -> bool:
+def _fused(student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None) -> bool:
     """Whether the Triton kernels take these: all on one GPU that Triton knows, no float64."""
     # get_device_properties, since torch.compile can fold it into a constant and get_device_capability not.
+    beside = weights.labels if isinstance(weights, ClassRows) else teacher if weights is None else weights
     return (
         HAS_TRITON
         and student.is_cuda
-        and student.device == teacher.device == weights.device
+        and student.device == teacher.device == beside.device
         and torch.float64 not in (student.dtype, teacher.dtype)
         and torch.cuda.get_device_properties(student.device).major >= 7
     )
@@ -356,9 +376,9 @@ def _fused(student: Tensor, teacher: Tensor, weights: Tensor) -> bool:
 
 def _triton_form() -> type[torch.autograd.Function]:
     # Imported when first wanted: a machine without a GPU may have no Triton.
-    from gkl.triton_losses import TritonClosedForm
+    from gkl.triton_losses import TritonGKL
 
-    return TritonClosedForm
+    return TritonGKL
 
 
 def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
@@ -387,12 +407,33 @@ def _check_logits(student: Tensor, teacher: Tensor) -> None:
         )
 
 
+def _check_labels(labels: Tensor, logits: Tensor) -> None:
+    if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"the prior's labels must be ({len(logits)},) of int64 or int32, got {tuple(labels.shape)} of {labels.dtype}"
+        )
+
+
 def _check_gamma(gamma: float) -> None:
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
 
 
+def _check_probabilities(weights: Tensor) -> None:
+    low, high = (value.item() for value in at_least_float32(weights).sum(-1).aminmax())
+    smallest = weights.amin().item()
+    if not (0.99 <= low and high <= 1.01 and smallest >= 0.0):  # written so that NaN fails too
+        raise ValueError(
+            "weights must be probabilities (rows that sum to 1, no entry below 0), got row sums "
+            f"{low:g}..{high:g} and a smallest entry {smallest:g}; pass softmax(teacher) or prior[labels]"
+        )
+
+
 def _reduce(per_example: Tensor, reduction: Reduction) -> Tensor:
+    return per_example.mean() if _is_mean(reduction) else per_example
+
+
+def _is_mean(reduction: Reduction) -> bool:
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}")
-    return per_example.mean() if reduction == "mean" else per_example
+    return reduction == "mean"

@@ -77,18 +77,17 @@ class GKL:
 
         group_size: where not 0, by the mean over each so many examples that follow one another.
         """
-        by_class = self.weights == "class"
+        alone = world_size() == 1 and not group_size
         return losses.gkl(
             student_logits,
             teacher_logits,
-            prior.rows(labels, self.gamma) if by_class else None,
+            prior.at(labels) if self.weights == "class" else None,
             alpha=self.alpha,
             beta=self.beta,
-            gamma=1.0 if by_class else self.gamma,  # the prior's rows carry their exponent already
+            gamma=self.gamma,
             temperature=self.temperature,
             weights_temperature=self.weights_temperature,
-            pair_weight=partial(_mean_over_batch, group_size=group_size),
-            total=prior.totals(labels, self.gamma) if by_class else None,
+            pair_weight=None if alone else partial(_mean_over_batch, group_size=group_size),
             break_asymmetry=self.break_asymmetry,
             validate=False,
             reduction="none",
@@ -99,8 +98,6 @@ def _mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
     """Of (b,) pair weights the mean over all processes' batches, or with a group_size (b,), the means of its groups."""
     if group_size:
         return torch.cat([g.mean().expand(len(g)) for g in pair_weights.split(group_size)])
-    if world_size() == 1:
-        return pair_weights.mean()
     added, count = world_sum(torch.stack([pair_weights.sum(), pair_weights.new_full((), len(pair_weights))]))
     return added / count
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.distributed import rank, world_sum
-from gkl.losses import smooth
+from gkl.losses import ClassRows, smooth
 
 
 class ClassPrior(nn.Module):
@@ -48,21 +48,25 @@ class ClassPrior(nn.Module):
         """Rows of the prior for labels (B,): (B, C) probabilities without gradient."""
         return self.rows(labels, gamma=1.0)
 
+    def at(self, labels: Tensor) -> ClassRows:
+        """The weights prior[labels] for `gkl`, which raises them to its gamma; on a GPU no (B, C) tensor is made of them."""
+        return ClassRows(self, labels)
+
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
         try:
             # A plain index would take a label of -1 for the last class.
-            return self._table(gamma)[0].index_select(0, labels)
+            return self.table(gamma)[0].index_select(0, labels)
         except IndexError:
             self._check(labels)
             raise
 
     def totals(self, labels: Tensor, gamma: float) -> Tensor:
         """The sums of those rows, (B,): W of each example."""
-        return self._table(gamma)[1].index_select(0, labels)
+        return self.table(gamma)[1].index_select(0, labels)
 
-    def _table(self, gamma: float) -> tuple[Tensor, Tensor]:
-        """probs ** gamma and its row sums, taken anew when probs changes."""
+    def table(self, gamma: float) -> tuple[Tensor, Tensor]:
+        """probs ** gamma (C, C) and its rows' sums (C,), taken anew when probs changes."""
         kept = self._smoothed.get(gamma)
         if kept is None or kept[0].device != self.probs.device or kept[0].dtype != self.probs.dtype:
             table = smooth(self.probs, gamma, validate=False)

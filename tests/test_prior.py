@@ -60,7 +60,7 @@ def test_a_new_epoch_and_a_loaded_one_are_in_the_tensors_of_the_old(gamma: float
     prior, other, labels = ClassPrior(3), ClassPrior(3), torch.tensor([0, 1, 2, 0])
 
     def places() -> list[int]:
-        return [x.data_ptr() for x in (prior.probs, prior.sums, prior.counts, *prior._table(gamma))]
+        return [x.data_ptr() for x in (prior.probs, prior.sums, prior.counts, *prior.table(gamma))]
 
     before = places()
     for seed, change in enumerate((prior.renew, lambda: prior.load_state_dict(other.state_dict()))):
