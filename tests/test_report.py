@@ -33,6 +33,8 @@ def records() -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def built(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two tables and a figure, built now, in a folder with nothing else."""
+    for package in ("altair", "vl_convert"):
+        pytest.importorskip(package, reason=f"needs {package}: pip install 'gkl[report]'")
     path = tmp_path_factory.mktemp("page") / "report.html"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -87,6 +89,7 @@ def test_a_run_s_command_composes_to_its_identity(records: list[dict[str, Any]])
 def test_without_altair_the_command_says_what_to_install(
     records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("altair", reason="needs altair: pip install 'gkl[report]'")
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(ConfigError, match=r"pip install 'gkl\[report\]'"):
         page(records, RESULTS)
@@ -207,6 +210,7 @@ def test_on_a_phone_and_in_the_dark_it_can_be_read(browser: Any, built: Path) ->
 
 def test_every_committed_workspace_is_what_the_records_give(records: list[dict[str, Any]]) -> None:
     """Built again, byte for byte; no panel asks for what no run has logged; the baseline is among its runs."""
+    pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install 'gkl[dashboard]'")
     for number in ("3", "6"):
         config = load_table(number)
         found = [t for t in sections(config, records) if compared(config, t)]
