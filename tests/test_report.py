@@ -210,7 +210,9 @@ def test_on_a_phone_and_in_the_dark_it_can_be_read(browser: Any, built: Path) ->
 
 def test_every_committed_workspace_is_what_the_records_give(records: list[dict[str, Any]]) -> None:
     """Built again, byte for byte; no panel asks for what no run has logged; the baseline is among its runs."""
-    pytest.importorskip("wandb_workspaces", reason="needs wandb-workspaces: pip install 'gkl[dashboard]'")
+    pytest.importorskip(
+        "wandb_workspaces.workspaces", reason="needs wandb-workspaces: pip install 'gkl[dashboard]'"
+    )
     for number in ("3", "6"):
         config = load_table(number)
         found = [t for t in sections(config, records) if compared(config, t)]
