@@ -124,6 +124,10 @@ class Distillation(Training):
         size = {"pictures": len(self.training.labels), "views": count, "classes": data.num_classes}
         return LogitsCache(folder, key, **size, dtype=self.dtype)
 
+    def compiled_model(self) -> nn.Module:
+        """The model: `prepare` compiles what gives its taps, whole, since stages call parts of their blocks."""
+        return self.model
+
     def trained(self) -> nn.Module:
         """The student and the method's own layers."""
         return nn.ModuleList([self.model, self.method])

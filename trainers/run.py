@@ -100,6 +100,10 @@ def run(config: dict[str, Any]) -> None:
     title = f"{config['experiment']} seed {config['seed']}"
     console = Console(title, enabled=rank() == 0, folder=folder.path)
     torch.manual_seed(config["seed"])
+    if config["compile"]:  # once: the next start finds it there
+        os.environ.setdefault(
+            "TORCHINDUCTOR_CACHE_DIR", str(Path(config["paths"]["outputs"]).resolve() / "compiled")
+        )
     done = record_path(config).exists()
     if world_size() > 1:
         dist.barrier()  # none may write the record before all have looked for it

@@ -8,6 +8,7 @@ GPU an update is recorded as a CUDA graph and replayed (`gkl.graphs`).
 import math
 import os
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,12 +51,36 @@ def cast(network: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 def compiled(network: nn.Module) -> Any:
-    """The network by torch.compile: a graph for each of its modes and shapes, the few that a training has.
+    """The network by torch.compile: block by block where it repeats one, so that a block is compiled once for each of its shapes.
 
-    An epoch's shorter last batch would otherwise make every graph one of any shape, and slower.
+    Each mode and shape has a graph of its own: an epoch's shorter last batch would otherwise make every graph one of any shape,
+    and slower.
     """
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
-    return torch.compile(network, dynamic=False)
+    blocks = repeated_blocks(network)
+    for block in blocks:
+        block.compile(dynamic=False)
+    return network if blocks else torch.compile(network, dynamic=False)
+
+
+def compiled_graphs() -> int:
+    """How many graphs torch.compile has made in this process."""
+    return (
+        int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        if "torch._dynamo.utils" in sys.modules
+        else 0
+    )
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The modules of the class that occurs most often of those that hold convolutions or linear layers; none if none occurs twice."""
+    kinds: dict[type, list[nn.Module]] = {}
+    for module in network.modules():
+        if any(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules() if part is not module):
+            kinds.setdefault(type(module), []).append(module)
+    own = [same for kind, same in kinds.items() if not issubclass(kind, nn.Sequential | nn.ModuleList)]
+    most = max(own, key=len, default=[])
+    return most if len(most) > 1 else []
 
 
 class Training(ABC):
@@ -119,7 +144,7 @@ class Training(ABC):
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.model = self.placed(model)
         self.compiled = compile
-        self.network: Callable[[Tensor], Tensor] = compiled(self.model) if compile else self.model
+        self.network: Callable[[Tensor], Tensor] = self.compiled_model() if compile else self.model
         self.augment = augment
         self.seed, self.epochs = seed, epochs
         shared: dict[str, Any] = {"batch_size": batch_size, "drop_last": drop_last, "seed": seed}
@@ -203,6 +228,10 @@ class Training(ABC):
     def prepare(self) -> None:  # noqa: B027  (an optional hook)
         """Make what is trained beside the model, before the optimizer is made."""
 
+    def compiled_model(self) -> Any:
+        """What `logits` calls in the model's place where networks are compiled."""
+        return compiled(self.model)
+
     def trained(self) -> nn.Module:
         """What the optimizer changes."""
         return self.model
@@ -233,6 +262,7 @@ class Training(ABC):
         if self.replayed is not None and (reason := self.unrecordable()):
             self.say(f"warning: steps are not recorded as CUDA graphs, which is slower: {reason}")
             self.replayed = None
+        graphs, started = compiled_graphs(), time.monotonic()
         inputs = self.inputs(epoch, step)
         if self.replayed is None:
             shares = self.update(*inputs)
@@ -242,6 +272,8 @@ class Training(ABC):
         for average in self.averages.values():
             if not average.recordable:
                 average.after_step(self.model, epoch)
+        if (new := compiled_graphs() - graphs) > 0:
+            self.say(f"{new} parts of the networks compiled in {time.monotonic() - started:.0f} s")
         return shares
 
     def settle(self) -> None:
