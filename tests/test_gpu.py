@@ -1,109 +1,321 @@
-"""The same numbers on a GPU: integers to the bit, float32 to its rounding."""
+"""The same numbers on a GPU as on the CPU: integers to the bit, float32 (without TF32) to its rounding.
+
+What the kernels, the recorded steps and the attacks' recorded passes are alone stands in the other tests/test_gpu_*.py.
+"""
+
+import copy
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
+import test_distillation
+import test_ranks
 import torch
+import torch.nn.functional as F
+from test_engine import Quiet
+from test_fidelity import TinyNet
+from torch import Tensor, nn
 
-from gkl import losses
+from gkl.attacks import PGD, pgd
 from gkl.augment import Views
+from gkl.averaging import Average, RampedAverage
+from gkl.awp import perturbed
 from gkl.counter import sample_keys, uniform
+from gkl.data import digits
+from gkl.evaluation import accuracy, evaluate
 from gkl.losses import gkl, jsd, kl
+from gkl.prior import ClassPrior
+from trainers.command import Interrupted
+from trainers.engine import fit, gather
+from trainers.folder import RunFolder
+from trainers.teacher import LogitsCache
+from trainers.training import Training
 
 pytestmark = pytest.mark.gpu
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def test_random_numbers_and_views_are_the_cpu_s() -> None:
+@pytest.fixture(autouse=True)
+def float32_as_it_is() -> Iterator[None]:
+    """No TF32, and kernels that add in one order; afterwards as it was."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = False, False, True
+    yield
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.deterministic = before
+
+
+def on_both(made: Callable[[torch.device], Any]) -> tuple[Any, Any]:
+    return made(CPU), made(GPU)
+
+
+def close(here: Any, there: Any, rtol: float = 1e-5, atol: float = 1e-6) -> None:
+    torch.testing.assert_close(there, here, rtol=rtol, atol=atol, check_device=False)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(device: torch.device) -> nn.Module:
+    torch.manual_seed(3)
+    return TinyNet().to(device)
+
+
+def few(count: int = 32) -> tuple[Tensor, Tensor]:
+    data = digits()
+    return data.train_images[:count].float() / 255, data.train_labels[:count]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_and_views() -> None:
     index = torch.arange(64)
-    images = torch.randint(
-        0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator)
     keys = sample_keys(0, 1, index, "a")
-    assert sample_keys(0, 1, index.cuda(), "a").cpu().equal(keys)
-    assert uniform(keys.cuda(), 5).cpu().equal(uniform(keys, 5))
-    here = Views(["crop_flip", "autoaugment"])(images, seed=0, epoch=1, index=index)
-    there = Views(["crop_flip", "autoaugment"])(images.cuda(), seed=0, epoch=1, index=index.cuda())
+    assert sample_keys(0, 1, index.to(GPU), "a").cpu().equal(keys)
+    assert uniform(keys.to(GPU), 5).cpu().equal(uniform(keys, 5))
+    views = Views(["crop_flip", "autoaugment"])
+    here, there = on_both(lambda device: views(images.to(device), seed=0, epoch=1, index=index))
     assert there[0].cpu().equal(here[0])
     assert (
         there[1].cpu().int() - here[1].int()
     ).abs().float().mean() < 1.0  # rounding of the colour operations
 
 
+def test_kl_is_torch_s() -> None:
+    def found(device: torch.device, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, ...]:
+        pair = [x.to(device).requires_grad_() for x in 5 * randn(2, 128, 100)]
+        value = loss(*pair)
+        return value.detach(), *torch.autograd.grad(value, pair)
+
+    def torch_s(student: Tensor, teacher: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(student, -1), F.softmax(teacher, -1), reduction="batchmean")
+
+    here, there = on_both(lambda device: found(device, kl))
+    close(here, there)
+    close(found(GPU, torch_s), there)
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
-def test_losses_are_the_cpu_s(gamma: float) -> None:
-    logits = 5 * torch.randn(2, 128, 100, generator=torch.Generator().manual_seed(0))
-    found = []
-    for device in ("cpu", "cuda"):
-        student, teacher = (x.to(device).requires_grad_() for x in logits)
+def test_losses(gamma: float) -> None:
+    def found(device: torch.device) -> tuple[Tensor, ...]:
+        student, teacher = (x.to(device).requires_grad_() for x in 5 * randn(2, 128, 100))
         weights = teacher.detach().softmax(-1)
-        value = gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=gamma)
-        value = value + kl(student, teacher) + jsd(student, teacher)
-        found.append([x.cpu() for x in (value.detach(), *torch.autograd.grad(value, (student, teacher)))])
-    for here, there in zip(*found, strict=True):
-        torch.testing.assert_close(there, here, rtol=1e-4, atol=1e-6)
+        value = gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=gamma) + jsd(student, teacher)
+        return value.detach(), *torch.autograd.grad(value, (student, teacher))
+
+    here, there = on_both(found)
+    close(here, there, rtol=1e-4)
 
 
-def logits_and_weights(
-    batch: int, classes: int, dtype: torch.dtype, offset: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    logits = 3 * torch.randn(2, batch, classes, device="cuda", generator=generator) + offset
-    weights = (2 * torch.randn(batch, classes, device="cuda", generator=generator)).softmax(-1)
-    student, teacher = (x.to(dtype).requires_grad_() for x in logits)
-    return student, teacher, weights
+def test_class_prior() -> None:
+    labels = torch.arange(64) % 9  # one class of ten is not seen
+
+    def found(device: torch.device) -> list[Tensor]:
+        prior, y = ClassPrior(10, temperature=2.0).to(device), labels.to(device)
+        prior.update(randn(64, 10).to(device), y)
+        prior.update(randn(64, 10, seed=1).to(device), y, counted=y > 2)
+        sums = prior.sums.clone()
+        prior.renew()
+        return [sums, prior.probs, prior.rows(y, 0.4), prior.totals(y, 0.4), prior[y]]
+
+    here, there = on_both(found)
+    close(here, there)
 
 
-@pytest.mark.parametrize(("batch", "classes"), [(128, 2), (128, 100), (512, 1000), (64, 21841)])
-@pytest.mark.parametrize(
-    ("dtype", "offset", "temperature"),
-    [
-        (torch.float32, 0.0, 1.0),
-        (torch.float32, 1e4, 4.0),
-        (torch.bfloat16, 0.0, 4.0),
-        (torch.float16, 0.0, 1.0),
-    ],
-)
-def test_kernels_are_the_closed_form_in_float64(
-    batch: int, classes: int, dtype: torch.dtype, offset: float, temperature: float
-) -> None:
-    student, teacher, weights = logits_and_weights(batch, classes, dtype, offset)
-    options = {"alpha": 20.0, "beta": 4.0, "gamma": 0.4, "temperature": temperature, "reduction": "none"}
-    assert losses._fused(student, teacher, weights)
-    found = []
-    for cast in (torch.Tensor.clone, torch.Tensor.double):
-        inputs = [cast(x.detach()).requires_grad_() for x in (student, teacher)]
-        value = gkl(*inputs, cast(weights), **options)
-        upstream = torch.linspace(-0.5, 2.0, batch, device="cuda", dtype=value.dtype)
-        found.append((value.detach(), *torch.autograd.grad(value, inputs, upstream)))
-    for mine, exact in zip(*found, strict=True):
-        rounding = 0.0 if mine.dtype == torch.float32 else torch.finfo(dtype).eps / 2
-        # 1e-6 where the interpreter's test has 3e-7: the exponential of a GPU may be two units in the last place off.
-        torch.testing.assert_close(mine.double(), exact, rtol=rounding, atol=1e-6 * exact.abs().max().item())
+@pytest.mark.parametrize("average", [Average(0.9, "step"), RampedAverage(0.995, warmup=0.2)])
+def test_averages(average: Average) -> None:
+    def found(device: torch.device) -> dict[str, Tensor]:
+        mine, model = copy.deepcopy(average), network(device)
+        mine.prepare(5)
+        for step in range(5):
+            with torch.no_grad():
+                for number, parameter in enumerate(model.parameters()):
+                    parameter.add_(randn(*parameter.shape, seed=10 * step + number).to(device))
+            mine.after_step(model, 1)
+        mine.after_epoch(model, 1)
+        return mine.state
+
+    here, there = on_both(found)
+    close(here, there)
 
 
-def test_kernels_are_traced_whole() -> None:
-    student, teacher, weights = logits_and_weights(64, 100, torch.float32)
-
-    def loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        return gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
-
-    found = [
-        torch.autograd.grad(function(student, teacher), (student, teacher))
-        for function in (loss, torch.compile(loss, fullgraph=True))
-    ]
-    for plain, compiled in zip(*found, strict=True):
-        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-8)
+def test_the_teacher_s_logits_are_kept_to_the_bit(tmp_path: Path) -> None:
+    cache = LogitsCache(tmp_path, {}, pictures=8, views=2, classes=5, dtype=torch.float32)
+    index, view, logits = torch.tensor([6, 1, 3]), torch.tensor([1, 0, 1]), randn(3, 5).to(GPU)
+    cache.put(index, view, logits)
+    kept, there = cache.get(index, view)
+    assert there.all() and kept.equal(logits.cpu())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_a_step_is_that_of_its_two_gradients(dtype: torch.dtype) -> None:
-    student, teacher, weights = logits_and_weights(16384, 150, dtype)
+# --- attacks ----------------------------------------------------------------------------------------------------------
 
-    def step() -> None:
-        value = gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=1.0, validate=False)
-        torch.autograd.grad(value, (student, teacher))
 
-    step()  # compiles
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    extra = torch.cuda.max_memory_allocated() - before
-    assert extra < 2.5 * student.numel() * student.element_size()
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("start_std", [None, 0.001])
+def test_attacks(norm: Any, start_std: float | None) -> None:
+    """A pixel whose gradient is next to nothing may go the other way."""
+    attack = PGD(norm=norm, epsilon=0.15, ramp=False, phases="executed", start_std=start_std)
+
+    def found(device: torch.device) -> Tensor:
+        x, y = (t.to(device) for t in few())
+        start = attack.start(x, sample_keys(0, 1, torch.arange(32), "attack_start").to(device))
+        model = network(device).eval()
+        return pgd(
+            model, x, lambda z: F.cross_entropy(z, y, reduction="none"), norm=norm, start=start,
+            **attack.budget(1, 1),
+        ).cpu()  # fmt: skip
+
+    here, there = on_both(found)
+    assert ((here - there).abs() > 1e-4).float().mean() < 1e-3
+
+
+def test_weights_are_perturbed_and_come_back() -> None:
+    def found(device: torch.device) -> list[Tensor]:
+        x, y = (t.to(device) for t in few())
+        model = network(device)
+        before = [p.detach().clone() for p in model.parameters()]
+        with perturbed(model, lambda: F.cross_entropy(model(x), y), 0.05):
+            moved = [p.detach().clone() for p in model.parameters()]
+        assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True))
+        return moved
+
+    here, there = on_both(found)
+    close(here, there, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("epsilon", "robust"), [(0.001, True), (0.9, False)])
+def test_autoattack_s_flags(epsilon: float, robust: bool, tmp_path: Path) -> None:
+    """The screen, in a ball so small that no verdict is close, and in one where everything falls."""
+    images, labels = few(12)
+
+    def found(device: torch.device) -> tuple[Tensor, Tensor]:
+        model = network(device).eval()
+        right = (
+            model(images.to(device)).argmax(-1).cpu()
+        )  # what it says is right, so that there is something to attack
+        result = evaluate(model, images, torch.where(labels < 5, right, labels), epsilon=epsilon,
+                          folder=tmp_path / device.type, device=device, version="screen", batch_size=6)  # fmt: skip
+        clean = accuracy(model, images, right, batch_size=5, device=device)
+        assert clean.all()
+        return result.clean_flags, result.robust_flags
+
+    here, there = on_both(found)
+    assert here[0].equal(there[0]) and here[1].equal(there[1]) and here[0].any()
+    assert here[1].any() == robust
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def floats(task: Training) -> dict[str, Tensor]:
+    state = task.model.state_dict()
+    return {k: v.detach().double().cpu().clone() for k, v in state.items() if v.is_floating_point()}
+
+
+def stepped(task: Training, epoch: int, steps: int = 1) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """What is logged of the last of some steps, and by how much they moved the network."""
+    task.start_epoch(epoch)
+    before = floats(task)
+    for step in range(steps):
+        scalars = {name: float(value.detach()) for name, value in task.train_step(epoch, step).items()}
+    return scalars, {name: value - before[name] for name, value in floats(task).items()}
+
+
+def assert_same_step(made: Callable[[torch.device], Training], epoch: int) -> None:
+    """Equal to a thousandth of the update: few pixels of an attack, and none of most, turn with the rounding."""
+    (scalars, here), (others, there) = on_both(lambda device: stepped(made(device), epoch))
+    assert scalars.keys() == others.keys()
+    for name, value in scalars.items():
+        tolerance = (
+            {"abs": 4.0}
+            if value > 0 and ("accuracy" in name or "top1" in name)
+            else {"rel": 2e-3, "abs": 1e-5}
+        )
+        assert others[name] == pytest.approx(value, **tolerance), name
+    whole = torch.cat([move.flatten() for move in here.values()])
+    other = torch.cat([there[name].flatten() for name in here])
+    assert whole.norm() > 0 and (other - whole).norm() < 2e-3 * whole.norm()
+
+
+TWO_VIEWS = ["augment.views=[crop_flip,crop_flip]"]  # whose pixels are the same on every device
+ADVERSARIAL: dict[str, list[str]] = {
+    "at/c100_basic_gkl": [], "at/c100_basic_kl": [], "at/c100_autoaug": TWO_VIEWS, "at/c100_acat": [],
+    "at/c100_dajat": ["augment.views=[crop_flip,crop_flip,crop_flip]"], "at/c100_dm_gkl": [], "at/c100_awp": [],
+    "at/c100_lbgat_awp": [], "at/c100_las_at": [], "at/c10_rice": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", ADVERSARIAL)
+def test_an_adversarial_step(experiment: str, tmp_path: Path) -> None:
+    def made(device: torch.device) -> Training:
+        own = ADVERSARIAL[experiment]
+        return test_ranks.make_task(experiment, tmp_path, *own, precision="float32", device=str(device))
+
+    assert_same_step(made, 3)
+
+
+DISTILLATION = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "vanilla"]
+
+
+@pytest.mark.parametrize("method", DISTILLATION)
+def test_a_distillation_step(method: str, tmp_path: Path) -> None:
+    def made(device: torch.device) -> Training:
+        return test_distillation.make_task(method, tmp_path, "precision=float32", device=str(device))
+
+    assert_same_step(made, 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])
+def test_a_step_in_less_precision(precision: str, tmp_path: Path) -> None:
+    """In fp16 the loss is scaled: a step that overflows is left out, the next ones are not."""
+    made = test_ranks.make_task("at/c100_basic_gkl", tmp_path, precision=precision, device=str(GPU))
+    scalars, moved = stepped(made, 3, steps=4)
+    exact = test_ranks.make_task("at/c100_basic_gkl", tmp_path, precision="float32", device=str(GPU))
+    others, _ = stepped(exact, 3, steps=4)
+    assert all(math.isfinite(value) for value in scalars.values())
+    assert all(value.isfinite().all() for value in moved.values()) and moved["conv1.weight"].norm() > 0
+    assert scalars["loss/natural"] == pytest.approx(others["loss/natural"], rel=0.2)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_read_late() -> None:
+    """What a later step writes into the same tensors does not reach the values on their way."""
+    values = {"a": torch.tensor(3.0, device=GPU), "b": torch.tensor(4.0, device=GPU)}
+    read = gather(values, signal.SIGTERM)
+    values["a"].fill_(5.0)
+    later = gather(values, 0)
+    assert read() == ({"a": 3.0, "b": 4.0}, signal.SIGTERM) and later() == ({"a": 5.0, "b": 4.0}, 0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_stopped_and_gone_on_with_the_weights_are_the_same_bits(precision: str, tmp_path: Path) -> None:
+    def run(folder: str, stop_after: tuple[int, int] | None = None) -> dict[str, Any]:
+        task = test_ranks.make_task("at/c100_basic_gkl", tmp_path, precision=precision, device=str(GPU))
+        with pytest.raises(Interrupted) if stop_after else nullcontext():
+            fit(
+                task,
+                epochs=3,
+                folder=RunFolder(tmp_path / folder),
+                checkpoint_minutes=1e9,
+                report=Quiet(stop_after),
+            )
+        return copy.deepcopy(task.state_dict())
+
+    whole = run("whole")
+    run("stopped", stop_after=(2, 3))
+    resumed = run("stopped")
+    for key, value in whole["model"].items():
+        assert value.is_cuda == (GPU.type == "cuda") and value.equal(resumed["model"][key]), key
+    test_ranks.assert_equal(whole["averages"], resumed["averages"], "averages", rtol=0, atol=0)
+    # Sums over a class are added in no fixed order on a GPU, in float64.
+    close(whole["prior"]["probs"], resumed["prior"]["probs"], rtol=1e-6, atol=1e-9)

@@ -32,8 +32,17 @@ def scans() -> ImageData:
                      data.test_labels[:40], data.class_names)  # fmt: skip
 
 
-def make_task(experiment: str, root: Path) -> RobustTraining:
-    overrides = ["precision=float64", "batch_size=32", "bn_groups=2", "channels_last=false", "epochs=4"]
+def make_task(
+    experiment: str, root: Path, *own: str, precision: str = "float64", device: str = "cpu"
+) -> RobustTraining:
+    overrides = [
+        f"precision={precision}",
+        "batch_size=32",
+        "bn_groups=2",
+        "channels_last=false",
+        "epochs=4",
+        *own,
+    ]
     if experiment == "at/c100_las_at":
         overrides += ["method.interval=2", "method.steps=[2,3]"]
     if experiment == "at/c100_awp":
@@ -45,7 +54,8 @@ def make_task(experiment: str, root: Path) -> RobustTraining:
         config["generated"] |= {"images": 100, "root": str(root)}
         config["held_out"] = 0.1
     torch.manual_seed(5)
-    return build(config, data=scans(), model=TinyNet().double(), device=torch.device("cpu"))
+    model = TinyNet().double() if precision == "float64" else TinyNet()
+    return build(config, data=scans(), model=model, device=torch.device(device))
 
 
 def train(task: RobustTraining, epoch: int, steps: range) -> None:
