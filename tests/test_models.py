@@ -14,11 +14,14 @@ from torch import Tensor, nn
 import gkl.models
 from gkl.models.batch_norm import (
     GroupBatchNorm2d,
+    activated,
+    auxiliary_batch_norm,
     eval_mode,
     folded,
     frozen_statistics,
     group_batch_norm,
     set_group_size,
+    split_batch_norm,
 )
 from gkl.models.normalise import STATISTICS
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
@@ -304,6 +307,35 @@ def test_groups_of_one_are_plain_batch_norm_bit_for_bit() -> None:
     grouped = group_batch_norm(copy.deepcopy(plain), 1)
     assert torch.equal(plain(pictures(6)), grouped(pictures(6)))
     assert_same_state(grouped, plain, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
+def test_a_network_computes_what_its_taps_show(mode: str) -> None:
+    """Bit for bit, statistics too, though plain classification keeps no map before its activation."""
+    model = group_batch_norm(lively(WideResNet(16, 1, num_classes=5)), 2).train(mode != "eval")
+    other = copy.deepcopy(model)
+    with frozen_statistics(model), frozen_statistics(other):
+        if mode == "frozen":
+            assert model(pictures(6)).equal(other.forward_taps(pictures(6)).logits)
+    assert model(pictures(6)).equal(other.forward_taps(pictures(6)).logits)
+    assert_same_state(model, other, rtol=0)
+
+
+def test_an_activation_goes_with_its_batch_norm() -> None:
+    """As it did without: the same bits and gradients, in whichever set of a split batch norm."""
+    for model in (
+        group_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 2),
+        split_batch_norm(nn.Sequential(nn.BatchNorm2d(3))),
+    ):
+        lively(model)
+        for divert in (False, True):
+            with auxiliary_batch_norm(model, divert):
+                found = []
+                for layer in (copy.deepcopy(model[0]), copy.deepcopy(model[0])):
+                    x = (pictures(5) - 0.5).requires_grad_()
+                    y = F.silu(layer(x)) if found else activated(layer, x, F.silu)
+                    found.append([y.detach(), *torch.autograd.grad(y.square().sum(), x), *layer.buffers()])
+                assert all(a.equal(b) for a, b in zip(*found, strict=True))
 
 
 def test_groups_can_be_set_again() -> None:

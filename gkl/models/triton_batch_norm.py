@@ -386,9 +386,10 @@ def _tiling(x: Tensor, images: int, programs: int) -> tuple[tuple[int, int, int]
     )
 
 
-def _merging(channels: int, splits: int) -> tuple[int, dict[str, int]]:
-    """Blocks of columns of a kernel that merges so many splits, and the blocks' sizes."""
-    block_s = triton.next_power_of_2(splits)
+def _merging(channels: int) -> tuple[int, dict[str, int]]:
+    """Blocks of columns of a kernel that merges the splits of a reduction, and the blocks' sizes: the channels alone decide."""
+    most = REDUCING // triton.cdiv(channels, _block_c(channels))
+    block_s = triton.next_power_of_2(max(1, min(most, MOST_SPLITS)))
     block_c = max(8, min(64, 2048 // block_s))
     return triton.cdiv(channels, block_c), {"BLOCK_S": block_s, "BLOCK_C": block_c}
 
@@ -407,7 +408,7 @@ def group_statistics(
     statistics = torch.empty(3, groups, channels, dtype=torch.float32, device=x.device)
     # Without buffers to renew something must stand in their place, which nothing reads.
     mean, variance, batches = (found, found, found) if running is None else running
-    merging, merged = _merging(channels, splits)
+    merging, merged = _merging(channels)
     with torch.cuda.device(x.get_device()):
         _moments[(blocks, groups, splits)](
             x, found, rows, group_rows, channels, groups, splits, **sizes, num_warps=WARPS
@@ -471,7 +472,7 @@ class TritonBatchNorm(torch.autograd.Function):
                     x, grad, whole, rest, spread, weight, bias, found, rows, group_rows, channels, groups, splits, eps,
                     BY_BATCH=by_batch, ACTIVATION=activation, **sizes, num_warps=WARPS,
                 )  # fmt: skip
-                merging, merged = _merging(channels, splits)
+                merging, merged = _merging(channels)
                 _sums[(merging, groups)](
                     found, sums, spread, channels, groups, splits, eps,
                     BY_BATCH=by_batch, **merged, num_warps=4,
