@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pretended import DEVICE, Pretended, pretended
 from pyautoattack import AutoAttack, fab_projections
 from tape import Taped
 from torch import Tensor, nn
@@ -23,7 +24,10 @@ from torch import Tensor, nn
 from gkl import evaluation
 from gkl.data import digits
 from gkl.evaluation import accuracy, autoattack, evaluate, first_of_each_class, pgd_robust
+from gkl.evaluation.projection import projection_linf_in
+from gkl.evaluation.recorded import Recorded
 
+__all__ = ["pretended"]  # a fixture
 CPU = torch.device("cpu")
 
 
@@ -212,6 +216,79 @@ def test_replayed_attacks_are_the_package_s_image_by_image(
     assert len(taped) == 2 and all(t.replayed > 5 * t.recorded > 20 and not t.failed for t in taped)
 
 
+def test_a_network_that_cannot_be_recorded_is_attacked_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Reading(Classifier):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (1.0 if float(x.detach().sum()) > 0 else 2.0)
+
+    taped = replays(monkeypatch, autoattack)
+    options = {"epsilon": 0.08, "version": "screen", "device": CPU, "batch_size": 5}
+    found, plain = (
+        evaluate(Reading().eval(), *scans(10), folder=tmp_path / str(graph), graph=graph, **options)
+        for graph in (True, False)
+    )
+    assert found.robust_flags.equal(plain.robust_flags) and found.warnings == plain.warnings
+    assert taped[0].failed and capsys.readouterr().out.count("cannot be recorded as a CUDA graph") == 1
+
+
+def test_fab_makes_more_passes_where_its_first_do_not_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    init = Recorded.__init__
+
+    def hasty(self: Recorded, *arguments: Any) -> None:
+        init(self, *arguments)
+        self.passes = 1
+
+    enough = single_runs(Taped(), CPU, "linf")[-1]
+    monkeypatch.setattr(Recorded, "__init__", hasty)
+    assert single_runs(Taped(), CPU, "linf")[-1].equal(enough)
+
+
+def single_runs(replayed: Any, device: torch.device, norm: str) -> list[Tensor]:
+    """What the four attacks' own loops, recorded, return for six scans."""
+    images, labels = scans(6, classes=5)
+    adapted = autoattack._Adapter(Classifier(classes=5).eval().to(device), device, replayed)
+    x, y = floats(images).to(device), labels.to(device)
+    adversary = autoattack.attacker(adapted, 5, epsilon=0.2, norm=norm, seed=0, device=device)
+    Recorded(adapted.network, replayed).take_over(adversary)
+    adversary.apgd.loss, adversary.apgd_targeted.y_target = "ce", (y + 1) % 5
+    adversary.fab.target_class, adversary.fab.n_iter, adversary.square.n_queries = 2, 10, 20
+    runs = []
+    for attack in (adversary.apgd, adversary.apgd_targeted, adversary.square, adversary.fab):
+        torch.manual_seed(0)
+        of_fab = attack is adversary.fab
+        if not of_fab:
+            attack.n_iter = 30
+            attack.init_hyperparam(x)
+        with torch.no_grad():
+            out = attack.attack_single_run(x, y, **({"is_targeted": True} if of_fab else {}))
+        runs.append(out if of_fab else out[-1])
+    return runs
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_what_is_recorded_waits_for_nothing(
+    norm: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph cannot hold a value read back."""
+    monkeypatch.setattr(autoattack, "LAYOUT", {})
+    inside: list[str] = []
+
+    class Watched(Taped):
+        def __call__(self, key: Any, function: Any, inputs: Any) -> Any:
+            before = len(pretended.waits)
+            out = function(*inputs)
+            inside.extend(pretended.waits[before:])
+            return out
+
+    with pretended:
+        there = [x.cpu() for x in single_runs(Watched(), DEVICE, norm)]
+    assert inside == [] and pretended.strays == []
+    here = single_runs(Taped(), CPU, norm)
+    assert all(a.equal(b) for a, b in zip(there, here, strict=True))
+
+
 def test_the_projection_is_the_package_s_without_its_sort() -> None:
     generator = torch.Generator().manual_seed(0)
     points, normals = torch.rand(2, 60, 300, dtype=torch.float64, generator=generator)
@@ -223,6 +300,8 @@ def test_the_projection_is_the_package_s_without_its_sort() -> None:
     torch.testing.assert_close(
         step, fab_projections.projection_linf(points, normals, offsets), rtol=0, atol=1e-13
     )
+    whole, more = projection_linf_in(12, points, normals, offsets)
+    assert whole.equal(step) and not more and projection_linf_in(2, points, normals, offsets)[1]
     landed = ((normals * (points + step)).sum(1) - offsets).abs() < 1e-10
     assert 30 < landed.sum() < 60, "some planes are reached, some are not"
     assert (points + step).min() >= 0 and (points + step).max() <= 1

@@ -12,6 +12,7 @@ here, point by point and on any number of processes:
 
 with two differences: FAB's projection is computed without sorting (`projection_linf`, the same point up to rounding), and of
 fewer than ten classes all the others are targets, where the package would name classes there are not.
+On a GPU the attacks' loops are those of `gkl.evaluation.recorded`, whose iterations are replayed with the same bits.
 A batch is written when it is finished, so that processes share an attack's batches through the folder, wait there for
 each other before the next attack, and a killed evaluation goes on with the next batch. (The package's own state file
 cannot be resumed from, see README.) Source: Croce & Hein 2020.

@@ -40,7 +40,7 @@ def _first(points: Tensor, normals: Tensor, offsets: Tensor) -> tuple[Tensor, Te
     room = torch.where(normals < 0, 1 - points, points)
     size, gap = normals.abs(), gap.abs()[:, None]
     reached = gap < (size * room).sum(1, keepdim=True)
-    return normals, room, gap, (gap / size.sum(1, keepdim=True)).masked_fill(~reached, torch.inf)
+    return normals, room, gap, torch.where(reached, gap / size.sum(1, keepdim=True), torch.inf)
 
 
 def _further(step: Tensor, size: Tensor, room: Tensor, gap: Tensor) -> Tensor:

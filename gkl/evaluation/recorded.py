@@ -293,9 +293,6 @@ class Recorded:
         """A query, which moves the last four tensors on in place."""
         low, high = x - eps, x + eps
         rows, columns = (torch.arange(size, device=x.device) for size in x.shape[2:])
-        zero = torch.zeros(
-            (), device=x.device
-        )  # torch.where copies a number to the device, which is not to be recorded
 
         @torch.no_grad()
         def query() -> tuple[Tensor, ...]:
@@ -303,7 +300,7 @@ class Recorded:
             inside = ((rows >= top) & (rows < top + size))[:, None] & (
                 (columns >= left) & (columns < left + size)
             )
-            moved = x_best + torch.where(inside, window[3:, None, None], zero)
+            moved = x_best + torch.where(inside, window[3:, None, None], 0.0)
             moved = torch.clamp(torch.min(torch.max(moved, low), high), 0.0, 1.0)
             logits = self.network(moved)
             found = _of(logits, y) - logits.scatter(1, y[:, None], -math.inf).max(-1)[0]
