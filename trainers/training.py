@@ -134,7 +134,8 @@ class Training(ABC):
             )
         self.dtype = torch.float64 if precision == "float64" else torch.float32
         if device.type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+            torch.backends.cuda.matmul.allow_tf32 = False  # losses may multiply matrices
+            torch.backends.cudnn.allow_tf32 = precision == "tf32"
             torch.backends.cudnn.deterministic = True
         self.data, self.device, self.precision = data, device, precision
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
