@@ -24,13 +24,14 @@ RADII = {
 
 
 class Short(AutoAttack):
-    """The package's AutoAttack with fewer iterations, two target classes and 300 queries."""
+    """The package's AutoAttack for five classes, with fewer iterations and 300 queries."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         for apgd in (self.apgd, self.apgd_targeted):
             apgd.n_iter, apgd.n_iter_2, apgd.n_iter_min = 30, 6, 2
         self.fab.n_iter, self.square.n_queries = 20, 300
+        self.apgd_targeted.n_target_classes = self.fab.n_target_classes = 4
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +46,11 @@ def float32() -> Iterator[None]:
 
 @cache
 def subject(name: str, device: torch.device = CUDA) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network that tells ten coarse patterns in noise apart, and 64 pictures of them."""
+    """A network that tells five coarse patterns in noise apart, and 64 pictures of them."""
     torch.manual_seed(0)
-    model = create(name, num_classes=10).to(device)
-    patterns = F.interpolate(torch.rand(10, 3, 4, 4), scale_factor=8)
-    labels = torch.arange(64) % 10
+    model = create(name, num_classes=5).to(device)
+    patterns = F.interpolate(torch.rand(5, 3, 4, 4), scale_factor=8)
+    labels = torch.arange(64) % 5
     images = ((patterns[labels] + 0.6 * torch.randn(64, 3, 32, 32)).clamp(0, 1) * 255).to(torch.uint8)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
