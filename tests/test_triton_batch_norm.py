@@ -165,6 +165,47 @@ def compiled_sizes(capability: int) -> dict[str, int]:
     return sizes
 
 
+# --- in the process that traces ---------------------------------------------------------------------------------------
+
+
+def traced_calls() -> dict[str, int]:
+    """How often the graph that torch.compile makes of a network calls the kernels' autograd function, by mode.
+
+    On tensors that only claim to lie on a GPU; what asks for the GPU itself is told that there is one.
+    """
+    import contextlib
+
+    import torch.utils._triton
+
+    import gkl.models
+
+    class Card:
+        major = 9
+
+    card, found = Card(), {}
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls = [node for node in graph.graph.nodes if "autograd_function_apply" in str(node.target)]
+        found[mode] = found.get(mode, 0) + len(calls)
+        return graph.forward
+
+    with (
+        mock.patch.object(torch.utils._triton, "has_triton", lambda: True),
+        mock.patch.object(torch.cuda, "device", contextlib.nullcontext),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda device: card),
+        FakeTensorMode(),
+        torch.device("cuda"),
+    ):
+        model = group_batch_norm(gkl.models.create("wrn_10_1", num_classes=10), 4)
+        x = torch.empty(8, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+        for mode in ("train", "frozen", "eval"):
+            torch._dynamo.reset()
+            model.train(mode != "eval")
+            with batch_norm.frozen_statistics(model) if mode == "frozen" else contextlib.nullcontext():
+                torch.compile(model, backend=backend, fullgraph=True, dynamic=mode != "eval")(x)
+    return found
+
+
 # --- in the process of the tests --------------------------------------------------------------------------------------
 
 
@@ -201,6 +242,10 @@ def test_kernels_are_torch_s_in_float64(interpreted: dict[str, dict[str, Any]], 
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
     for sizes in child("compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 56 and min(sizes.values()) > 0
+
+
+def test_torch_compile_traces_a_network_whole() -> None:
+    assert child("trace", CUDA_VISIBLE_DEVICES="") == {"train": 7, "frozen": 7, "eval": 7}
 
 
 def grouped(device: str = "cuda", **options: Any) -> GroupBatchNorm2d:
@@ -245,5 +290,7 @@ def test_without_the_kernels_an_activation_is_torch_s_own(split: bool) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "compile":
         print(json.dumps({f"sm_{capability}": compiled_sizes(capability) for capability in (86, 90)}))
+    elif sys.argv[1] == "trace":
+        print(json.dumps(traced_calls()))
     else:
         print(json.dumps({name: errors(case) for name, case in CASES.items()}))

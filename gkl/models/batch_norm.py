@@ -58,11 +58,11 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
 
     def _in_one_pass(self, x: Tensor, by_batch: bool, activation: Activation | None) -> Tensor:
         # Imported when first wanted: a machine without a GPU may have no Triton.
-        from gkl.models.triton_batch_norm import batch_norm, number
+        from gkl.models.triton_batch_norm import activation_number, batch_norm
 
         buffers: Any = (self.running_mean, self.running_var, self.num_batches_tracked)
         renewed = self.training and self.track_running_stats
-        inside = number(activation)
+        inside = activation_number(activation)
         y = batch_norm(
             x,
             self.weight,

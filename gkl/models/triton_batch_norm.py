@@ -490,7 +490,7 @@ class TritonBatchNorm(torch.autograd.Function):
         return to_x, to_weight, to_bias, None, None, None, None, None, None
 
 
-def number(activation: Any) -> int | None:
+def activation_number(activation: Any) -> int | None:
     """Of an activation in the kernels, 0 without one; None where they have it not."""
     if activation is None:
         return 0
@@ -513,7 +513,7 @@ def batch_norm(
 
     x: channels_last, on a GPU, any dtype but float64; all else in float32. running: mean, variance and number of batches,
     by_batch to be renewed from the first group or None; else what normalises. images: in a group, the last may have fewer. activation:
-    its `number`.
+    its `activation_number`.
     """
     if by_batch:
         statistics = group_statistics(x.detach(), images, running, momentum=momentum, eps=eps)
