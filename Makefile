@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor bench lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor bench gpu lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -82,6 +82,9 @@ speed5: $(STAMP) ## Table V's steps, all methods in one run, beside the paper's;
 bench: $(STAMP) ## speed as ratios against targets, under half an hour on two idle cores; DKL_REF=folder adds the authors' code
 	@for name in loss step distillation autoattack augmentation table5; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 	@$(PY) benchmarks/table.py
+
+gpu: $(STAMP) ## whether this GPU computes right, how fast, and how long the paper's runs take on it; ten minutes (DKL_REF=folder as above)
+	@$(PY) benchmarks/gpu.py $(ARGS) && $(PY) benchmarks/table.py
 
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
 	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \

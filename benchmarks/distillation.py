@@ -49,11 +49,12 @@ class Untrained(Teacher):
 
     def load(self, num_classes: int) -> tuple[torch.nn.Module, dict[str, str]]:
         network = self.network(num_classes=num_classes)
-        for norm in network.modules():
-            if isinstance(norm, torch.nn.BatchNorm2d):
-                norm.momentum = None  # what one batch has
-        with torch.no_grad():
-            network.train()(noise().train_images[:64].float() / 255)
+        norms = [norm for norm in network.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.momentum = None  # what one batch has
+        if norms:
+            with torch.no_grad():
+                network.train()(noise().train_images[:64].float() / 255)
         return network.eval(), {"sha256": "none"}
 
 

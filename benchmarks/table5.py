@@ -46,17 +46,15 @@ def pictures(count: int, side: int) -> ImageFiles:
 
 
 def stepper(
-    method: str, pair: str, device: torch.device, batch: int, side: int, precision: str
-) -> Callable[[], object]:
-    config = compose(
-        "train",
-        [f"experiment=kd/in_{method}/{pair}", f"batch_size={batch}", "bn_groups=1", f"precision={precision}"],
-    )
+    experiment: str, device: torch.device, batch: int, side: int, *overrides: str
+) -> Callable[[], dict[str, Tensor]]:
+    """A step of an experiment on ImageNet's sizes, always on the same pictures; its teacher, if it has one, is untrained."""
+    config = compose("train", [f"experiment={experiment}", f"batch_size={batch}", "bn_groups=1", *overrides])
     data = pictures(20_000, side)
-    teacher = Untrained(**{**vars(make(config["teacher"]))})
-    task = build(
-        config, data=data, model=make(config["model"], num_classes=1000), device=device, teacher=teacher
-    )
+    given = {"data": data, "model": make(config["model"], num_classes=1000), "device": device}
+    if config.get("teacher"):
+        given["teacher"] = Untrained(**vars(make(config["teacher"])))
+    task = build(config, **given)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, 3, side, side, generator=generator).to(device)
     index = torch.arange(batch)  # on the CPU, where a batch's places are
@@ -127,9 +125,9 @@ def main() -> None:
     seconds = arguments.seconds or (60.0 if device.type == "cuda" else None)
     rows = []
     for pair in arguments.pairs:
-        base = stepper("gkl", pair, device, batch, side, precision)
+        base = stepper(f"kd/in_gkl/{pair}", device, batch, side, f"precision={precision}")
         for method in METHODS:
-            step = stepper(method, pair, device, batch, side, precision)
+            step = stepper(f"kd/in_{method}/{pair}", device, batch, side, f"precision={precision}")
             share = None if seconds is None else seconds / len(METHODS)
             times = interleaved({method: step, "base": base}, device, rounds, seconds=share)
             seconds, paper = statistics.median(times[method]), PAPER[pair]

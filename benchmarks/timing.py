@@ -9,6 +9,7 @@ GKL_BENCHMARKS names; from these files table.py makes the table of the docs. Wha
 setting for all of a process, and a training sets it as it is made: `under` gives each variant its own.
 """
 
+import gc
 import json
 import os
 import platform
@@ -227,6 +228,18 @@ def busy(call: Callable[[], object], device: torch.device, calls: int = 5) -> fl
         several()
         synchronize(device)
     return 100.0 * covered(kernels(seen)) / 1e6 / seconds
+
+
+def peak_gib(call: Callable[[], object], device: torch.device, calls: int = 2) -> float:
+    """Peak of memory of some calls, GiB, all that lies on the device included."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    for _ in range(calls):
+        call()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
 
 
 def spread(processes: int, measured: Callable[[], list[Row]]) -> list[Row]:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import augmentation
 import autoattack
 import distillation
+import gpu
 import loss
 import step
 import table
@@ -125,7 +126,7 @@ def test_augmentation_s_benchmark(
 @pytest.mark.parametrize("method", ["gkl", "crd"])
 def test_table_5_s_tensors_are_on_the_device(method: str, pretended: Pretended) -> None:
     with pretended:
-        table5.stepper(method, "resnet34_resnet18", DEVICE, 2, 64, "float32")()
+        table5.stepper(f"kd/in_{method}/resnet34_resnet18", DEVICE, 2, 64, "precision=float32")()
     assert pretended.strays == []
 
 
@@ -165,3 +166,53 @@ def test_rows_of_several_processes_are_one(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(timing.Row, "met", lambda self: False)
     (row,) = timing.spread(2, lambda: [])
     assert len(row.values) == 10 and "together" in row.more["profile"]
+
+
+# --- make gpu ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_card_it_says_so_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main([]) == 2
+    out = capsys.readouterr().out
+    assert out.startswith("no GPU that torch ") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides"),
+    [
+        (step.BASIC, ["model=wrn_10_1", "batch_size=8"]),
+        ("kd/c100_gkl/resnet56_resnet20", ["batch_size=8"]),
+        ("kd/in_vanilla/imagenet_resnet_18", ["batch_size=2"]),
+    ],
+)
+def test_a_step_of_each_kind_is_timed(
+    experiment: str, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if experiment.startswith("kd/in"):
+        monkeypatch.setitem(gpu.SIZES, "imagenet", gpu.Size(100, 10, 32, 1000))
+    monkeypatch.setitem(gpu.KINDS, "it", (experiment, tuple(overrides), 20))
+    seen = gpu.measured("it", CPU, seconds=0.01)
+    assert seen["tflops"] > 0 and seen["seconds"] > 0 and seen["batch"] == int(overrides[-1].split("=")[1])
+
+
+def test_what_a_step_s_flops_are() -> None:
+    config = gpu.compose("train", [f"experiment={step.BASIC}"])
+    forward = gpu.forward_flops(config["model"], 32, 100)
+    each = gpu.step_flops(config, 20) / forward / 128
+    assert each == 2 * 5 + 1 + 6 + 6  # K = 5: attack, AWP, the step
+
+
+def test_memory_at_the_paper_s_batch_follows_from_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([3.0, 5.0])  # 1 + batch / 4
+    monkeypatch.setattr(gpu, "stepper", lambda *asked: (lambda: None, {}))
+    monkeypatch.setattr(gpu, "peak_gib", lambda *asked: next(peaks))
+    monkeypatch.setitem(gpu.LARGEST, "it", (step.BASIC, (), (8, 16), 128))
+    assert gpu.counted_peak("it", CPU) == 33.0
+
+
+def test_the_last_line_says_whether_table_3_can_be_made() -> None:
+    rate = gpu.Rate(100.0, "a card")
+    assert gpu.verdict(None, 0.0, 80, 1).startswith("this machine cannot run make table3: ")
+    assert ";" not in gpu.verdict(rate, 70.0, 80, 1)
+    line = gpu.verdict(rate, 190.0, 80, 4)
+    assert "this machine can run make table3: 36 runs, " in line and "need 4 such cards (DEVICES=4)" in line
