@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from test_commands import Command, command  # noqa: F401  (a fixture)
 from test_runs import ROOT, SMALL, assert_same_run, checkpoint, environment, finish, stamp
 
 from gkl.records import read_records
+from trainers.launchers.local import Local
 from trainers.launchers.nodes import TorchrunNodes
 from trainers.launchers.slurm import Slurm
 
@@ -55,6 +57,20 @@ def test_a_cluster_s_own_words_reach_sbatch() -> None:
         "nodes": 2, "gpus_per_node": 4, "setup": ["module load cuda"], "mem": "32GB",
         "additional_parameters": {"requeue": True, "constraint": "3090"},
     }  # fmt: skip
+
+
+def test_more_runs_than_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def seen(devices: int) -> list[str]:
+        return [Local().environment(slot, devices, 5)["CUDA_VISIBLE_DEVICES"] for slot in range(5)]
+
+    assert seen(1) == ["0", "1", "2", "3", "0"]
+    assert seen(2) == ["0,1", "2,3", "0,1", "2,3", "0,1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert seen(1) == ["3"] * 5
 
 
 def test_a_machine_s_share_of_a_run_is_the_same_command() -> None:

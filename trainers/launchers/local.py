@@ -76,15 +76,20 @@ class Local:
     def _start(self, cell: Cell, slot: int, at_once: int) -> LocalJob:
         path = freeze(cell.config)
         log = run_folder(cell.config).path / "run.log"
+        environment = self.environment(slot, cell.config["devices"], at_once)
+        return LocalJob(cell, log, slot, spawn(self.command(path), log, environment))
+
+    def environment(self, slot: int, devices: int, at_once: int) -> dict[str, str]:
+        """What a run in a slot sees: its own GPUs and cores, shared where more runs go at the same time than there are GPUs for."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        devices = cell.config["devices"]
         if torch.cuda.is_available():
             every = ",".join(map(str, range(torch.cuda.device_count())))
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[slot * devices : (slot + 1) * devices])
+            first = slot % max(1, len(visible) // devices) * devices  # more runs than GPUs share them
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + devices])
         threads = max(1, (os.cpu_count() or 1) // (at_once * devices))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-        return LocalJob(cell, log, slot, spawn(self.command(path), log, environment))
+        return environment
 
 
 def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
