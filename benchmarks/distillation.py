@@ -160,11 +160,15 @@ def measured(
     with tempfile.TemporaryDirectory() as folder:
         equal: dict[str, str] = {}
         steps: dict[str, Callable[[], object]] = {}
+        known: dict[tuple[bool, bool], str] = {}
         for name, way in ways(device).items():
-            plain = made("gkl", pair, device, data, "precision=float64", "graph=false")
-            exact = way.task(pair, device, folder, "float64")
-            # What is replayed is seen, seen again and recorded, then replayed.
-            equal[name] = difference(Published(plain, pair), exact, 4 if name.endswith("replayed") else 2)
+            kind = way.cached, "graph=false" in way.overrides
+            if kind not in known:
+                plain = made("gkl", pair, device, data, "precision=float64", "graph=false")
+                exact = way.task(pair, device, folder, "float64")
+                # What is replayed is seen, seen again and recorded, then replayed.
+                known[kind] = difference(Published(plain, pair), exact, 2 if kind[1] else 4)
+            equal[name] = known[kind]
             steps[name] = under(arithmetic(), partial(way.task(pair, device, folder).train_step, EPOCH, 0))
         plain = made("gkl", pair, device, data, "graph=false")
         steps["published"] = under(AS_PUBLISHED, partial(Published(plain, pair).step, 0))

@@ -38,8 +38,8 @@ RUN = {  # seconds that each may take
     "right: the tests": (150, "-m pytest -q -p no:cacheprovider --tb=short tests/test_gpu*.py"),
     "fast: the loss": (60, "benchmarks/loss.py"),
     "fast: a step": (130, "benchmarks/step.py --settings 2"),
-    "fast: distillation": (60, "benchmarks/distillation.py"),
-    "fast: AutoAttack": (100, "benchmarks/autoattack.py"),
+    "fast: distillation": (75, "benchmarks/distillation.py"),
+    "fast: AutoAttack": (90, "benchmarks/autoattack.py"),
 }
 # A step of each kind: its experiment, overrides, epoch; and the runs of that kind, by table.
 KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
