@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Reduction = Literal["mean", "none"]
 CACHED = 1 << 18  # entries of a (b, C) tensor of which several fit into a core's own cache
+FAR = 16.0  # an offset that logits are rid of
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -241,8 +242,12 @@ def _sample_wise(
         teacher: Tensor, u: Tensor | None = None, w: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         scaled = _tempered(teacher.to(dtype), temperature)
-        w = torch.softmax(scaled, -1, out=w)
-        u = w if gamma == 1.0 else torch.softmax(scaled * gamma, -1, out=u)
+        if gamma == 1.0:
+            u = w = torch.softmax(scaled, -1, out=w)
+        else:  # of log w, since gamma times logits with an offset would round it
+            log_w = torch.log_softmax(scaled, -1)
+            w = torch.exp(log_w, out=w)
+            u = torch.softmax(log_w.mul_(gamma), -1, out=u)
         return u, w.amax(-1).pow_(gamma).div_(u.amax(-1)), w
 
     if len(parts := _parts(teacher)) == 1:
@@ -332,8 +337,12 @@ def _with_gradients(
     if teacher_probs is None:
         teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
     log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
-    mean = torch.linalg.vecdot(smoothed, difference)
-    difference -= (mean if sums is None else mean.div_(sums)).unsqueeze(-1)
+    mean = _mean(smoothed, difference, sums)
+    if _far(mean):
+        student, teacher = _without_offsets(student, teacher)
+        difference = teacher - student
+        mean = _mean(smoothed, difference, sums)
+    difference -= mean.unsqueeze(-1)
     pull = smoothed * difference
     half = torch.linalg.vecdot(pull, difference)
     value = log_likelihood.mul_(-beta).addcmul_(half, scale, value=0.5)
@@ -347,6 +356,27 @@ def _with_gradients(
     if needed[1]:
         to_teacher = torch.mul(pull, scale, out=pull if to_teacher is None else to_teacher)
     return value, to_student, to_teacher
+
+
+def _mean(smoothed: Tensor, difference: Tensor, sums: Tensor | None) -> Tensor:
+    """Of each row's difference (b,) under its weights. sums: the weights', where they are not 1."""
+    mean = torch.linalg.vecdot(smoothed, difference)
+    return mean if sums is None else mean.div_(sums)
+
+
+def _without_offsets(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """Both, each less its own largest entry in the rows where those are far apart; in whole numbers, so that it is exact."""
+    largest = [x.amax(-1, keepdim=True).round_() for x in (student, teacher)]
+    apart = (largest[0] - largest[1]).abs() > FAR / 2
+    return [x - torch.where(apart, most, 0.0) for x, most in zip((student, teacher), largest, strict=True)]
+
+
+def _far(offsets: Tensor) -> bool:
+    """Whether any of the rows' offsets (b,) costs digits: yes where none is looked at, off the CPU or in a graph."""
+    if not offsets.is_cpu or torch.compiler.is_compiling():
+        return True
+    # The sum of squares is quickly computed and settles it for most batches.
+    return offsets.dot(offsets).item() > FAR**2 and offsets.abs().amax().item() > FAR
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -425,6 +425,39 @@ def test_float32_keeps_its_digits_whatever_is_added_to_the_logits(offset: float,
             assert (single - double).norm() <= 2e-7 * whole
 
 
+FAR_APART = [(1e4, 1e4), (-1e4, 1e4), (1e4, -1e4), (0.0, 1e4), (1e4, 0.0), (300.0, -300.0)]
+
+
+@pytest.mark.parametrize("classwise", [True, False])
+@pytest.mark.parametrize("offsets", FAR_APART)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_offsets_of_the_two_logits_that_differ_cost_no_digit_either(
+    offsets: tuple[float, float], classwise: bool, compiled: bool
+) -> None:
+    """wMSE's gradient at gamma 0.4 to 2e-7 of itself, half of the rows with the offsets and half without."""
+    # Logits without a large offset have finer digits, which what is taken off their rows rounds.
+    bound = 2e-7 if min(map(abs, offsets)) == 1e4 else 3e-7
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(64, 100, generator=generator)
+    student = teacher + 0.3 * torch.randn(64, 100, generator=generator)
+    weights = teacher.softmax(-1) if classwise else None
+    student[::2] += offsets[0]
+    teacher[::2] += offsets[1]
+
+    def wmse(student: Tensor, teacher: Tensor) -> Tensor:
+        rows = None if weights is None else weights.to(student.dtype)
+        return gkl(student, teacher, rows, alpha=20.0, beta=0.0, gamma=0.4, validate=False)
+
+    found = []
+    for function, dtype in ((torch.compile(wmse, backend="aot_eager") if compiled else wmse, torch.float32),
+                            (wmse, torch.float64)):  # fmt: skip
+        pair = [x.to(dtype).requires_grad_() for x in (student, teacher)]
+        found.append([x.double() for x in torch.autograd.grad(function(*pair), pair)])
+    for single, double in zip(*found, strict=True):
+        for rows in (slice(0, None, 2), slice(1, None, 2)):
+            assert (single - double)[rows].norm() <= bound * double[rows].norm()
+
+
 @pytest.mark.parametrize("temperature", [1.7, 4.0])
 def test_a_temperature_rounds_no_offset(temperature: float) -> None:
     """At a common offset of 1e4, quotients and all: GKL's cross-entropy and sample-wise weights."""

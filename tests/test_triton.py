@@ -70,6 +70,12 @@ CASES: dict[str, dict[str, Any]] = {
         ((2, ""), (100, ""), (21841, ""), (9000, "opposed")), (0.0, 0.4, 1.0), ((1.0, 1.0), (4.0, 100.0))
     )
 } | {
+    f"{name}, offsets {student:g} and {teacher:g}": {
+        "weights": weights, "batch": 30, "offset": student, "between": teacher - student, "bound": 4e-7,
+    }
+    for name, weights in (("class rows", "class"), ("of the teacher", None))
+    for student, teacher in ((1e4, 1e4), (-1e4, 1e4), (1e4, -1e4), (0.0, 1e4), (1e4, 0.0))
+} | {
     "class rows, mean, bfloat16": {"weights": "class", "batch": 30, "reduction": "mean", "dtype": "bfloat16"},
     "class rows, student alone": {"weights": "class", "wanted": "student"},
     "of the teacher, mean, float16": {"weights": None, "reduction": "mean", "dtype": "float16"},
@@ -112,7 +118,8 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(classes)
     student, teacher = 3 * torch.randn(2, batch, classes, dtype=torch.float64, generator=generator)
     weights = F.softmax(2 * torch.randn(batch, classes, generator=generator), -1)
-    student, teacher = ((x + case.get("offset", 0.0)).to(dtype) for x in (student, teacher))
+    offset = case.get("offset", 0.0)
+    student, teacher = (student + offset).to(dtype), (teacher + offset + case.get("between", 0.0)).to(dtype)
     student, teacher, weights = lay_out(case.get("layout", ""), student, teacher, weights)
     upstream = torch.linspace(-0.5, 2.0, 2 * batch)[::2]
     if case.get("reduction") == "mean":
