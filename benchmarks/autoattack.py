@@ -27,7 +27,7 @@ from timing import Arithmetic, Row, explained, ratios, report, timed, under
 from torch import Tensor, nn
 
 from gkl.data import ImageData, digits
-from gkl.evaluation import evaluate, pgd_robust
+from gkl.evaluation import accuracy, evaluate, pgd_robust
 from gkl.evaluation.autoattack import Version
 from trainers.configuration import build, compose, make
 
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--images", type=int)
     parser.add_argument("--model")
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int)
     parser.add_argument("--share", type=float)
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
@@ -187,8 +187,13 @@ def main() -> None:
     images, share = arguments.images or (128 if on_card else 15), arguments.share or (0.2 if on_card else 1.0)
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     data = enlarged()
-    model = trained(data, name, arguments.epochs, device)
+    model = trained(data, name, arguments.epochs or (6 if on_card else 3), device)
     epsilon = radius(model, data, device)
+    right = accuracy(model, data.test_images, data.test_labels, batch_size=100, device=device)
+    print(
+        f"{name}: {100 * right.double().mean():.0f} % of the digits right, attacked at epsilon {epsilon:g}",
+        flush=True,
+    )
     with shortened(share):
         rows, different = measured(model, data, epsilon, device, arguments.rounds, images)
     part = "" if share == 1.0 else f", {100 * share:g} % of the iterations and queries"

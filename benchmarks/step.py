@@ -43,6 +43,7 @@ from timing import (
     interleaved,
     noise,
     ratios,
+    recorded,
     report,
     under,
 )
@@ -52,7 +53,6 @@ from gkl.counter import normal, sample_keys
 from trainers.adversarial import AdversarialTraining
 from trainers.configuration import build, compose, make
 from trainers.robustness import clean_accuracy
-from trainers.training import Training
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_fidelity import RECIPES, Restatement
@@ -286,11 +286,6 @@ def equality(setting: Setting, device: torch.device, root: Path | None, compile:
             f"{name} against not {max(float((states[0][k] - states[1][k]).abs().max()) for k in states[0]):.0e}"
         )
     return {**found, "ours": ", ".join(said)}
-
-
-def recorded(task: Training) -> bool:
-    """Whether its steps are replayed: what cannot be recorded runs step by step after a warning."""
-    return task.replayed is not None and not task.replayed.failed
 
 
 def our_ways(device: torch.device, compile: bool) -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gkl.data import ImageData
+from trainers.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("GKL_BENCHMARKS") or ROOT / "results" / "benchmarks")
@@ -240,6 +241,11 @@ def peak_gib(call: Callable[[], object], device: torch.device, calls: int = 2) -
         call()
     synchronize(device)
     return torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+
+
+def recorded(task: Training) -> bool:
+    """Whether its steps are replayed: what cannot be recorded runs step by step after a warning."""
+    return task.replayed is not None and not task.replayed.failed
 
 
 def spread(processes: int, measured: Callable[[], list[Row]]) -> list[Row]:
