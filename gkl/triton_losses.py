@@ -43,17 +43,15 @@ def _load(rows, columns, inside, padding):
 
 
 @triton.jit
-def _chosen(weights, labels, stride, rows, classes):
-    """Pointers to the rows of the weights, and what multiplies them: 1, or NaN for a label that is no class."""
+def _chosen(labels, rows, classes):
+    """Which rows of the weights, and what multiplies them: 1, or NaN for a label that is no class."""
     known = tl.full(rows.shape, 1.0, tl.float32)
     if labels is not None:
         rows = tl.load(labels + rows).to(tl.int64)
         valid = (rows >= 0) & (rows < classes)
         known = tl.where(valid, 1.0, float("nan"))
         rows = tl.where(valid, rows, 0)
-    if weights is not None:
-        weights += rows * stride
-    return weights, known
+    return rows, known
 
 
 @triton.jit
@@ -115,7 +113,9 @@ def _forward(
     rows = tl.minimum(rows, batch - 1)
     student += rows * student_stride
     teacher += rows * teacher_stride
-    weights, known = _chosen(weights, labels, weights_stride, rows, classes)
+    chosen, known = _chosen(labels, rows, classes)
+    if weights is not None:
+        weights += chosen * weights_stride
     # Any entry is as good a first maximum as -inf, and brings no inf - inf.
     student_max = tl.load(student).to(tl.float32)
     teacher_max = tl.load(teacher).to(tl.float32)
@@ -265,7 +265,9 @@ def _backward(
     inside = columns < classes
     stored = (rows < batch)[:, None] & inside[None, :]
     rows = tl.minimum(rows, batch - 1)
-    weights, known = _chosen(weights, labels, weights_stride, rows, classes)
+    chosen, known = _chosen(labels, rows, classes)
+    if weights is not None:
+        weights += chosen * weights_stride
     row = statistics + rows
     grad = tl.load(grad + rows * grad_stride).to(tl.float32)
     if mean_alone:
