@@ -319,60 +319,117 @@ class TritonGKL(torch.autograd.Function):
         student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
         if weights is not None and weights.stride(1) != 1:
             weights = weights.contiguous()
-        batch, classes = student.shape
         own = pair_weight is None
         if isinstance(pair_weight, float | int):
             alpha, pair_weight = alpha / pair_weight, None
         finish = pair_weight is None
-        block = _width(classes, WIDEST)
-        rows = max(1, TILE // block)
-        programs = triton.cdiv(batch, rows)
-        device = student.device
-        size = STATISTICS.value * batch
-        statistics = torch.empty(size + 1 + PARTIALS.value * programs, dtype=torch.float32, device=device)
-        value = torch.empty(() if mean_alone else batch, dtype=torch.float32, device=device)
-        scalars = gamma, 1.0 / temperature, 1.0 / weights_temperature
-        power = weights is not None and labels is None and gamma != 1.0
-        stride = 0 if weights is None else weights.stride(0)
-        with torch.cuda.device(student.get_device()):
-            _forward[(programs,)](
-                student, teacher, weights, labels, statistics, _counter(device) if finish else None, value,
-                student.stride(0), teacher.stride(0), stride, batch, classes, alpha, beta, *scalars,
-                power=power, finish=finish, own=own, mean_alone=mean_alone,
-                ROWS=rows, BLOCK=block, num_warps=4 if block <= TILE else 8,
-            )  # fmt: skip
+        launch = torch.ops.gkl.closed_form if torch.compiler.is_compiling() else _launch_forward
+        scalars = beta, gamma, temperature, weights_temperature
+        statistics, value = launch(
+            student, teacher, weights, labels, alpha, *scalars, finish, own, mean_alone
+        )
         if pair_weight is not None:
-            squares, wmse, entropy = statistics[size - 3 * batch : size].view(3, batch)
+            batch = student.shape[0]
+            squares, wmse, entropy = statistics[6 * batch : 9 * batch].view(3, batch)
             pair_weight = pair_weight(squares) if callable(pair_weight) else pair_weight
             value = torch.addcdiv(entropy, wmse, pair_weight)
             value = value.mean() if mean_alone else value
         ctx.save_for_backward(student, teacher, weights, labels, statistics, pair_weight)
-        ctx.scalars = *scalars, beta / temperature
-        ctx.switches = {"power": power, "mean_alone": mean_alone, "break_asymmetry": break_asymmetry}
+        ctx.scalars, ctx.switches = scalars, (mean_alone, break_asymmetry)
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients, from the logits anew and the statistics."""
-        student, teacher, weights, labels, statistics, pair_weight = ctx.saved_tensors
-        batch, classes = student.shape
-        to_student, to_teacher = (
-            torch.empty(batch, classes, dtype=x.dtype, device=x.device) if wanted else None
-            for x, wanted in zip((student, teacher), ctx.needs_input_grad, strict=False)
+        wanted = ctx.needs_input_grad[:2]
+        launch: Any = (
+            torch.ops.gkl.closed_form_backward if torch.compiler.is_compiling() else _launch_backward
         )
-        if pair_weight is None:
-            pair_weight = statistics[STATISTICS.value * batch]
-        block = _width(classes, TILE)
-        rows = TILE // block
-        with torch.cuda.device(student.get_device()):
-            _backward[(triton.cdiv(batch, rows), triton.cdiv(classes, block))](
-                student, teacher, weights, labels, statistics, pair_weight, grad, to_student, to_teacher,
-                student.stride(0), teacher.stride(0), 0 if weights is None else weights.stride(0),
-                pair_weight.stride(0) if pair_weight.ndim else 0, grad.stride(0) if grad.ndim else 0,
-                batch, classes, *ctx.scalars, **ctx.switches, ROWS=rows, BLOCK=block, num_warps=4,
-            )  # fmt: skip
-        return to_student, to_teacher, *[None] * 10
+        gradients = launch(*ctx.saved_tensors, grad, *ctx.scalars, *ctx.switches, *wanted)
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 10
+
+
+def _sizes(student: Tensor) -> tuple[int, int, int]:
+    """BLOCK, ROWS and the programs of the forward kernel."""
+    block = _width(student.shape[1], WIDEST)
+    rows = max(1, TILE // block)
+    return block, rows, triton.cdiv(student.shape[0], rows)
+
+
+def _made(student: Tensor, mean_alone: bool) -> tuple[Tensor, Tensor]:
+    """Statistics and value, not written yet."""
+    batch, programs = student.shape[0], _sizes(student)[2]
+    size = STATISTICS.value * batch + 1 + PARTIALS.value * programs
+    statistics = torch.empty(size, dtype=torch.float32, device=student.device)
+    return statistics, torch.empty(() if mean_alone else batch, dtype=torch.float32, device=student.device)
+
+
+def _launch_forward(
+    student: Tensor, teacher: Tensor, weights: Tensor | None, labels: Tensor | None, alpha: float, beta: float, gamma: float,
+    temperature: float, weights_temperature: float, finish: bool, own: bool, mean_alone: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    (block, rows, programs), (batch, classes) = _sizes(student), student.shape
+    statistics, value = _made(student, mean_alone)
+    with torch.cuda.device(student.get_device()):
+        _forward[(programs,)](
+            student, teacher, weights, labels, statistics, _counter(student.device) if finish else None, value,
+            student.stride(0), teacher.stride(0), 0 if weights is None else weights.stride(0), batch, classes,
+            alpha, beta, gamma, 1.0 / temperature, 1.0 / weights_temperature,
+            power=weights is not None and labels is None and gamma != 1.0, finish=finish, own=own, mean_alone=mean_alone,
+            ROWS=rows, BLOCK=block, num_warps=4 if block <= TILE else 8,
+        )  # fmt: skip
+    return statistics, value
+
+
+def _launch_backward(
+    student: Tensor, teacher: Tensor, weights: Tensor | None, labels: Tensor | None, statistics: Tensor,
+    pair_weight: Tensor | None, grad: Tensor, beta: float, gamma: float, temperature: float, weights_temperature: float,
+    mean_alone: bool, break_asymmetry: bool, to_student: bool, to_teacher: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, classes = student.shape
+    gradients = _made_gradients(student, teacher, to_student, to_teacher)
+    pair_weight = statistics[STATISTICS.value * batch] if pair_weight is None else pair_weight
+    block = _width(classes, TILE)
+    rows = TILE // block
+    with torch.cuda.device(student.get_device()):
+        _backward[(triton.cdiv(batch, rows), triton.cdiv(classes, block))](
+            student, teacher, weights, labels, statistics, pair_weight, grad,
+            gradients[0] if to_student else None, gradients[1] if to_teacher else None,
+            student.stride(0), teacher.stride(0), 0 if weights is None else weights.stride(0),
+            pair_weight.stride(0) if pair_weight.ndim else 0, grad.stride(0) if grad.ndim else 0, batch, classes,
+            gamma, 1.0 / temperature, 1.0 / weights_temperature, beta / temperature,
+            power=weights is not None and labels is None and gamma != 1.0, mean_alone=mean_alone,
+            break_asymmetry=break_asymmetry, ROWS=rows, BLOCK=block, num_warps=4,
+        )  # fmt: skip
+    return gradients
+
+
+def _made_gradients(
+    student: Tensor, teacher: Tensor, to_student: bool, to_teacher: bool
+) -> tuple[Tensor, Tensor]:
+    """One tensor for each gradient, not written yet; an empty one where none is wanted."""
+    batch, classes = student.shape
+    return (
+        student.new_empty((batch, classes) if to_student else (0,)),
+        teacher.new_empty((batch, classes) if to_teacher else (0,)),
+    )
+
+
+# torch.compile takes the launches whole: what it makes out of a kernel's code, which arguments are written above all, differs
+# from one version to the next, and was wrong without a word in one (2.11).
+torch.library.custom_op("gkl::closed_form", _launch_forward, mutates_args=())
+torch.library.custom_op("gkl::closed_form_backward", _launch_backward, mutates_args=())
+
+
+@torch.library.register_fake("gkl::closed_form")
+def _(student: Any, teacher: Any, weights: Any, labels: Any, *scalars: Any) -> tuple[Tensor, Tensor]:
+    return _made(student, scalars[-1])
+
+
+@torch.library.register_fake("gkl::closed_form_backward")
+def _(student: Any, teacher: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _made_gradients(student, teacher, *rest[-2:])
 
 
 _counters: dict[tuple[torch.device, int], Tensor] = {}

@@ -230,7 +230,7 @@ def loss_of(weights: str, prior: ClassPrior) -> Any:
 
 
 def traced() -> dict[str, list[int]]:
-    """Kernels in each graph that torch.compile makes of two batches of two sizes, on tensors that only claim to lie on a GPU."""
+    """Launches in each graph that torch.compile makes of two batches of two sizes, on tensors that only claim to lie on a GPU."""
     import triton
     from torch._dynamo.variables.ctx_manager import CUDADeviceVariable
     from torch.utils import _triton
@@ -244,7 +244,7 @@ def traced() -> dict[str, list[int]]:
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         nodes = [node for each in graph.modules() for node in getattr(each, "graph", graph.graph).nodes]
-        graphs.append(sum("triton_kernel" in str(node.target) for node in nodes))
+        graphs.append(sum("gkl.closed_form" in str(node.target) for node in nodes))
         return graph.forward
 
     for dtype, dynamic, weights in product(
