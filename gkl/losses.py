@@ -345,7 +345,8 @@ def _with_gradients(
     difference -= mean.unsqueeze(-1)
     pull = smoothed * difference
     half = torch.linalg.vecdot(pull, difference)
-    value = log_likelihood.mul_(-beta).addcmul_(half, scale, value=0.5)
+    # A tensor of its own: torch.compile up to 2.11 gives zero gradients for a result that is an intermediate changed in place.
+    value = torch.addcmul(log_likelihood.mul_(-beta), half, scale, value=0.5)
     scale = scale.unsqueeze(-1)
     if needed[0]:
         to_student = torch.sub(

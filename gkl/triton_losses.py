@@ -416,8 +416,7 @@ def _made_gradients(
     )
 
 
-# torch.compile takes the launches whole: what it makes out of a kernel's code, which arguments are written above all, differs
-# from one version to the next, and was wrong without a word in one (2.11).
+# torch.compile takes the launches whole: which arguments a kernel writes is said here, and not guessed from its code.
 torch.library.custom_op("gkl::closed_form", _launch_forward, mutates_args=())
 torch.library.custom_op("gkl::closed_form_backward", _launch_backward, mutates_args=())
 

@@ -113,8 +113,9 @@ def test_they_are_traced_whole(mode: str, dtype: torch.dtype) -> None:
         y.backward(slope)
         gradients = [images.grad, module.weight.grad, module.bias.grad]
         found.append([y.detach(), *gradients, *(b.clone() for b in module.buffers())])
-    for plain, traced in zip(*found, strict=True):
-        torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-6)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    for plain, traced in zip(*found, strict=True):  # torch.compile makes kernels of its own
+        torch.testing.assert_close(traced, plain, **close)
 
 
 def small(name: str) -> nn.Module:

@@ -84,8 +84,11 @@ def _chunk_size(norm: GroupBatchNorm2d, x: Tensor) -> int:
 
 
 def _fused(norm: GroupBatchNorm2d, x: Tensor) -> bool:
-    """Whether the Triton kernels do what torch would: x on a GPU that Triton knows, channels_last, no float64."""
-    if not (
+    """Whether the Triton kernels do what torch would: x on a GPU that Triton knows, channels_last, no float64.
+
+    Not under torch.compile, which makes one pass of the norm, its activation and what follows them.
+    """
+    if torch.compiler.is_compiling() or not (
         HAS_TRITON
         and x.is_cuda
         and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
