@@ -125,6 +125,9 @@ def interleaved(
         for name in names[turn:] + names[:turn]:
             call, n = variants[name], repeats[name]
             times[name].append(timed(lambda call=call, n=n: [call() for _ in range(n)], device) / n)
+    if device.type == "cuda":  # a command that is cut short has told what it had measured
+        medians = ", ".join(f"{name} {1000 * statistics.median(each):.3g} ms" for name, each in times.items())
+        print(f"  [{time.perf_counter() - began:.0f} s] {medians}", file=sys.stderr, flush=True)
     return times
 
 

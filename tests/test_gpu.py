@@ -229,20 +229,20 @@ def stepped(task: Training, epoch: int, steps: int = 1) -> tuple[dict[str, float
     return scalars, {name: value - before[name] for name, value in floats(task).items()}
 
 
-def assert_same_step(made: Callable[[torch.device], Training], epoch: int) -> None:
-    """Equal to a thousandth of the update: few pixels of an attack, and none of most, turn with the rounding."""
+def assert_same_step(made: Callable[[torch.device], Training], epoch: int, within: float) -> None:
+    """Equal to `within` of the update."""
     (scalars, here), (others, there) = on_both(lambda device: stepped(made(device), epoch))
     assert scalars.keys() == others.keys()
     for name, value in scalars.items():
         tolerance = (
             {"abs": 4.0}
             if value > 0 and ("accuracy" in name or "top1" in name)
-            else {"rel": 2e-3, "abs": 1e-5}
+            else {"rel": within, "abs": 1e-5}
         )
         assert others[name] == pytest.approx(value, **tolerance), name
     whole = torch.cat([move.flatten() for move in here.values()])
     other = torch.cat([there[name].flatten() for name in here])
-    assert whole.norm() > 0 and (other - whole).norm() < 2e-3 * whole.norm()
+    assert whole.norm() > 0 and (other - whole).norm() < within * whole.norm()
 
 
 TWO_VIEWS = ["augment.views=[crop_flip,crop_flip]"]  # whose pixels are the same on every device
@@ -255,11 +255,16 @@ ADVERSARIAL: dict[str, list[str]] = {
 
 @pytest.mark.parametrize("experiment", ADVERSARIAL)
 def test_an_adversarial_step(experiment: str, tmp_path: Path) -> None:
+    """In float64: an attack on KL begins where its gradient is next to nothing, and float32's rounding chooses the signs.
+
+    The learning rate is a float32 number on a GPU.
+    """
+
     def made(device: torch.device) -> Training:
         own = ADVERSARIAL[experiment]
-        return test_ranks.make_task(experiment, tmp_path, *own, precision="float32", device=str(device))
+        return test_ranks.make_task(experiment, tmp_path, *own, precision="float64", device=str(device))
 
-    assert_same_step(made, 3)
+    assert_same_step(made, 3, within=1e-6)
 
 
 DISTILLATION = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "vanilla"]
@@ -270,7 +275,7 @@ def test_a_distillation_step(method: str, tmp_path: Path) -> None:
     def made(device: torch.device) -> Training:
         return test_distillation.make_task(method, tmp_path, "precision=float32", device=str(device))
 
-    assert_same_step(made, 3)
+    assert_same_step(made, 3, within=2e-3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])

@@ -75,6 +75,10 @@ def test_they_are_at_the_sizes_of_the_networks(name: str, mode: str) -> None:
     case = COMMON | {"groups": 4, "mode": mode, "dtype": "bfloat16"} | LARGE[name]
     norm, x, slope = made(case, "cuda")
     assert batch_norm._fused(norm, x)
+    before = results(copy.deepcopy(norm).double(), x.double(), slope.double(), case | {"activation": "none"})[
+        "y"
+    ]
+    slope[before.abs() < 1e-4] = 0.0  # of ten million values one may fall on the other side of ReLU's kink
     exact = results(copy.deepcopy(norm).double(), x.double(), slope.double(), case)
     compared(results(norm, x, slope, case), exact)
 
@@ -153,7 +157,7 @@ def test_a_network_is_the_cpu_s_in_float64(name: str) -> None:
     images = x.cuda().contiguous(memory_format=torch.channels_last).requires_grad_()
     answers, fused = [], batch_norm._fused
     noted = mock.patch.object(batch_norm, "_fused", lambda *args: answers.append(fused(*args)) or answers[-1])
-    with noted, torch.backends.cudnn.flags(allow_tf32=False):
+    with noted, torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         mine = passes(model, images)
     assert len(answers) >= 3 * 13 and all(answers)
     buffers = len(list(model.buffers()))
@@ -169,7 +173,7 @@ def test_taps_and_folding_are_as_before() -> None:
     grouped = group_batch_norm(copy.deepcopy(model), 4).eval()
     model.eval()
     x = torch.rand(6, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         mine, theirs = grouped.forward_taps(x), model.forward_taps(x)
         for ours, plain in zip([*mine.after, *mine.before], [*theirs.after, *theirs.before], strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
@@ -189,7 +193,7 @@ def test_a_recorded_step_has_the_bits_of_one_that_is_not() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             return passes(network, x.detach().requires_grad_())
 
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
         plain, recorded = copy.deepcopy(model), copy.deepcopy(model)
         wanted = [[v.clone() for v in step(plain, x)] for x in batches]
         static = batches[0].clone()
@@ -212,12 +216,11 @@ def test_memory_is_that_of_what_comes_out() -> None:
     """Backward keeps the map itself: relu's mask is not stored."""
     case = COMMON | {"shape": (128, 160, 32, 32), "groups": 4, "dtype": "bfloat16"}
     norm, x, slope = made(case, "cuda")
-    x.requires_grad_()
-    norm(x, F.relu).backward(slope)  # compiles
-    x.grad = None
+    wanted = [x.requires_grad_(), norm.weight, norm.bias]
+    torch.autograd.grad(norm(x, F.relu), wanted, slope)  # compiles
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     y = norm(x, F.relu)
     assert torch.cuda.memory_allocated() - before < 1.05 * x.numel() * x.element_size()
-    y.backward(slope)
-    assert torch.cuda.max_memory_allocated() - before < 2.05 * x.numel() * x.element_size()
+    torch.autograd.grad(y, wanted, slope)
+    assert torch.cuda.max_memory_allocated() - before < 2.1 * x.numel() * x.element_size()

@@ -413,7 +413,7 @@ class Training(ABC):
         self.end_of_method_epoch()
         for average in self.averages.values():
             average.after_epoch(self.model, epoch)
-        return {"lr": float(self.optimizer.param_groups[0]["lr"]), **self.measured(epoch)}
+        return {"lr": self.base_lr * self.schedule(epoch, self.epochs), **self.measured(epoch)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The networks a run ends with, as state dicts: `last` and each average by its name."""
