@@ -33,7 +33,7 @@ RECIPES = {
 NETWORKS = [name for name, (_, origin, *_) in ALL_NETWORKS.items() if origin.startswith("cifar/")]
 METHODS = ("fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 COMMON = {
-    "epochs": 240, "batch_size": 64, "drop_last": False, "bn_groups": 1, "precision": "float32", "evaluate": "last",
+    "epochs": 240, "batch_size": 64, "drop_last": False, "bn_groups": 1, "precision": "tf32", "evaluate": "last",
     "data._target_": "gkl.data.cifar100", "augment.views": ["crop_flip"], "augment.padding": 4, "augment.flip": 0.5,
     "model.normalisation": "cifar100_kd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "schedule.drops": [151, 181, 211], "schedule.of": 240, "schedule.factor": 0.1,

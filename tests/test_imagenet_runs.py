@@ -45,7 +45,7 @@ IN = {
     "augment.scale": [0.08, 1.0],
     "augment.flip": 0.5,
     "augment.interpolation": "bilinear",
-    "precision": "float32",
+    "precision": "tf32",
     "model.normalisation": "imagenet",
     "evaluate": "last",
 }

@@ -127,6 +127,7 @@ def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: 
     assert all(p.requires_grad for p in task.model.parameters())
 
     x, y, view, index = task.batch(60, 0)
+    keys = task.start_keys(60, index) + view
 
     def loss(logits: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, y, reduction="none")
@@ -136,12 +137,12 @@ def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.attacked(x, failing, 60, index, view)
+        task.attacked(x, failing, keys)
     assert all(p.requires_grad for p in task.model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainers.robust.frozen_parameters", nullcontext)
-        kept = task.attacked(x, loss, 60, index, view)
-    assert task.attacked(x, loss, 60, index, view).equal(kept)
+        kept = task.attacked(x, loss, keys)
+    assert task.attacked(x, loss, keys).equal(kept)
 
 
 def test_compiled_with_frozen_parameters_less_is_kept_for_the_backward_pass() -> None:
