@@ -163,6 +163,17 @@ def test_a_method_that_cannot_be_recorded_says_so_and_trains(tmp_path: Path) -> 
     assert len(told) == 1 and "not recorded" in told[0] and "LAS-AT" in told[0] and task.replayed is None
 
 
+def test_a_gpu_s_checkpoint_goes_on_without_one() -> None:
+    given = ("at/c100_basic_gkl", "epochs=4", "batch_size=128")
+    there, here, plain = with_rates_on_the_device(task_of(*given)[1]), task_of(*given)[1], task_of(*given)[1]
+    trained(there, range(1, 2))
+    here.load_state_dict(copy.deepcopy(there.state_dict()))
+    groups = [
+        {k: v for k, v in task.optimizer.param_groups[0].items() if k != "params"} for task in (here, plain)
+    ]
+    assert groups[0] | {"lr": 0.0} == groups[1] | {"lr": 0.0} and type(groups[0]["lr"]) is float
+
+
 def test_a_graph_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="graph=true records a GPU's work, and this run is on cpu"):
         task_of("at/c100_basic_gkl", "graph=true")

@@ -278,11 +278,17 @@ class Training(ABC):
         return shares
 
     def settle(self) -> None:
-        """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it."""
-        if self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.SGD):
-            for group in self.optimizer.param_groups:
+        """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it.
+
+        Elsewhere as torch has it, also after a checkpoint that a GPU has written.
+        """
+        on_card = self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.SGD)
+        for group in self.optimizer.param_groups:
+            if on_card:
                 lr = torch.as_tensor(group["lr"], dtype=torch.float32)
                 group.update(lr=lr.to(self.device), fused=True, foreach=False)
+            elif isinstance(group["lr"], Tensor):
+                group.update(lr=float(group["lr"]), fused=None, foreach=None)
 
     # --- building blocks ----------------------------------------------------------------------------------------------
 
