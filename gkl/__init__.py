@@ -1,8 +1,74 @@
 """Generalized Kullback-Leibler divergence loss and what its paper builds on it. Source: arXiv 2503.08038.
 
-    from gkl.losses import gkl
-    from gkl.prior import ClassPrior
+    from gkl import ClassPrior, gkl_loss    # or GKLLoss, an nn.Module that holds its prior
 
 Pure parts for anyone's training loop: losses, class prior, attacks, weight perturbation and averaging, networks,
 data, evaluation, records and tables. The loops that use them are in `trainers`.
+`import gkl` imports nothing else, each name above when it is first used; losses, prior and attacks need torch alone.
 """
+
+import sys
+from importlib import import_module, util
+from importlib.machinery import ModuleSpec
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gkl.losses import dkl, gkl_loss, ikl, jsd, kl
+    from gkl.modules import GKLLoss
+    from gkl.prior import ClassPrior
+
+    __version__: str
+
+__all__ = ["ClassPrior", "GKLLoss", "__version__", "dkl", "gkl_loss", "ikl", "jsd", "kl"]
+
+HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses") | {
+    "GKLLoss": "gkl.modules",
+    "ClassPrior": "gkl.prior",
+}
+NEEDS = {  # what a module imports beyond torch, and the extra that brings it
+    "gkl.augment": ("data", ("torchvision",)),
+    "gkl.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
+    "gkl.data": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
+    "gkl.figures": ("reproduction", ("matplotlib",)),
+    "gkl.generated": ("data", ("numpy",)),
+    "gkl.imagenet": ("data", ("PIL", "numpy")),
+    "gkl.models": ("models", ("safetensors", "timm", "torchvision")),
+    "gkl.optimizers": ("models", ("timm",)),
+    "gkl.pictures": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.tables": ("reproduction", ("scipy",)),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("gkl")
+        except PackageNotFoundError:
+            raise AttributeError("gkl has a version where it is installed: pip install .") from None
+    if name not in HOMES:
+        raise AttributeError(f"module 'gkl' has no attribute {name!r}")
+    return getattr(import_module(HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Extras:
+    """First of Python's finders: a module of NEEDS that lacks something fails in one line with the extra to install."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        extra, packages = NEEDS.get(name, ("", ()))
+        missing = [p for p in packages if sys.modules.get(p) is None and util.find_spec(p) is None]
+        if missing:
+            raise ModuleNotFoundError(
+                f"{name} needs {', '.join(missing)}: pip install 'gkl[{extra}]'", name=missing[0]
+            )
+        return None  # the other finders go on
+
+
+sys.meta_path.insert(0, _Extras)

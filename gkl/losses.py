@@ -1,12 +1,12 @@
 """The losses of the paper: KL, its decoupled form DKL, the generalized form GKL, the conference form IKL, and JSD.
 
-    per_example = gkl(adv_logits, clean_logits, prior[labels], alpha=20.0, beta=4.0, gamma=0.4, reduction="none")
+    per_example = gkl_loss(adv_logits, clean_logits, prior[labels], alpha=20.0, beta=4.0, gamma=0.4, reduction="none")
     loss = F.cross_entropy(clean_logits, labels) + per_example.mean()
 
 `student` is the paper's n (adversarial view, or student network), `teacher` its m (clean view, or teacher network).
 `alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
 cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
-On a GPU with Triton, `gkl` and what is made of it run as two kernels (`gkl.triton_losses`); float64 stays as it is.
+On a GPU with Triton, `gkl_loss` and what is made of it run as two kernels (`gkl.triton_losses`); float64 stays as it is.
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
@@ -80,7 +80,7 @@ def dkl(
     At alpha = beta = 1 its gradients are those of `kl`, its value is not (Theorem 1).
     student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
     """
-    return gkl(
+    return gkl_loss(
         student_logits,
         teacher_logits,
         None,
@@ -106,9 +106,9 @@ def ikl(
 ) -> Tensor:
     """Improved KL of the conference version: GKL at gamma = 1, wMSE divided by the batch size.
 
-    Arguments and result as `gkl`. Source: arXiv 2305.13948 and the authors' released v1 code.
+    Arguments and result as `gkl_loss`. Source: arXiv 2305.13948 and the authors' released v1 code.
     """
-    return gkl(
+    return gkl_loss(
         student_logits,
         teacher_logits,
         weights,
@@ -122,7 +122,7 @@ def ikl(
     )
 
 
-def gkl(
+def gkl_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
     weights: Tensor | ClassRows | None,
@@ -207,6 +207,9 @@ def gkl(
             break_asymmetry,
         )
     return _reduce(per_example, reduction)
+
+
+gkl = gkl_loss  # the name up to 0.1; imported by itself, it hides the package `gkl`
 
 
 def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
