@@ -3,7 +3,7 @@
 prior = ClassPrior(num_classes=100, temperature=1.0)
 for epoch in ...:
     for x, y in ...:
-        loss = gkl(student, teacher, prior[y], ...)
+        loss = gkl_loss(student, teacher, prior[y], ...)
         prior.update(teacher.detach(), y)
     prior.renew()                    # epoch e uses what epoch e - 1 has seen
 """

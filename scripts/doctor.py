@@ -40,7 +40,13 @@ def main(arguments: list[str]) -> int:
 def report_versions() -> list[str]:
     """Installed versions against pyproject.toml's and the lock's; returns those that do not fit."""
     root = Path(__file__).resolve().parent.parent
-    needed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    groups = (
+        project["dependencies"],
+        *(extras[name] for name in ("models", "data", "evaluation", "reproduction")),
+    )
+    needed = dict.fromkeys(line for group in groups for line in group if not line.startswith("gkl["))
     lock = (root / "requirements.lock").read_text()
     wrong = []
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
