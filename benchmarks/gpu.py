@@ -36,7 +36,10 @@ say = partial(print, flush=True)
 VERSIONS, PARTS = ("driver", "torch", "triton"), ("right", "fast", "hours", "memory")
 RUN = {  # seconds that each may take
     # Most of both is the compilation of kernels: several processes, and time for what a first run has to make.
-    "right: the tests": (140, "-m pytest -q -n 8 --dist load -p no:cacheprovider --tb=short tests/test_gpu*.py"),
+    "right: the tests": (
+        140,
+        "-m pytest -q -n 8 --dist load -p no:cacheprovider --tb=short tests/test_gpu*.py",
+    ),
     "fast: the loss": (90, "benchmarks/loss.py"),
     "fast: a step": (110, "benchmarks/step.py --settings 2"),
     "fast: distillation": (75, "benchmarks/distillation.py"),
