@@ -342,13 +342,13 @@ def _with_gradients(
     log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
     mean = _mean(smoothed, difference, sums)
     if _far(mean):
-        student, teacher = _without_offsets(student, teacher)
+        student, teacher = _without_offsets(student, teacher, mean)
         difference = teacher - student
         mean = _mean(smoothed, difference, sums)
     difference -= mean.unsqueeze(-1)
     pull = smoothed * difference
     half = torch.linalg.vecdot(pull, difference)
-    # A tensor of its own: torch.compile up to 2.11 gives zero gradients for a result that is an intermediate changed in place.
+    # A tensor of its own: torch 2.11's compiler gives zero gradients for a result that is an intermediate changed in place.
     value = torch.addcmul(log_likelihood.mul_(-beta), half, scale, value=0.5)
     scale = scale.unsqueeze(-1)
     if needed[0]:
@@ -368,11 +368,14 @@ def _mean(smoothed: Tensor, difference: Tensor, sums: Tensor | None) -> Tensor:
     return mean if sums is None else mean.div_(sums)
 
 
-def _without_offsets(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Both, each less its own largest entry in the rows where those are far apart; in whole numbers, so that it is exact."""
+def _without_offsets(student: Tensor, teacher: Tensor, offsets: Tensor) -> list[Tensor]:
+    """Both, each less its own largest entry in the rows whose offset (b,) costs digits; in whole numbers, so that it is exact.
+
+    Row by row: what becomes of one does not depend on the others it is computed with.
+    """
+    far = (offsets.abs() > FAR).unsqueeze(-1)
     largest = [x.amax(-1, keepdim=True).round_() for x in (student, teacher)]
-    apart = (largest[0] - largest[1]).abs() > FAR / 2
-    return [x - torch.where(apart, most, 0.0) for x, most in zip((student, teacher), largest, strict=True)]
+    return [x - torch.where(far, most, 0.0) for x, most in zip((student, teacher), largest, strict=True)]
 
 
 def _far(offsets: Tensor) -> bool:

@@ -381,6 +381,22 @@ def test_rows_worked_on_in_parts_are_the_rows_at_once(
         torch.testing.assert_close(parts, whole, rtol=1e-13, atol=1e-14)
 
 
+def test_a_row_s_bits_do_not_depend_on_another_s_offset() -> None:
+    logits = 5 * torch.randn(2, 64, 11, generator=torch.Generator().manual_seed(0))
+    logits[1] += torch.arange(64)[:, None] / 4  # offsets up to 16: some rows near the bound
+    weights, found = logits[1].softmax(-1), []
+    for offset in (0.0, 1000.0):
+        student, teacher = (x.clone() for x in logits)
+        student[0] += offset
+        student.requires_grad_(), teacher.requires_grad_()
+        value = gkl(
+            student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, pair_weight=1.0, reduction="none"
+        )
+        found.append([value.detach(), *torch.autograd.grad(value.sum(), (student, teacher))])
+    for alone, beside in zip(*found, strict=True):
+        assert beside[1:].equal(alone[1:])
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
 def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "CACHED", 30)
