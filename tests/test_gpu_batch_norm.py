@@ -117,7 +117,7 @@ def test_they_are_traced_whole(mode: str, dtype: torch.dtype) -> None:
         y.backward(slope)
         gradients = [images.grad, module.weight.grad, module.bias.grad]
         found.append([y.detach(), *gradients, *(b.clone() for b in module.buffers())])
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     for plain, traced in zip(*found, strict=True):  # torch.compile makes kernels of its own
         torch.testing.assert_close(traced, plain, **close)
 
@@ -223,4 +223,4 @@ def test_memory_is_that_of_what_comes_out() -> None:
     y = norm(x, F.relu)
     assert torch.cuda.memory_allocated() - before < 1.05 * x.numel() * x.element_size()
     torch.autograd.grad(y, wanted, slope)
-    assert torch.cuda.max_memory_allocated() - before < 2.1 * x.numel() * x.element_size()
+    assert torch.cuda.max_memory_allocated() - before < 2.05 * x.numel() * x.element_size()

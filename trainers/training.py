@@ -182,16 +182,16 @@ class Training(ABC):
 
     # --- what a training gives ----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def inputs(self, epoch: int, step: int) -> tuple[Tensor | None, ...]:
         """What an update computes with, on the device: this process's part of the step, of equal shapes but for the last step's."""
-        raise NotImplementedError(f"{type(self).__name__} must define inputs")
 
+    @abstractmethod
     def update(self, *inputs: Any) -> dict[str, Tensor]:
         """One update from `inputs`; returns this process's shares of what is logged, whose sum over processes is the value.
 
         Of epoch and step it may use what `constants` tells, self.samples, the pictures of the global batch, and self.first_step.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define update")
 
     def constants(self, epoch: int) -> tuple[Any, ...]:
         """Numbers of an epoch that updates hold and Python keeps: one recording serves the epochs that agree in them."""
