@@ -13,7 +13,9 @@ import torch
 from timing import Row, explained, interleaved, noise, ratios, report
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, RandomCrop, RandomHorizontalFlip
 
-from trainers.configuration import build, compose, make
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
+from trainers.runs.targets import make
 
 AT_LEAST = {"crop_flip": 5.0}  # the throughput that is wanted
 

@@ -26,10 +26,13 @@ from pyautoattack import AutoAttack
 from timing import Arithmetic, Row, explained, ratios, report, timed, under
 from torch import Tensor, nn
 
-from gkl.data import ImageData, digits
+from gkl.data.digits import digits
+from gkl.data.memory import ImageData
 from gkl.evaluation import accuracy, evaluate, pgd_robust
 from gkl.evaluation.autoattack import Version
-from trainers.configuration import build, compose, make
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
+from trainers.runs.targets import make
 
 EPSILON = 0.1
 RADII = (EPSILON, 0.07, 0.05, 0.03, 0.02, 0.01)

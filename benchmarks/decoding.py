@@ -16,8 +16,8 @@ import torch
 from sklearn.datasets import load_sample_images
 from timing import timed
 
-from gkl.crops import CentreCrop, ResizedCrop
-from gkl.pictures import decode, open_store
+from gkl.data.crops import CentreCrop, ResizedCrop
+from gkl.data.stores import decode, open_store
 
 
 def photographs(path: str | None) -> list[bytes]:

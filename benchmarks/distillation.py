@@ -35,10 +35,12 @@ from timing import (
     under,
 )
 
-from gkl.data import ImageData
-from trainers.configuration import build, compose, make
-from trainers.distillation import Distillation
-from trainers.teacher import Teacher
+from gkl.data.memory import ImageData
+from trainers.methods.distillation import Distillation
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
+from trainers.runs.targets import make
+from trainers.runs.teacher import Teacher
 
 METHODS = ("kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "ofd", "reviewkd", "crd")
 EPOCH = 30  # after the warm-up of the methods that have one

@@ -4,7 +4,7 @@
     DKL_REF=<a checkout of the authors' code> python benchmarks/gpu.py [--only right fast hours memory]
 
 Right: tests/test_gpu*.py. Fast: the benchmarks of the loss, the step, distillation and AutoAttack, beside their targets and torch's own.
-Hours: a step of each kind of training is timed with the settings its runs have, and the cost model (trainers/cost.py) told what that
+Hours: a step of each kind of training is timed with the settings its runs have, and the cost model (trainers/runs/cost.py) told what that
 makes in FLOP/s; reading and decoding ImageNet's pictures is not in it. Memory: the peak of such a step, and for each table's largest
 run that of two small batches, from which the paper's batch follows, as what a network keeps grows with the batch. Writes
 gpu-<card>.json and the benchmarks' own files into results/benchmarks, or into GKL_BENCHMARKS. Without a GPU: one line, exit code 2.
@@ -27,9 +27,10 @@ import timing
 import torch
 from timing import ROOT, noise, peak_gib, timed
 
-from trainers.configuration import compose, locate, make
-from trainers.cost import SIZES, Rate, Size, forward_flops, needed_flops
-from trainers.plan import cells, load_table
+from trainers.runs.compose import compose
+from trainers.runs.cost import SIZES, Rate, Size, forward_flops, needed_flops
+from trainers.runs.plan import cells, load_table
+from trainers.runs.targets import locate, make
 
 Step = Callable[[], object]
 say = partial(print, flush=True)

@@ -25,8 +25,8 @@ from timing import AS_PUBLISHED, Row, explained, interleaved, ratios, report, sp
 from torch import Tensor
 
 from gkl import losses
-from gkl.objectives import GKL
-from gkl.prior import ClassPrior
+from gkl.losses.objectives import GKL
+from gkl.losses.prior import ClassPrior
 
 ON_CPU = ((128, 100), (512, 1000), (2048, 1000), (64, 21841), (16384, 150))
 ON_GPU = ((128, 100), (2048, 1000), (64, 21841), (16384, 150))

@@ -49,10 +49,12 @@ from timing import (
 )
 from torch import Tensor, nn
 
-from gkl.counter import normal, sample_keys
-from trainers.adversarial import AdversarialTraining
-from trainers.configuration import build, compose, make
-from trainers.robustness import clean_accuracy
+from gkl.rng import normal, sample_keys
+from trainers.loop.accuracy import clean_accuracy
+from trainers.methods.adversarial_training import AdversarialTraining
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
+from trainers.runs.targets import make
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_fidelity import RECIPES, Restatement

@@ -18,11 +18,13 @@ from distillation import Untrained
 from timing import Row, interleaved, ratios, report
 from torch import Tensor
 
-from gkl.imagenet import ImageFiles, Split
-from gkl.losses import gkl
+from gkl.data.files import ImageFiles, Split
+from gkl.data.stores import Store
+from gkl.losses.closed_form import gkl
 from gkl.models import create
-from gkl.pictures import Store
-from trainers.configuration import build, compose, make
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
+from trainers.runs.targets import make
 
 METHODS = ("kd", "gkl", "ikl", "dkd", "at", "reviewkd", "ofd", "crd")
 PAPER = {

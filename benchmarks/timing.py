@@ -33,8 +33,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gkl.data import ImageData
-from trainers.training import Training
+from gkl.data.memory import ImageData
+from trainers.loop.training import Training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(os.environ.get("GKL_BENCHMARKS") or ROOT / "results" / "benchmarks")

@@ -13,30 +13,30 @@ from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gkl.losses import dkl, gkl_loss, ikl, jsd, kl
-    from gkl.modules import GKLLoss
-    from gkl.prior import ClassPrior
+    from gkl.losses.closed_form import dkl, gkl_loss, ikl, jsd, kl
+    from gkl.losses.modules import GKLLoss
+    from gkl.losses.prior import ClassPrior
 
     __version__: str
 
 __all__ = ["ClassPrior", "GKLLoss", "__version__", "dkl", "gkl_loss", "ikl", "jsd", "kl"]
 
-HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses") | {
-    "GKLLoss": "gkl.modules",
-    "ClassPrior": "gkl.prior",
+HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses.closed_form") | {
+    "GKLLoss": "gkl.losses.modules",
+    "ClassPrior": "gkl.losses.prior",
 }
 NEEDS = {  # what a module imports beyond torch, and the extra that brings it
-    "gkl.augment": ("data", ("torchvision",)),
-    "gkl.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
-    "gkl.data": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.augment": ("data", ("torchvision",)),
+    "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
+    "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
-    "gkl.figures": ("reproduction", ("matplotlib",)),
-    "gkl.generated": ("data", ("numpy",)),
-    "gkl.imagenet": ("data", ("PIL", "numpy")),
+    "trainers.reports.figures": ("reproduction", ("matplotlib",)),
+    "gkl.data.generated": ("data", ("numpy",)),
+    "gkl.data.files": ("data", ("PIL", "numpy")),
     "gkl.models": ("models", ("safetensors", "timm", "torchvision")),
-    "gkl.optimizers": ("models", ("timm",)),
-    "gkl.pictures": ("data", ("PIL", "numpy", "torchvision")),
-    "gkl.tables": ("reproduction", ("scipy",)),
+    "gkl.optim.optimizers": ("models", ("timm",)),
+    "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
+    "trainers.reports.tables": ("reproduction", ("scipy",)),
 }
 
 

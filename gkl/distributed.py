@@ -4,7 +4,9 @@ The few places where the mathematics of a step couples samples (normaliser, clas
 so that N processes holding slices of a batch compute what one process holding all of it would.
 """
 
+import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,23 @@ def world_size() -> int:
 def rank() -> int:
     """This process's number, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which items of a batch are this process's: contiguous batch-norm groups, as DataParallel scatters them over its cards."""
+
+    groups: int  # parts of the batch that batch norm sees apart
+
+    def group_size(self, items: int) -> int:
+        """Items of a batch-norm group, where a batch has `items`."""
+        return math.ceil(items / self.groups)
+
+    def mine(self, items: int) -> Tensor:
+        """Numbers of this process's items."""
+        held = self.groups // world_size()
+        groups = torch.arange(items).split(self.group_size(items))[rank() * held : (rank() + 1) * held]
+        return torch.cat(groups) if groups else torch.arange(0)
 
 
 def world_sum(tensor: Tensor) -> Tensor:

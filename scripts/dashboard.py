@@ -17,15 +17,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gkl.figures import save
-from gkl.records import read_records
-from gkl.tables import Table
 from trainers.command import run_main
-from trainers.configuration import ConfigError, choices, compose, unknown
-from trainers.dashboard import compared, preview, runs_of, spec, workspace
-from trainers.folder import write_atomically, write_text
-from trainers.plan import load_table, tables
-from trainers.render import sections
+from trainers.errors import ConfigError
+from trainers.files import write_atomically, write_text
+from trainers.reports.dashboard import compared, preview, runs_of, spec, workspace
+from trainers.reports.figures import save
+from trainers.reports.render import sections
+from trainers.reports.tables import Table
+from trainers.runs.compose import choices, compose
+from trainers.runs.plan import load_table, tables
+from trainers.runs.records import read_records
+from trainers.runs.targets import unknown
 
 SETTINGS: dict[str, Any] = {"table": None, "scale": None, "sync": False, "project": "gkl", "entity": ""}
 

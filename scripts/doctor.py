@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from gkl.generated import open_shards
+from gkl.data.generated import open_shards
 from trainers.command import run_main
-from trainers.configuration import choices, compose, make
-from trainers.folder import RunError
-from trainers.launchers.local import Local
-from trainers.plan import cells, load_table, tables
+from trainers.errors import RunError
+from trainers.runs.compose import choices, compose
+from trainers.runs.launchers.local import Local
+from trainers.runs.plan import cells, load_table, tables
+from trainers.runs.targets import make
 
 
 def main(arguments: list[str]) -> int:

@@ -21,10 +21,12 @@ from omegaconf import OmegaConf
 
 from gkl.models import load_checkpoint
 from trainers.command import run_main
-from trainers.configuration import CONFIGS, ConfigError, check_values, choices, compose, make, unknown
-from trainers.report import Console
-from trainers.robustness import autoattack, clean_accuracy
-from trainers.run import device_of, process_group
+from trainers.errors import ConfigError
+from trainers.loop.accuracy import autoattack, clean_accuracy
+from trainers.loop.console import Console
+from trainers.runs.compose import choices, compose
+from trainers.runs.processes import device_of, process_group
+from trainers.runs.targets import CONFIGS, check_values, make, unknown
 
 
 def main(arguments: list[str]) -> int:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from gkl.generated import open_shards, prepare
+from gkl.data.generated import open_shards, prepare
 from trainers.command import run_main
-from trainers.configuration import ConfigError
+from trainers.errors import ConfigError
 
 
 def main(arguments: list[str]) -> int:

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from trainers.command import run_main
-from trainers.configuration import ConfigError, compose, unknown
-from trainers.release import pack, upload
+from trainers.errors import ConfigError
+from trainers.reports.release import pack, upload
+from trainers.runs.compose import compose
+from trainers.runs.targets import unknown
 
 SETTINGS = ("run", "out", "upload")
 

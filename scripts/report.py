@@ -9,13 +9,14 @@ Nothing is run. The page needs no server and no other file; its numbers link to 
 import sys
 from pathlib import Path
 
-from gkl.records import read_records
 from trainers.command import run_main
-from trainers.configuration import ConfigError, compose
-from trainers.folder import write_text
-from trainers.page import page
-from trainers.plan import load_table, tables
-from trainers.render import render, render_figure
+from trainers.errors import ConfigError
+from trainers.files import write_text
+from trainers.reports.page import page
+from trainers.reports.render import render, render_figure
+from trainers.runs.compose import compose
+from trainers.runs.plan import load_table, tables
+from trainers.runs.records import read_records
 
 
 def main(arguments: list[str]) -> int:

@@ -11,13 +11,13 @@ Settings that configs/reproduce.yaml does not know are handed to every run.
 import sys
 from pathlib import Path
 
-from gkl.records import read_records
-from gkl.tables import markdown
-from trainers.batch import carry_out, ended, read_settings, setting_of
 from trainers.command import run_main
-from trainers.configuration import ConfigError
-from trainers.plan import cells, load_table, tables
-from trainers.render import render, render_figure, section
+from trainers.errors import ConfigError
+from trainers.reports.render import render, render_figure, section
+from trainers.reports.tables import markdown
+from trainers.runs.asked import carry_out, ended, read_settings, setting_of
+from trainers.runs.plan import cells, load_table, tables
+from trainers.runs.records import read_records
 
 
 def main(arguments: list[str]) -> int:

@@ -11,11 +11,11 @@ to results/sweeps. The paper's own sweeps are Tables X, XI, XII, XX and XXI: mak
 
 import sys
 
-from gkl.tables import markdown
-from trainers.batch import carry_out, ended, read_settings
 from trainers.command import run_main
-from trainers.configuration import ConfigError
-from trainers.sweep import Search, planned, read_sweep, write
+from trainers.errors import ConfigError
+from trainers.reports.tables import markdown
+from trainers.runs.asked import carry_out, ended, read_settings
+from trainers.runs.sweep import Search, planned, read_sweep, write
 
 
 def main(arguments: list[str]) -> int:

@@ -12,12 +12,14 @@ import sys
 
 from omegaconf import OmegaConf
 
-from trainers.batch import ended
 from trainers.command import run_main
-from trainers.configuration import check, compose, make
-from trainers.launch import run_all
-from trainers.plan import Cell
-from trainers.run import check_teacher, freeze, processes
+from trainers.runs.asked import ended
+from trainers.runs.compose import compose
+from trainers.runs.launch import run_all
+from trainers.runs.paths import check_teacher, freeze, processes
+from trainers.runs.plan import Cell
+from trainers.runs.settings import check
+from trainers.runs.targets import make
 
 
 def main(arguments: list[str]) -> int:

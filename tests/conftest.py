@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gkl.data import digits
+from gkl.data.digits import digits
 
 
 def answers(*command: str) -> bool:

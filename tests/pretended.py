@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainers.training import Training
+from trainers.loop.training import Training
 
 DEVICE = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from gkl.data import digits
+from gkl.data.digits import digits
 from gkl.evaluation import pgd_robust
-from gkl.figures import FORMATS, draw, save
 from gkl.models import create
-from gkl.records import assessment_path, read_records, write_assessment
-from gkl.tables import build, markdown
-from trainers.assess import Attacks, Epsilons, Structure, Subject, class_means, margins
-from trainers.configuration import compose
-from trainers.plan import load_table, usual
-from trainers.report import Console
+from trainers.loop.console import Console
+from trainers.methods.assessments import Attacks, Epsilons, Structure, Subject, class_means, margins
+from trainers.reports.figures import FORMATS, draw, save
+from trainers.reports.tables import build, markdown
+from trainers.runs.compose import compose
+from trainers.runs.plan import load_table, usual
+from trainers.runs.records import assessment_path, read_records, write_assessment
 
 
 def subject(folder: Path) -> Subject:
@@ -150,7 +150,7 @@ def test_figure_1_shows_the_papers_values_and_ours() -> None:
 def test_an_assessment_lies_beside_its_record_and_belongs_to_its_weights(tmp_path: Path) -> None:
     from test_records import record
 
-    from gkl.records import write_record
+    from trainers.runs.records import write_record
 
     path = write_record(tmp_path, record(30.0))
     made = {

@@ -17,11 +17,13 @@ import torch
 from conftest import gpu_hidden
 
 from gkl.models import create
-from trainers import run as run_module
 from trainers.command import run_main
-from trainers.configuration import ConfigError, check_values, choices, compose
-from trainers.launchers.local import Local
-from trainers.run import freeze
+from trainers.errors import ConfigError
+from trainers.runs import run as run_module
+from trainers.runs.compose import choices, compose
+from trainers.runs.launchers.local import Local
+from trainers.runs.paths import freeze
+from trainers.runs.targets import check_values
 
 ROOT = Path(__file__).resolve().parent.parent
 Command = Callable[..., tuple[int, str, str]]
@@ -135,8 +137,8 @@ def test_no_gpu(command: Command, arguments: str, tmp_path: Path) -> None:
 
 
 def run_main_of_a_run(path: Path) -> int:
-    """trainers.run as its process would end."""
-    before, sys.argv = sys.argv, ["trainers.run", str(path)]
+    """trainers.runs.run as its process would end."""
+    before, sys.argv = sys.argv, ["trainers.runs.run", str(path)]
     try:
         return run_main(run_module.main)
     finally:

@@ -18,10 +18,14 @@ from torchvision import datasets
 from torchvision.transforms import AutoAugment, AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from gkl import data as gkl_data
-from gkl.augment import CIFAR10_POLICY, Views, apply, autoaugment, crop_flip, rotate15, to_float
-from gkl.counter import integers, normal, sample_keys, uniform
-from gkl.data import ImageData, cifar10, cifar100, digits, image_folder, tiny_imagenet
+from gkl.data.augment import CIFAR10_POLICY, Views, apply, autoaugment, crop_flip, rotate15, to_float
+from gkl.data.cifar import cifar10, cifar100
+from gkl.data.digits import digits
+from gkl.data.image_folder import image_folder
+from gkl.data.memory import ImageData
+from gkl.data.memory import memory as gkl_data
+from gkl.data.tiny_imagenet import tiny_imagenet
+from gkl.rng import integers, normal, sample_keys, uniform
 
 INDEX = torch.arange(20_000)
 

@@ -17,12 +17,15 @@ from gkl.distillation.dkd import DKD
 from gkl.distillation.gkl_kd import GKLKD, IKLKD
 from gkl.distillation.jsd import JSD
 from gkl.distillation.kd import KD
+from gkl.losses.objectives import CrossEntropy
 from gkl.models import create
 from gkl.models.classifier import Taps
-from gkl.objectives import CrossEntropy
-from trainers.configuration import ConfigError, build, check, compose, make
-from trainers.distillation import Distillation
-from trainers.teacher import LogitsCache, teacher_config
+from trainers.errors import ConfigError
+from trainers.methods.distillation import Distillation
+from trainers.runs.compose import compose
+from trainers.runs.settings import build, check
+from trainers.runs.targets import make
+from trainers.runs.teacher import LogitsCache, teacher_config
 
 METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 B, C = 7, 5

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.counter import choose, sample_keys
 from gkl.distillation import Context
 from gkl.distillation.attention import AttentionTransfer
 from gkl.distillation.crd import CRD
@@ -23,7 +22,8 @@ from gkl.distillation.reviewkd import ReviewKD, student_maps, teacher_maps
 from gkl.distillation.rkd import RKD
 from gkl.models import create
 from gkl.models.classifier import TappedClassifier, Taps
-from trainers.configuration import choices, compose
+from gkl.rng import choose, sample_keys
+from trainers.runs.compose import choices, compose
 
 B, C = 5, 4
 STUDENT = ((3, 8), (4, 8), (5, 4), (6, 2))  # channels and side of stem and stages

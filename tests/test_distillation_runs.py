@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 from test_distillation_models import NETWORKS as ALL_NETWORKS
 
-from gkl.records import differences, read_records
-from gkl.tables import build, experiments, markdown
-from trainers.configuration import ConfigError, check, choices, completed_by, compose, published
-from trainers.plan import cells, claims, load_table, usual
+from trainers.errors import ConfigError
+from trainers.reports.tables import build, experiments, markdown
+from trainers.runs.compose import choices, completed_by, compose, published
+from trainers.runs.plan import cells, claims, load_table, usual
+from trainers.runs.identity import differences
+from trainers.runs.records import read_records
+from trainers.runs.settings import check
 
 ROOT = Path(__file__).resolve().parent.parent
 # pair -> GKL-KD's alpha, beta, gamma, weights; IKL-KD's alpha, beta; DKD's beta; ReviewKD's weight; learning rate
@@ -34,7 +37,7 @@ NETWORKS = [name for name, (_, origin, *_) in ALL_NETWORKS.items() if origin.sta
 METHODS = ("fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 COMMON = {
     "epochs": 240, "batch_size": 64, "drop_last": False, "bn_groups": 1, "precision": "tf32", "evaluate": "last",
-    "data._target_": "gkl.data.cifar100", "augment.views": ["crop_flip"], "augment.padding": 4, "augment.flip": 0.5,
+    "data._target_": "gkl.data.memory.cifar100", "augment.views": ["crop_flip"], "augment.padding": 4, "augment.flip": 0.5,
     "model.normalisation": "cifar100_kd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "schedule.drops": [151, 181, 211], "schedule.of": 240, "schedule.factor": 0.1,
     "schedule.first": 1.0, "averages": {},

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from trainers.command import Interrupted
-from trainers.engine import fit
-from trainers.folder import RunError, RunFolder, write_atomically
+from trainers.errors import Interrupted, RunError
+from trainers.files import write_atomically
+from trainers.loop.engine import fit
+from trainers.loop.folder import RunFolder
 
 
 class Counting:

@@ -22,8 +22,9 @@ from tape import Taped
 from torch import Tensor, nn
 
 from gkl import evaluation
-from gkl.data import digits
-from gkl.evaluation import accuracy, autoattack, evaluate, first_of_each_class, pgd_robust
+from gkl.data.batches import first_of_each_class
+from gkl.data.digits import digits
+from gkl.evaluation import accuracy, autoattack, evaluate, pgd_robust
 from gkl.evaluation.projection import projection_linf_in
 from gkl.evaluation.recorded import Recorded
 

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.counter import normal, sample_keys
-from gkl.data import digits
-from trainers.configuration import build, choices, completed_by, compose
+from gkl.data.digits import digits
+from gkl.rng import normal, sample_keys
+from trainers.runs.compose import choices, completed_by, compose
+from trainers.runs.settings import build
 
 EPOCHS = (119, 120)  # a renewed prior in the second; AWP on, intended budget in its third phase
 STEPS = 2

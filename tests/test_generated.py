@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from gkl.data import digits
-from gkl.generated import ROWS, class_gaussian, generated, open_shards, prepare
+from gkl.data.digits import digits
+from gkl.data.generated import ROWS, class_gaussian, generated, open_shards, prepare
 
 
 def part(
@@ -113,7 +113,7 @@ def test_a_part_is_never_held_in_memory(tmp_path: Path) -> None:
     del images
     program = f"""
 from pathlib import Path
-from gkl.generated import prepare
+from gkl.data.generated import prepare
 import threading, os, time
 anonymous = []
 def watch():

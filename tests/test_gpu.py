@@ -20,20 +20,20 @@ from test_engine import Quiet
 from test_fidelity import TinyNet
 from torch import Tensor, nn
 
-from gkl.attacks import PGD, pgd
-from gkl.augment import Views
-from gkl.averaging import Average, RampedAverage
-from gkl.awp import perturbed
-from gkl.counter import sample_keys, uniform
-from gkl.data import digits
+from gkl.attacks.awp import perturbed
+from gkl.attacks.pgd import PGD, pgd
+from gkl.data.augment import Views
+from gkl.data.digits import digits
 from gkl.evaluation import accuracy, evaluate
-from gkl.losses import gkl, jsd, kl
-from gkl.prior import ClassPrior
-from trainers.command import Interrupted
-from trainers.engine import fit, gather
-from trainers.folder import RunFolder
-from trainers.teacher import LogitsCache
-from trainers.training import Training
+from gkl.losses.closed_form import gkl, jsd, kl
+from gkl.losses.prior import ClassPrior
+from gkl.optim.averaging import Average, RampedAverage
+from gkl.rng import sample_keys, uniform
+from trainers.errors import Interrupted
+from trainers.loop.engine import fit, gather
+from trainers.loop.folder import RunFolder
+from trainers.loop.training import Training
+from trainers.runs.teacher import LogitsCache
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -10,9 +10,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from gkl import losses
-from gkl.losses import gkl
-from gkl.objectives import GKL
-from gkl.prior import ClassPrior
+from gkl.losses.closed_form import gkl
+from gkl.losses.objectives import GKL
+from gkl.losses.prior import ClassPrior
 
 pytestmark = pytest.mark.gpu
 

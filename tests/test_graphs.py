@@ -12,10 +12,11 @@ from test_methods import task_of
 from torch.utils._pytree import tree_leaves_with_path
 
 from gkl import losses
-from gkl.prior import ClassPrior
-from gkl.records import identity
-from trainers.configuration import ConfigError, compose
-from trainers.training import Training
+from gkl.losses.prior import ClassPrior
+from trainers.errors import ConfigError
+from trainers.loop.training import Training
+from trainers.runs.compose import compose
+from trainers.runs.identity import config_hash
 
 
 def test_a_key_is_run_then_recorded_then_replayed_with_the_same_bits() -> None:
@@ -181,6 +182,6 @@ def test_a_graph_without_a_gpu_is_refused() -> None:
 
 def test_how_a_step_is_executed_is_no_part_of_a_run_s_identity() -> None:
     known = {
-        identity(compose("train", ["experiment=at/c100_basic_gkl", *own])) for own in ([], ["graph=false"])
+        config_hash(compose("train", ["experiment=at/c100_basic_gkl", *own])) for own in ([], ["graph=false"])
     }
     assert len(known) == 1

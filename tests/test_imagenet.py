@@ -15,20 +15,16 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from gkl import imagenet as module
-from gkl.crops import CentreCrop, ResizedCrop, drawing_from
-from gkl.imagenet import (
-    ImageFiles,
-    digits_files,
-    image_files,
-    imagenet,
-    imagenet_lt,
-    long_tail,
-    read_list,
-    tiny_imagenet_files,
-)
-from gkl.pictures import Shards, decode, open_store
-from trainers.batches import FileTrainingSet
+from gkl.data.crops import CentreCrop, ResizedCrop, drawing_from
+from gkl.data.digits import digits_files
+from gkl.data.files import ImageFiles, long_tail
+from gkl.data.image_folder import image_files
+from gkl.data.imagenet import imagenet
+from gkl.data.imagenet_lt import imagenet_lt, read_list
+from gkl.data.memory import files as module
+from gkl.data.stores import Shards, decode, open_store
+from gkl.data.tiny_imagenet import tiny_imagenet_files
+from trainers.loop.batches import FileTrainingSet
 
 LISTS = os.environ.get("IMAGENET_LT")  # folder with the published lists
 DEVICE = torch.device("cpu")

@@ -19,15 +19,18 @@ from test_ranks import assert_equal
 from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
-from gkl.imagenet import digits_files
-from gkl.mixing import Mixing, box
+from gkl.data.digits import digits_files
+from gkl.data.mixing import Mixing, box
+from gkl.losses.objectives import BinaryCrossEntropy
 from gkl.models import create, published
 from gkl.models.timm_network import KeyedDropPath, set_sample_keys
-from gkl.objectives import BinaryCrossEntropy
-from gkl.schedules import timm_cosine, warmup_cosine
-from trainers.configuration import ConfigError, build, check, choices, compose, make
-from trainers.distillation import Distillation
-from trainers.run import record_path
+from gkl.optim.schedules import timm_cosine, warmup_cosine
+from trainers.errors import ConfigError
+from trainers.methods.distillation import Distillation
+from trainers.runs.compose import choices, compose
+from trainers.runs.paths import record_path
+from trainers.runs.settings import build, check
+from trainers.runs.targets import make
 
 IN = {
     "epochs": 100,
@@ -39,7 +42,7 @@ IN = {
     "optimizer.weight_decay": 1e-4,
     "schedule.drops": [31, 61, 91],
     "schedule.factor": 0.1,
-    "data._target_": "gkl.imagenet.imagenet",
+    "data._target_": "gkl.data.files.imagenet",
     "data.image_size": 224,
     "data.resize": 256,
     "augment.scale": [0.08, 1.0],
@@ -58,15 +61,15 @@ LT = {
     "optimizer.lr": 0.05,
     "optimizer.weight_decay": 5e-4,
     "schedule.warmup": 10,
-    "data._target_": "gkl.imagenet.imagenet_lt",
+    "data._target_": "gkl.data.files.imagenet_lt",
     "evaluate": "best",
 }
 del LT["schedule.drops"], LT["schedule.factor"]
 STRONG = {
-    "epochs": 300, "batch_size": 2048, "bn_groups": 8, "optimizer._target_": "gkl.optimizers.lamb", "optimizer.lr": 5e-3,
+    "epochs": 300, "batch_size": 2048, "bn_groups": 8, "optimizer._target_": "gkl.optim.optimizers.lamb", "optimizer.lr": 5e-3,
     "optimizer.weight_decay": 0.02, "schedule.warmup": 5, "schedule.start": 2e-4, "data.resize": 236, "data.interpolation": "bicubic",
     "augment.interpolation": "random", "augment.rand_augment": "rand-m7-mstd0.5", "augment.repeats": 3, "mixing.mixup": 0.1,
-    "mixing.cutmix": 1.0, "mixing.smoothing": 0.0, "label_loss._target_": "gkl.objectives.BinaryCrossEntropy", "precision": "fp16",
+    "mixing.cutmix": 1.0, "mixing.smoothing": 0.0, "label_loss._target_": "gkl.losses.objectives.BinaryCrossEntropy", "precision": "fp16",
     "model.timm_options": {"drop_path_rate": 0.05}, "distiller.label_weight": 1.0, "evaluate": "last",
 }  # fmt: skip
 R, M = "resnet34_resnet18", "resnet50_mobilenetv1"

@@ -13,10 +13,10 @@ import torch
 from test_commands import Command, command  # noqa: F401  (a fixture)
 from test_runs import ROOT, SMALL, assert_same_run, checkpoint, environment, finish, stamp
 
-from gkl.records import read_records
-from trainers.launchers.local import Local
-from trainers.launchers.nodes import TorchrunNodes
-from trainers.launchers.slurm import Slurm
+from trainers.runs.launchers.local import Local
+from trainers.runs.launchers.nodes import TorchrunNodes
+from trainers.runs.launchers.slurm import Slurm
+from trainers.runs.records import read_records
 
 GKL = "experiment=at/c100_basic_gkl"
 SLURM = ["launcher=slurm", "launcher.gpus=0", "launcher.cpus_per_device=1", "launcher.minutes=30"]
@@ -76,7 +76,7 @@ def test_more_runs_than_gpus_share_them(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_machine_s_share_of_a_run_is_the_same_command() -> None:
     nodes = TorchrunNodes(2, "one:29500", "10.0.0.2", restarts=3, wait_minutes=1)
     assert nodes.command(Path("run.yaml"))[1:] == [
-        "-m", "trainers.run", "run.yaml", "--nodes", "2", "--endpoint", "one:29500", "--restarts", "3", "--wait", "60",
+        "-m", "trainers.runs", "run.yaml", "--nodes", "2", "--endpoint", "one:29500", "--restarts", "3", "--wait", "60",
         "--address", "10.0.0.2",
     ]  # fmt: skip
     assert nodes.at_once(1) == 1

@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from test_fidelity import TinyNet, algorithm1
 from torch import Tensor, nn
 
-from gkl.counter import normal, sample_keys, uniform
-from gkl.data import digits
-from trainers.configuration import build, check, compose, make
-from trainers.robust import RobustTraining
+from gkl.data.digits import digits
+from gkl.rng import normal, sample_keys, uniform
+from trainers.methods.robust import RobustTraining
+from trainers.runs.compose import compose
+from trainers.runs.settings import build, check
+from trainers.runs.targets import make
 
 EPSILON = 0.15
 
@@ -141,7 +143,7 @@ def test_the_best_epoch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Early stopping as Rice et al.: the first epoch of the highest robust test accuracy, found by PGD-10 on all test images."""
     _, task = task_of("at/c10_rice", "model.normalisation=null")
     scores = iter([30.0, 50.0, 50.0, 40.0])
-    monkeypatch.setattr("trainers.robust.pgd_accuracy", lambda *a, **k: next(scores))
+    monkeypatch.setattr("trainers.methods.robust.pgd_accuracy", lambda *a, **k: next(scores))
     states = []
     for epoch in range(1, 5):
         task.start_epoch(epoch)
@@ -575,10 +577,14 @@ def test_las_at(experiment: str, rewards: tuple[float, float], interval: int, cl
 
 
 def test_a_method_refuses_what_it_does_not_take() -> None:
-    from trainers.configuration import ConfigError
+    from trainers.errors import ConfigError
 
     for experiment, override, message in (
-        ("at/c100_awp", "+loss={_target_: gkl.objectives.KL, weight: 1.0}", "takes no loss; leave it out"),
+        (
+            "at/c100_awp",
+            "+loss={_target_: gkl.losses.objectives.KL, weight: 1.0}",
+            "takes no loss; leave it out",
+        ),
         ("at/c100_dm", "generated_share=null", "generated_share in"),
         ("at/c100_dm", "held_out=null", "selection.images=held_out needs held_out"),
         ("at/c100_dajat", "augment.views=[crop_flip]", "at least one strong view"),

@@ -25,7 +25,7 @@ from gkl.models.batch_norm import (
 )
 from gkl.models.normalise import STATISTICS
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
-from trainers.configuration import compose
+from trainers.runs.compose import compose
 
 MODELS = Path(__file__).parent.parent / "configs" / "model"
 TIMM = {

@@ -73,8 +73,8 @@ def torch_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 LOOP = """
 import torch
 import torch.nn.functional as F
-from gkl.losses import gkl_loss
-from gkl.prior import ClassPrior
+from gkl.losses.closed_form import gkl_loss
+from gkl.losses.prior import ClassPrior
 torch.manual_seed(0)
 model, prior = torch.nn.Linear(8, 5), ClassPrior(5)
 y = torch.arange(64) % 5
@@ -156,7 +156,7 @@ def test_the_library_imports_none_of_the_heavy_packages() -> None:
     program = """
 import sys, gkl
 print("torch" in sys.modules)
-import gkl.losses, gkl.prior, gkl.modules, gkl.attacks, gkl.objectives
+import gkl.losses.closed_form, gkl.losses.prior, gkl.losses.modules, gkl.attacks.pgd, gkl.losses.objectives
 print(*{name.split(".")[0] for name in sys.modules})
 """
     at_first, there = python(program).splitlines()
@@ -166,8 +166,15 @@ print(*{name.split(".")[0] for name in sys.modules})
 
 def test_public_names_do_not_hide_the_package() -> None:
     space: dict[str, object] = {}
-    exec("from gkl import *\nimport gkl\nprior, same = gkl.prior, gkl.losses.gkl is gkl_loss", space)
-    assert {*gkl.__all__} <= {*space} and space["same"] and gkl.losses.gkl_loss.__name__ == "gkl_loss"
+    exec(
+        "from gkl import *\nimport gkl\nprior, same = gkl.losses.prior, gkl.losses.closed_form.gkl is gkl_loss",
+        space,
+    )
+    assert (
+        {*gkl.__all__} <= {*space}
+        and space["same"]
+        and gkl.losses.closed_form.gkl_loss.__name__ == "gkl_loss"
+    )
     assert gkl.__version__ == PROJECT["version"] and {*gkl.__all__} <= {*dir(gkl)}
     with pytest.raises(AttributeError, match="'gkl' has no attribute 'nothing'"):
         gkl.nothing  # noqa: B018

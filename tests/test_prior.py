@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from test_losses import algorithm1, logits
 
 from gkl import losses
-from gkl.losses import gkl
-from gkl.objectives import GKL, KL
-from gkl.prior import ClassPrior
+from gkl.losses.closed_form import gkl
+from gkl.losses.objectives import GKL, KL
+from gkl.losses.prior import ClassPrior
 
 
 def test_prior_is_the_mean_prediction_of_each_class() -> None:

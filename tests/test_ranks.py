@@ -11,9 +11,11 @@ import torch.multiprocessing as mp
 from test_fidelity import TinyNet
 from torch import Tensor
 
-from gkl.data import ImageData, digits
-from trainers.configuration import build, compose
-from trainers.robust import RobustTraining
+from gkl.data.digits import digits
+from gkl.data.memory import ImageData
+from trainers.methods.robust import RobustTraining
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
 
 EXPERIMENTS = (
     "at/c100_awp",

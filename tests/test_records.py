@@ -6,20 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gkl.records import (
-    differences,
-    identity,
-    read_record,
-    read_records,
-    record_path,
-    validate,
-    without_excluded,
-    write_record,
-)
-from gkl.tables import build, experiments, latex, markdown, paired_half_width, told
-from trainers.configuration import check, compose, published
-from trainers.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
-from trainers.plan import (
+from trainers.reports.render import render, sections
+from trainers.reports.tables import build, experiments, latex, markdown, paired_half_width, told
+from trainers.runs.compose import compose, published
+from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
+from trainers.runs.plan import (
     Cell,
     cells,
     claims,
@@ -29,7 +20,9 @@ from trainers.plan import (
     tables,
     usual,
 )
-from trainers.render import render, sections
+from trainers.runs.identity import differences, config_hash, without_excluded
+from trainers.runs.records import read_record, read_records, record_path, validate, write_record
+from trainers.runs.settings import check
 
 
 def config(*overrides: str) -> dict:
@@ -49,7 +42,7 @@ def record(
         "scale": scale,
         "protocol": "official",
         "seed": seed,
-        "identity": identity(resolved),
+        "identity": config_hash(resolved),
         "config": without_excluded(resolved),
         "departures": differences(published(resolved), resolved),
         "status": "done",
@@ -72,7 +65,7 @@ def record(
 
 
 def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
-    base = identity(config())
+    base = config_hash(config())
     for same in (
         "seed=3",
         "device=cpu",
@@ -81,8 +74,8 @@ def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
         "checkpoint_minutes=1",
         "paths.outputs=/elsewhere",
     ):
-        assert identity(config(same)) == base, same
-    assert identity(config("loss.alpha=20")) == base  # 20 and 20.0
+        assert config_hash(config(same)) == base, same
+    assert config_hash(config("loss.alpha=20")) == base  # 20 and 20.0
     for other in (
         "loss.alpha=21",
         "epochs=11",
@@ -90,9 +83,9 @@ def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
         "loss.break_asymmetry=false",
         "method.awp_gamma=0",
     ):
-        assert identity(config(other)) != base, other
+        assert config_hash(config(other)) != base, other
     data = config("data=image_folder", "data.root=a")
-    assert identity(data) == identity(config("data=image_folder", "data.root=b"))
+    assert config_hash(data) == config_hash(config("data=image_folder", "data.root=b"))
     assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
 
 
@@ -100,7 +93,7 @@ def test_a_setting_that_is_null_leaves_earlier_runs_their_identity() -> None:
     base = config()
     later = copy.deepcopy(base)
     later["method"]["something_new"] = None
-    assert identity(later) == identity(base)
+    assert config_hash(later) == config_hash(base)
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -109,7 +102,7 @@ def test_a_setting_that_is_null_leaves_earlier_runs_their_identity() -> None:
 def test_a_record_is_written_once_and_read_back(tmp_path: Path) -> None:
     made = record(30.0)
     path = write_record(tmp_path, made)
-    assert path == record_path(tmp_path, "at/c100_basic_gkl", "smoke", made["identity"], 0)
+    assert path == record_path(tmp_path, "at/c100_basic_gkl", "smoke", made["config_hash"], 0)
     assert read_record(path) == json.loads(json.dumps(made)) and write_record(tmp_path, made) == path
     with pytest.raises(
         FileExistsError, match="holds another record of the same run; records are never changed"
@@ -356,7 +349,7 @@ def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> No
     for cell in cells(table, scale="paper", protocol="official"):
         check(cell.config, 1)
     own = usual(table, scale="smoke", protocol="official")["at/c100_basic_gkl"]
-    assert identity(own) == record(30.0)["identity"]
+    assert config_hash(own) == record(30.0)["config_hash"]
 
 
 def test_costs_are_counted() -> None:

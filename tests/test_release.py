@@ -15,9 +15,9 @@ from torch import nn
 
 from gkl.models import create
 from gkl.models.timm_network import TimmNetwork
-from gkl.records import identity
-from trainers.folder import RunError
-from trainers.release import not_for_robustbench, pack, upload
+from trainers.errors import RunError
+from trainers.reports.release import not_for_robustbench, pack, upload
+from trainers.runs.identity import config_hash
 
 NETWORKS = {
     "wrn_10_1": {},
@@ -32,7 +32,7 @@ NETWORKS = {
 def finished(
     folder: Path, name: str, options: dict[str, Any], num_classes: int = 7, **change: Any
 ) -> tuple[Path, nn.Module]:
-    """A record of a run and its weights on disk, as trainers.run leaves them."""
+    """A record of a run and its weights on disk, as trainers.runs.run leaves them."""
     torch.manual_seed(0)
     model = create(name, num_classes=num_classes, **options)
     for module in model.modules():  # running statistics that are not the ones it is made with
@@ -44,7 +44,7 @@ def finished(
     torch.save(model.state_dict(), weights)
     made = record(31.0, **change)
     made["config"]["model"] = {"_target_": "gkl.models.create", "name": name, **options}
-    made["identity"] = identity(made["config"])
+    made["config_hash"] = config_hash(made["config"])
     made["checkpoint"] = {"path": "swa.pt", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     path = folder / "seed0.json"
     path.write_text(json.dumps(made))

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from gkl.records import identity, read_records
-from trainers import page as page_module
-from trainers.configuration import ConfigError, compose
-from trainers.dashboard import compared, panels_of, preview, runs_of, spec, workspace
-from trainers.page import LIMIT_BYTES, command, page
-from trainers.plan import load_table, tables
-from trainers.render import sections
+from trainers.errors import ConfigError
+from trainers.reports import page as page_module
+from trainers.reports.dashboard import compared, panels_of, preview, runs_of, spec, workspace
+from trainers.reports.page import LIMIT_BYTES, command, page
+from trainers.reports.render import sections
+from trainers.runs.compose import compose
+from trainers.runs.plan import load_table, tables
+from trainers.runs.identity import config_hash
+from trainers.runs.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
@@ -83,7 +85,7 @@ def test_a_run_s_command_composes_to_its_identity(records: list[dict[str, Any]])
         overrides = shlex.split(words[2])
         if "data.root=PATH" in overrides:
             continue  # pictures of one's own
-        assert identity(compose("train", overrides)) == record["identity"], record["path"]
+        assert config_hash(compose("train", overrides)) == record["config_hash"], record["path"]
 
 
 def test_without_altair_the_command_says_what_to_install(

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkl.records import read_records
+from trainers.runs.records import read_records
 
 pytestmark = pytest.mark.usefixtures("scans")
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +84,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert all(a[name][key].equal(b[name][key]) for key in a[name]), name
     assert history(one) == history(other) and len(history(one)) == 6
     (record,), (again,) = read_records(one / "results/runs"), read_records(other / "results/runs")
-    assert record["metrics"] == again["metrics"] and record["identity"] == again["identity"]
+    assert record["metrics"] == again["metrics"] and record["config_hash"] == again["config_hash"]
 
 
 @pytest.fixture(scope="module")

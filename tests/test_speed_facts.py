@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gkl.models.batch_norm import frozen_parameters
 from gkl.models.wide_resnet import WideResNet
-from trainers.configuration import locate
+from trainers.runs.targets import locate
 
 
 class Passes(TorchDispatchMode):
@@ -140,7 +140,7 @@ def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: 
         task.attacked(x, failing, keys)
     assert all(p.requires_grad for p in task.model.parameters())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.robust.frozen_parameters", nullcontext)
+        patch.setattr("trainers.methods.robust.frozen_parameters", nullcontext)
         kept = task.attacked(x, loss, keys)
     assert task.attacked(x, loss, keys).equal(kept)
 

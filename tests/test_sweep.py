@@ -10,12 +10,12 @@ import pytest
 from test_commands import Command, command  # noqa: F401  (a fixture)
 from test_runs import ROOT, SMALL, environment, wait_for
 
-from gkl.figures import draw, pareto_front
-from gkl.records import read_records
-from gkl.tables import Row, Table
-from trainers.batch import read_settings
-from trainers.configuration import ConfigError
-from trainers.sweep import Interval, Search, read_sweep
+from trainers.errors import ConfigError
+from trainers.reports.figures import draw, pareto_front
+from trainers.reports.tables import Row, Table
+from trainers.runs.asked import read_settings
+from trainers.runs.records import read_records
+from trainers.runs.sweep import Interval, Search, read_sweep
 
 GKL = "experiment=at/c100_basic_gkl"
 
@@ -69,7 +69,7 @@ def carried_out(folder: Path, *overrides: str) -> subprocess.CompletedProcess[st
 
 def metrics(folder: Path) -> dict[str, object]:
     return {
-        r["identity"]: (r["metrics"], r["checkpoint"]["sha256"])
+        r["config_hash"]: (r["metrics"], r["checkpoint"]["sha256"])
         for r in read_records(folder / "results/runs")
     }
 

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gkl.attacks import PGD, pgd, project
-from gkl.averaging import Average, RampedAverage
-from gkl.awp import perturbable, perturbed
-from gkl.optimizers import sgd
-from gkl.schedules import cosine, one_cycle, piecewise
+from gkl.attacks.awp import perturbable, perturbed
+from gkl.attacks.pgd import PGD, pgd, project
+from gkl.optim.averaging import Average, RampedAverage
+from gkl.optim.optimizers import sgd
+from gkl.optim.schedules import cosine, one_cycle, piecewise
 
 EPSILON = 8 / 255
 

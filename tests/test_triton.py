@@ -22,8 +22,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkl import losses
-from gkl.objectives import GKL
-from gkl.prior import ClassPrior
+from gkl.losses.objectives import GKL
+from gkl.losses.prior import ClassPrior
 
 pytest.importorskip("triton")
 
@@ -172,7 +172,7 @@ def compiled_sizes(capability: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gkl import triton_losses
+    from gkl.losses.closed_form import triton_kernels as triton_losses
 
     sizes = {}
     types = dict.fromkeys(("weights", "statistics", "value", "pair_weight", "grad"), "*fp32")

@@ -66,7 +66,7 @@ def test_an_adversarial_step_waits_for_nothing(experiment: str, tmp_path: Path, 
             scalars = task.train_step(60, step)
     assert all(isinstance(value, There) for value in scalars.values())
     waits = (
-        [where for where in pretended.waits if " gkl/augment.py" not in where]
+        [where for where in pretended.waits if " gkl/data/augment.py" not in where]
         if experiment in STRONG
         else pretended.waits
     )

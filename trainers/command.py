@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from trainers.folder import RunError
+from trainers.errors import Interrupted, RunError
 
 DISK = (
     errno.ENOSPC,
@@ -16,14 +16,6 @@ DISK = (
     errno.EROFS,
     errno.EACCES,
 )  # a person's to mend, and no bug of ours
-
-
-class Interrupted(RunError):
-    """Stopped by a signal, with everything saved that was worth saving."""
-
-    def __init__(self, message: str, signum: int) -> None:
-        super().__init__(message)
-        self.signum = signum
 
 
 def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:

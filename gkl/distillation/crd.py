@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.counter import choose, sample_keys
 from gkl.distillation.base import Context, Distiller, Terms, teacher_taps
 from gkl.distributed import world_cat, world_sum
 from gkl.models.classifier import Taps
+from gkl.rng import choose, sample_keys
 
 EPSILON = 1e-7
 

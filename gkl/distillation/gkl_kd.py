@@ -7,9 +7,9 @@ from torch import Tensor
 from gkl import losses
 from gkl.distillation.base import Context, Distiller, Terms, teacher_logits, warmed_up
 from gkl.distributed import rank
+from gkl.losses.objectives import GKL
+from gkl.losses.prior import ClassPrior
 from gkl.models.classifier import Taps
-from gkl.objectives import GKL
-from gkl.prior import ClassPrior
 
 
 class GKLKD(Distiller):
@@ -32,19 +32,19 @@ class GKLKD(Distiller):
         prior_temperature: float,
         weights: Literal["class", "sample"],
         warmup: int,
-        break_asymmetry: bool | None = None,
-        normaliser: Literal["batch", "group"] | None = None,
+        break_asymmetry: bool = True,
+        normaliser: Literal["batch", "group"] = "batch",
         label_weight: float = 1.0,
     ) -> None:
-        """alpha, beta, gamma, temperature: as gkl.losses.gkl. weights: the prior's row, or softmax(teacher / prior_temperature).
+        """alpha, beta, gamma, temperature: as gkl.losses.closed_form.gkl. weights: the prior's row, or softmax(teacher / prior_temperature).
 
         break_asymmetry: False keeps wMSE's gradient from the student. normaliser: wMSE is divided by the mean pair weight of
-        the global batch (the default), or of a batch-norm group, one card's share.
+        the global batch, or of a batch-norm group, one card's share.
         """
         super().__init__(context, label_weight=label_weight)
         self.objective = GKL(
             alpha, beta, gamma, temperature, weights=weights, weights_temperature=prior_temperature,
-            break_asymmetry=break_asymmetry is not False,
+            break_asymmetry=break_asymmetry,
         )  # fmt: skip
         self.by_group = normaliser == "group"
         self.whole_batch = not self.by_group and gamma not in (0.0, 1.0)
@@ -98,7 +98,7 @@ class IKLKD(Distiller):
         warmup: int,
         label_weight: float = 1.0,
     ) -> None:
-        """alpha, beta, temperature: as gkl.losses.ikl."""
+        """alpha, beta, temperature: as gkl.losses.closed_form.ikl."""
         super().__init__(context, label_weight=label_weight)
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
         self.weights_temperature, self.warmup = weights_temperature, warmup

@@ -22,12 +22,12 @@ class ReviewKD(Distiller):
         weight: float,
         warmup: int,
         max_width: int = 512,
-        student_before: bool | None = None,
+        student_before: bool = False,
         label_weight: float = 1.0,
     ) -> None:
         """max_width: of the fused maps. student_before: the student's maps before the ReLU, too (ImageNet). Raises ValueError for networks of different numbers of stages."""
         super().__init__(context, label_weight=label_weight)
-        self.weight, self.warmup, self.student_before = weight, warmup, bool(student_before)
+        self.weight, self.warmup, self.student_before = weight, warmup, student_before
         student, teacher = (
             student_maps(context.student, self.student_before),
             teacher_maps(teacher_taps(context.teacher)),

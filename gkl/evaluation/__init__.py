@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.attacks import Norm, pgd, random_start
-from gkl.counter import sample_keys
+from gkl.attacks.pgd import Norm, pgd, random_start
 from gkl.evaluation.autoattack import AutoAttackResult, evaluate
 from gkl.evaluation.recorded import recordings
+from gkl.rng import sample_keys
 
-__all__ = ["AutoAttackResult", "accuracy", "evaluate", "first_of_each_class", "pgd_robust"]
+__all__ = ["AutoAttackResult", "accuracy", "evaluate", "pgd_robust"]
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -78,21 +78,6 @@ def pgd_robust(
             with torch.no_grad():
                 robust.append((logits_fn(x_adv).argmax(-1) == y).cpu())
     return torch.cat(robust) if robust else torch.zeros(0, dtype=torch.bool)
-
-
-def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:
-    """The first `count` image numbers when the classes take turns, each in its own order; None: all, as they are.
-
-    A fixed subset with the classes as even as they can be, whatever order a data set has. labels: (N,).
-    """
-    if count is None or count >= len(labels):
-        return torch.arange(len(labels))
-    turn = torch.zeros(len(labels), dtype=torch.int64)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        turn[members] = torch.arange(len(members))
-    order = sorted(range(len(labels)), key=lambda i: (int(turn[i]), int(labels[i])))
-    return torch.tensor(sorted(order[:count]))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

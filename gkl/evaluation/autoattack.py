@@ -38,7 +38,7 @@ from pyautoattack import AutoAttack, fab_base
 from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 
-from gkl.attacks import Norm
+from gkl.attacks.pgd import Norm
 from gkl.evaluation.projection import projection_linf
 from gkl.evaluation.recorded import Recorded, recordings
 from gkl.graphs import Replayed

@@ -14,7 +14,7 @@ import torchvision
 
 
 def file_name(name: str) -> Path:
-    """Where below a folder of teachers the weights called `name` lie; names see trainers.teacher.Teacher."""
+    """Where below a folder of teachers the weights called `name` lie; names see trainers.runs.teacher.Teacher."""
     origin, _, weights = name.partition("/")
     if origin == "torchvision":
         return Path(_torchvision(weights).rpartition("/")[2])

@@ -5,9 +5,9 @@ from typing import Any
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from gkl.counter import uniform
 from gkl.models.classifier import TappedClassifier, Taps
 from gkl.models.normalise import normaliser
+from gkl.rng import uniform
 
 
 class TimmNetwork(TappedClassifier):
@@ -75,7 +75,7 @@ def keyed_drop_path(model: nn.Module) -> nn.Module:
 
 
 def set_sample_keys(model: nn.Module, keys: Tensor) -> None:
-    """What the next batch's draws inside the network follow from. keys: (B,) from gkl.counter."""
+    """What the next batch's draws inside the network follow from. keys: (B,) from gkl.rng."""
     for module in model.modules():
         if isinstance(module, KeyedDropPath):
             module.keys = keys

@@ -1,0 +1,279 @@
+"""A data set whose pictures stay in their files: what ImageNet and its like are.
+
+    data = imagenet_lt(root="data/imagenet", lists="data/ImageNet_LT")
+    data.train.names[0], data.train.labels[0]
+
+Nothing is decoded here but what a batch asks for. Pictures lie in a folder, a zip archive or tar shards.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gkl.data.batches import Batch, epoch_order, steps_in
+from gkl.data.crops import CentreCrop, Picture, ResizedCrop
+from gkl.data.stores import Decoder, Store, by_class, decode, open_store
+from gkl.distributed import Shard
+from gkl.rng import sample_keys
+
+
+@dataclass(frozen=True)
+class Split:
+    """Pictures of one part of a data set. names: (N,) bytes. labels: (N,) int64."""
+
+    store: Store
+    names: "np.ndarray[Any, Any]"
+    labels: Tensor
+
+    def read(self, number: int, decoder: Decoder) -> Picture:
+        """A picture by its number. Raises ValueError naming one that is missing or damaged."""
+        name = self.names[number].decode()
+        try:
+            return decode(self.store.read(name), decoder)
+        except (ValueError, OSError, KeyError) as error:
+            raise ValueError(f"{self.store.path}: picture {name} {error}") from error
+
+
+def split(store: Store, files: Sequence[tuple[str, int]]) -> Split:
+    """A split of (name, label) pairs."""
+    names = np.array(
+        [name.encode() for name, _ in files]
+    )  # not str: worker processes share it without copying
+    return Split(store, names, torch.tensor([label for _, label in files], dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A data set whose pictures stay in their files.
+
+    image_size: side of the views that networks see. resize: the shorter side before the middle is cut out for testing.
+    interpolation: of the test views. shots: for a long-tailed data set, the bounds of many and few: more than the first, fewer than the second.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    image_size: int
+    resize: int
+    decoder: Decoder
+    shots: tuple[int, int] | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    in_memory: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not (self.image_size <= self.resize and len(self.train.labels) and len(self.test.labels)):
+            raise ValueError(
+                f"{self.name} needs pictures to train and to test with, and resize >= image_size, got {len(self.train.labels)}, "
+                f"{len(self.test.labels)}, {self.resize} and {self.image_size}"
+            )
+
+    def batches(self, *, augment: Any, **settings: Any) -> "FileBatches":
+        """A training's batches, see FileBatches. Raises ValueError for settings that pictures in files cannot have."""
+        if not isinstance(augment, ResizedCrop):
+            raise ValueError(f"{self.name} needs augment=resized_crop, got {type(augment).__name__}")
+        idle = ("generated", "generated_share", "held_out", "held_out_by_class", "views_together")
+        if any([settings.pop(name, None) for name in idle]):
+            raise ValueError(
+                f"{self.name} stays in its files: no generated pictures, none held out, one view of each; leave them out"
+            )
+        return FileBatches(self, augment, **settings)
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def train_labels(self) -> Tensor:
+        """(N,) int64."""
+        return self.train.labels
+
+    @property
+    def test_labels(self) -> Tensor:
+        """(N,) int64."""
+        return self.test.labels
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the lists of files and labels: not of the pixels, which may be 150 GB."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.test):
+            digest.update("\n".join(name.decode() for name in part.names.tolist()).encode())
+            digest.update(part.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+    def test_batches(
+        self, numbers: Tensor, batch_size: int, workers: int = 0, part: Split | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Test views (b, 3, S, S) uint8 and labels (b,) of pictures by number. part: another split than the test pictures."""
+        part = part or self.test
+        views = FileViews(part, CentreCrop(self.resize, self.interpolation), self.image_size, self.decoder)
+        batches = [[(number, 0) for number in few] for few in numbers.split(batch_size) if len(few)]
+        for x, index in loader(views, [[(int(n), k) for n, k in batch] for batch in batches], workers):
+            yield x, part.labels[index]
+
+
+class FileBatches:
+    """Training pictures that stay in their files: worker processes read, decode and cut them ahead of the steps.
+
+    Every view follows from (seed, epoch, picture), so worker processes hold no state: a run goes on at any step by reading
+    on from there.
+    """
+
+    generated = None
+
+    def __init__(
+        self,
+        data: ImageFiles,
+        augment: ResizedCrop,
+        *,
+        device: torch.device,
+        shard: Shard,
+        workers: int,
+        batch_size: int,
+        drop_last: bool,
+        seed: int,
+    ) -> None:
+        """workers: processes that read and decode."""
+        self.data, self.augment, self.device, self.shard, self.workers = data, augment, device, shard, workers
+        self.batch_size, self.seed = batch_size, seed
+        self.labels, self.held_out = data.train_labels, torch.arange(0)
+        self.steps_per_epoch = steps_in(len(self.labels), batch_size, drop_last)
+        self.next: tuple[int, int] = (0, 0)  # epoch and step that the stream gives next
+        self.stream: Iterator[Any] = iter(())
+
+    def start_epoch(self, epoch: int) -> None:
+        """Put the pictures in the epoch's order, each `repeats` times in a row."""
+        order = epoch_order(len(self.labels), self.seed, epoch)
+        self.order = order.repeat_interleave(self.augment.repeats)[: len(order)]
+
+    def drawn(self, epoch: int, step: int) -> Tensor:
+        """Sample numbers of a step over all processes, (B,) on the CPU."""
+        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+
+    def samples(self, step: int) -> int:
+        """How many samples a step takes, over all processes."""
+        return min(self.batch_size, len(self.labels) - step * self.batch_size)
+
+    def items(self, step: int) -> int:
+        """How many items batch norm sees in a step, over all processes."""
+        return self.samples(step)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """This process's part of a step; its images are views already."""
+        if self.next != (epoch, step):
+            crops = FileViews(self.data.train, self.augment, self.data.image_size, self.data.decoder)
+            self.stream = loader(crops, _Steps(self, epoch, step), self.workers)
+        images, index = next(self.stream)
+        self.next = (epoch, step + 1)
+        x, y, view = (
+            t.to(self.device, non_blocking=True)
+            for t in (images, self.labels[index], torch.zeros_like(index))
+        )
+        return Batch(x, index.new_zeros(0, len(index)).to(self.device), y, view, index)
+
+    def see(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
+        """The images, views that they are."""
+        return images
+
+    def plan(self, epoch: int, step: int) -> list[tuple[int, int]]:
+        """(number, key) of the pictures of this process's part of a step."""
+        place = step * self.batch_size + self.shard.mine(self.samples(step))
+        index, repeats = self.order[place], self.augment.repeats
+        keys = sample_keys(self.seed, epoch, index * repeats + place % repeats, "resized_crop")
+        return list(zip(index.tolist(), keys.tolist(), strict=True))
+
+
+class _Steps:
+    """The batches from a step to the end of its epoch, planned as they are asked for."""
+
+    def __init__(self, batches: FileBatches, epoch: int, first: int) -> None:
+        self.batches, self.epoch, self.first = batches, epoch, first
+
+    def __len__(self) -> int:
+        return self.batches.steps_per_epoch - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.first, self.batches.steps_per_epoch):
+            yield self.batches.plan(self.epoch, step)
+
+
+class FileViews(torch.utils.data.Dataset[tuple[Tensor, int]]):
+    """One view of a picture by (number, key)."""
+
+    def __init__(self, part: Split, crop: Callable[..., Tensor], size: int, decoder: Decoder) -> None:
+        self.part, self.crop, self.size, self.decoder = part, crop, size, decoder
+
+    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Tensor, int]:
+        number, key = drawn
+        return self.crop(self.part.read(number, self.decoder), self.size, key=key), number
+
+
+def loader(views: FileViews, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
+    """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes."""
+    return iter(
+        DataLoader(
+            views,
+            batch_sampler=batches,  # type: ignore[arg-type]
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_single_thread if workers else None,
+        )
+    )
+
+
+def _single_thread(worker: int) -> None:
+    torch.set_num_threads(1)
+
+
+def long_tail(classes: int, largest: int, smallest: int) -> list[int | None]:
+    """Pictures a class keeps when their number falls exponentially from the first class to the last (Cui et al. 2019)."""
+    if not 1 <= smallest <= largest or classes < 2:
+        raise ValueError(f"a long tail needs 1 <= smallest <= largest, got {smallest} and {largest}")
+    return [round(largest * (smallest / largest) ** (k / (classes - 1))) for k in range(classes)]
+
+
+def first_of_classes(
+    store: Store, names: Sequence[str], files: Mapping[str, list[str]], counts: Sequence[int | None]
+) -> Split:
+    """The first so many files of each class. Raises ValueError naming a class that has fewer."""
+    for c, count in zip(names, counts, strict=True):
+        if count is not None and len(files[c]) < count:
+            raise ValueError(
+                f"{store.path}: class {c} needs {count} training pictures, got {len(files[c])}; ask for fewer "
+                "(data.largest, data.train_per_class)"
+            )
+    limits = dict(zip(names, counts, strict=True))
+    return split(store, [(f, k) for k, c in enumerate(names) for f in files[c][: limits[c]]])
+
+
+def other_pictures(
+    path: Path, class_names: Sequence[str], classes: int | None = None
+) -> tuple[Split, Tensor]:
+    """Another set of pictures of some of the same classes, <class>/* under path, and which classes they are, (C,) bool.
+
+    classes: how many there must be. Raises FileNotFoundError or ValueError naming what is missing or unknown.
+    """
+    store = open_store(path, "pictures", "set assessment.root=... to the folder above it")
+    found = by_class([f"{path.name}/{name}" for name in store.names], path.name)
+    if unknown := sorted(set(found) - set(class_names)):
+        raise ValueError(
+            f"{path} has {len(unknown)} classes that the data set has not, the first is {unknown[0]}"
+        )
+    if classes is not None and len(found) != classes:
+        raise ValueError(f"{path} needs pictures of {classes} classes, got {len(found)}")
+    label = {c: k for k, c in enumerate(class_names)}
+    files = [(name.split("/", 1)[1], label[c]) for c in sorted(found) for name in found[c]]
+    mask = torch.zeros(len(class_names), dtype=torch.bool)
+    mask[[label[c] for c in found]] = True
+    return split(store, files), mask

@@ -1,0 +1,48 @@
+"""ImageNet-1k (ILSVRC 2012), read picture by picture."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from gkl.data.files import ImageFiles
+from gkl.data.image_folder import image_files
+from gkl.data.stores import Decoder
+
+IMAGENET = {"classes": 1000, "train": 1_281_167, "test": 50_000}
+
+
+def imagenet(
+    root: str,
+    image_size: int = 224,
+    resize: int = 256,
+    decoder: Decoder = "torchvision",
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear",
+) -> ImageFiles:
+    """ImageNet-1k (ILSVRC 2012): train/<wnid>/ and val/<wnid>/, or WebDataset shards.
+
+    interpolation: of the test views. Other arguments as `image_files`.
+
+    Raises ValueError when it is not whole: 1,281,167 training and 50,000 validation pictures of 1,000 classes.
+    """
+    check_there(root)
+    data = image_files(root, image_size, resize, decoder, "imagenet")
+    found = {"classes": data.num_classes, "train": len(data.train_labels), "test": len(data.test_labels)}
+    if found != IMAGENET:
+        raise ValueError(
+            f"{root} is not the whole of ImageNet: needs {_counts(IMAGENET)}, got {_counts(found)}; complete it, or use "
+            "data=image_files for a part of it"
+        )
+    return replace(data, interpolation=interpolation)
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return f"{found['train']:,} training and {found['test']:,} validation pictures of {found['classes']:,} classes"
+
+
+def check_there(root: str) -> None:
+    """Raises FileNotFoundError where there is nothing."""
+    if not Path(root).exists():
+        raise FileNotFoundError(
+            f"no ImageNet at {root}; put train/<wnid>/ and val/<wnid>/ (or WebDataset shards) there, or set data.root=..."
+        )

@@ -1,0 +1,58 @@
+"""GKL as a module, for trainings that keep their losses among their modules.
+
+criterion = GKLLoss(num_classes=100, alpha=20.0, beta=4.0, gamma=0.4)
+for epoch in ...:
+    for x, y in ...:
+        loss = F.cross_entropy(clean, y) + criterion(adversarial, clean, y)
+    criterion.renew()                # epoch e uses what epoch e - 1 has seen
+"""
+
+from torch import Tensor, nn
+
+from gkl.losses.closed_form import gkl_loss
+from gkl.losses.prior import ClassPrior
+
+
+class GKLLoss(nn.Module):
+    """`gkl_loss` with class-wise weights, and the prior they come from: a submodule, so it moves and is saved with this one.
+
+    In training mode each call adds the teacher's predictions to the prior's sums; `eval()` leaves them as they are.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        alpha: float,
+        beta: float,
+        gamma: float,
+        temperature: float = 1.0,
+        prior_temperature: float = 1.0,
+    ) -> None:
+        """alpha, beta, gamma, temperature: as `gkl_loss`. num_classes, prior_temperature: as `ClassPrior`."""
+        super().__init__()
+        self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
+        self.prior = ClassPrior(num_classes, prior_temperature)
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the batch, with gradient to both logits (B, C). labels: (B,) classes."""
+        loss = gkl_loss(
+            student_logits,
+            teacher_logits,
+            self.prior.at(labels),
+            alpha=self.alpha,
+            beta=self.beta,
+            gamma=self.gamma,
+            temperature=self.temperature,
+        )
+        if self.training:
+            self.prior.update(teacher_logits, labels)
+        return loss
+
+    def renew(self) -> None:
+        """End of an epoch: what it has seen becomes the prior."""
+        self.prior.renew()
+
+    def extra_repr(self) -> str:
+        """The weights, in `print(module)`."""
+        return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"

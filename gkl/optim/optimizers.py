@@ -1,0 +1,34 @@
+"""Optimizers as the recipes use them."""
+
+import torch
+from timm.optim import Lamb, param_groups_weight_decay
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def sgd(
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    decay_batch_norm: bool = True,
+) -> torch.optim.Optimizer:
+    """SGD; weight decay reaches all parameters, biases too, as in the published runs.
+
+    decay_batch_norm: False keeps it from batch norm's own (DM-AT).
+    """
+    groups: list[dict[str, object]] = [{"params": list(model.parameters())}]
+    if not decay_batch_norm:
+        own = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) not in own]},
+            {"params": [p for p in model.parameters() if id(p) in own], "weight_decay": 0.0},
+        ]
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov)
+
+
+def lamb(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """timm's LAMB (You et al. 2020), no weight decay on biases and norms: strong ImageNet recipes."""
+    return Lamb(param_groups_weight_decay(model, weight_decay), lr=lr)

@@ -1,0 +1,1 @@
+"""The loop that every training shares, and what a training is made of."""

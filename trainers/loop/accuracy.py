@@ -1,0 +1,124 @@
+"""Final numbers of a network: clean accuracy and AutoAttack, over all processes of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkl.data.augment import to_float
+from gkl.data.batches import first_of_each_class
+from gkl.data.files import ImageFiles
+from gkl.data.memory import ImageData
+from gkl.distributed import rank, world_size, world_sum
+from gkl.evaluation import (
+    AutoAttackResult,
+    LogitsFn,
+    evaluate,
+    pgd_robust,
+)
+from gkl.models.batch_norm import eval_mode
+from trainers.loop.console import Console
+
+DESCRIBED = {"aa": "AutoAttack standard", "screen": "screen (APGD-CE, APGD-T)"}
+
+
+def at_once(device: torch.device) -> int:
+    """Test pictures that a network looks at together; on a CPU few: theirs is twice the speed of hundreds, whose activations
+    are memory new from the system each time."""
+    return 500 if device.type == "cuda" else 50
+
+
+def correct_flags(
+    model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
+) -> Tensor:
+    """Which test images are classified correctly, (N,) bool on the CPU of every process; each is looked at once, by one."""
+    mine = torch.arange(len(data.test_labels)).tensor_split(world_size())[rank()]
+    dtype = next(model.parameters()).dtype
+    flags = torch.zeros(len(data.test_labels), device=device)
+    correct = []
+    with eval_mode(model), torch.no_grad():
+        for x, y in data.test_batches(mine, at_once(device), workers):
+            logits = model(to_float(x.to(device, non_blocking=True)).to(dtype))
+            correct.append(logits.argmax(-1) == y.to(device, non_blocking=True))
+    if correct:
+        flags[mine.to(device)] = torch.cat(correct).to(flags.dtype)
+    return world_sum(flags).bool().cpu()
+
+
+def clean_accuracy(
+    model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
+) -> float:
+    """Accuracy on all test images, percent."""
+    return 100.0 * correct_flags(model, data, device, workers).double().mean().item()
+
+
+def pgd_accuracy(
+    logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, device: torch.device, **attack: Any
+) -> float:
+    """Accuracy under PGD, percent, each image on one process. attack: what gkl.evaluation.pgd_robust takes."""
+    mine = torch.arange(len(labels)).tensor_split(world_size())[rank()]
+    robust = pgd_robust(
+        logits_fn,
+        images[mine],
+        labels[mine],
+        numbers=mine,
+        batch_size=at_once(device),
+        device=device,
+        **attack,
+    )
+    return 100.0 * world_sum(robust.sum().double().to(device)).item() / len(labels)
+
+
+def attack_name(settings: Mapping[str, Any]) -> str:
+    """What the number of a configs/evaluation file is called in metrics: `aa`, AutoAttack, or `screen`, which is less."""
+    return "aa" if settings["version"] == "standard" else "screen"
+
+
+def autoattack(
+    model: nn.Module, data: ImageData, settings: Mapping[str, Any], **place: Any
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Metrics and details of the attack named by a configs/evaluation file.
+
+    Metrics: `aa` (standard) or `screen`, percent. Details: images attacked, clean accuracy on them, what was left after
+    each attack, AutoAttack's warnings, versions. place: the folder, device and console of autoattack_result.
+    """
+    result = autoattack_result(model, data, settings, **place)
+    details = {
+        "attack": DESCRIBED[attack_name(settings)],
+        "n": result.n,
+        "clean_on_attacked": result.clean,
+        "after": result.after,
+        "epsilon": settings["epsilon"],
+        "norm": settings["norm"],
+        "warnings": result.warnings,
+        "versions": result.versions,
+    }
+    return {attack_name(settings): result.robust}, details
+
+
+def autoattack_result(
+    model: nn.Module,
+    data: ImageData,
+    settings: Mapping[str, Any],
+    *,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+) -> AutoAttackResult:
+    """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
+    chosen = first_of_each_class(data.test_labels, settings["images"])
+    name = DESCRIBED[attack_name(settings)]
+    with eval_mode(model):
+        return evaluate(
+            model,
+            data.test_images[chosen],
+            data.test_labels[chosen],
+            folder=folder,
+            device=device,
+            rank=rank(),
+            world_size=world_size(),
+            on_progress=lambda where, left: console.phase(f"{name}: {where}", left),
+            **{key: settings[key] for key in ("version", "norm", "epsilon", "batch_size", "seed")},
+        )

@@ -1,0 +1,205 @@
+"""The loop that every task shares: epochs, checkpoints, exact resume, history, interruption.
+
+    fit(task, epochs=200, folder=RunFolder(path), checkpoint_minutes=10, report=report)
+
+A task does the mathematics; the engine knows none of it. Started again with the same arguments, `fit` goes on from the
+last whole checkpoint and ends in the same weights as if it had never been stopped.
+"""
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gkl.distributed import rank, world_size, world_sum
+from trainers.errors import Interrupted, RunError
+from trainers.loop.folder import RunFolder
+from trainers.signals import signals
+
+SAVE = 1  # what a process asks for when a checkpoint is due
+REQUESTS = (SAVE, signal.SIGINT, signal.SIGTERM)  # the last one asked for by any process is heeded
+
+
+class Task(Protocol):
+    """One kind of training. Every method runs on every process."""
+
+    steps_per_epoch: int
+
+    def start_epoch(self, epoch: int) -> None:
+        """Set what is constant within epoch 1, 2, ...; also called when resuming inside it."""
+
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update. Returns this process's shares of the scalars to log: their sum over processes is the value."""
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """What follows the last step. Returns values for the history, equal on every process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on. Called on every process, saved by process 0."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of state_dict, on any number of processes."""
+
+    def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """What is needed to look at the batch again: written beside the run when a loss is not finite."""
+
+
+class Report(Protocol):
+    """Where a run tells how it goes."""
+
+    def step(self, epoch: int, epochs: int, step: int, steps: int) -> None:
+        """After each step."""
+
+    def epoch(self, row: dict[str, Any]) -> None:
+        """After each epoch, with its line of the history."""
+
+    def warn(self, message: str) -> None:
+        """Something worth a line."""
+
+
+def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float, report: Report) -> float:
+    """Train to the end of `epochs` and return the seconds spent, those before a restart included.
+
+    A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM and SIGINT.
+    Raises Interrupted after a signal, RunError for a loss that is not finite.
+    """
+    position = Position()
+    checkpoint = folder.load_checkpoint(report.warn)
+    if checkpoint is not None:
+        task.load_state_dict(checkpoint["task"])
+        position = Position(**checkpoint["position"])
+    mark = position.epoch << 32 | position.step
+    if agree(mark) != -agree(-mark):
+        raise RunError(
+            f"the processes of this run see different checkpoints in {folder.path}; outputs must lie on a file system that all "
+            "machines share: set GKL_OUTPUTS to one"
+        )
+    if rank() == 0:
+        folder.truncate_history(before_epoch=position.epoch)
+
+    started = time.monotonic() - position.seconds
+    saved = time.monotonic()
+
+    def save(epoch: int, step: int, sums: dict[str, float]) -> None:
+        nonlocal saved
+        position = Position(epoch, step, time.monotonic() - started, sums)
+        state = {"task": task.state_dict(), "position": vars(position)}
+        if rank() == 0:
+            folder.save_checkpoint(state)
+        saved = time.monotonic()
+
+    unread = deque[tuple[int, Callable[[], tuple[dict[str, float], int]]]]()
+
+    def account(epoch: int, sums: dict[str, float], but: int = 0) -> int:
+        """Add the values of the steps taken to the sums, of all but the last `but`; returns what was asked for after them."""
+        asked = 0
+        while len(unread) > but:
+            step, read = unread.popleft()
+            values, request = read()
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    raise RunError(_not_finite(task, folder, epoch, step, name, value))
+                sums[name] = sums.get(name, 0.0) + value
+            asked = max(asked, request)
+        return asked
+
+    steps = task.steps_per_epoch
+    with signals() as signal_received:
+        for epoch in range(position.epoch, epochs + 1):
+            task.start_epoch(epoch)
+            sums = dict(position.sums)
+            for step in range(position.step, steps):
+                scalars = task.train_step(epoch, step)
+                report.step(epoch, epochs, step + 1, steps)
+                due = time.monotonic() - saved > 60 * checkpoint_minutes
+                own = signal_received() or (SAVE if due else 0)
+                unread.append((step, gather(scalars, own)))
+                # A step behind, so that the device has work while its values are waited for.
+                common = account(epoch, sums, but=1)
+                request = own if world_size() == 1 else common
+                if request and step + 1 < steps:
+                    # No checkpoint holds what a value that is not finite has come to.
+                    request = max(request, account(epoch, sums))
+                    save(epoch, step + 1, sums)
+                    if request != SAVE:
+                        raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
+            account(epoch, sums)
+            row = {
+                "epoch": epoch,
+                **{name: value / steps for name, value in sums.items()},
+                **task.end_epoch(epoch),
+            }
+            row["seconds"] = round(time.monotonic() - started, 3)
+            if rank() == 0:
+                folder.append_history(row)
+            report.epoch(row)
+            save(epoch + 1, 0, {})
+            position = Position(epoch + 1)
+            if (signum := agree(signal_received())) and epoch < epochs:
+                raise Interrupted(_how_to_go_on(epoch + 1, 0, signum), signum)
+    return time.monotonic() - started
+
+
+class Position:
+    """How far a run has come: the next step to take, the seconds spent, the epoch's sums of scalars so far."""
+
+    def __init__(
+        self, epoch: int = 1, step: int = 0, seconds: float = 0.0, sums: dict[str, float] | None = None
+    ) -> None:
+        self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
+
+
+def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[str, float], int]]:
+    """Sums over processes of named scalars, and the last of their requests, on their way from the device in one message.
+
+    Calling the result waits for them.
+    """
+    values = torch.stack([value.detach().double().reshape(()) for value in shares.values()])
+    asking = values.new_zeros(len(REQUESTS))
+    if request:
+        asking[REQUESTS.index(request)] = 1.0
+    values = world_sum(torch.cat([values, asking]))
+    on_cpu = values.to("cpu", non_blocking=True)
+    arrived = torch.cuda.Event() if values.is_cuda else None
+    if arrived is not None:
+        arrived.record(torch.cuda.current_stream(values.device))
+
+    def read() -> tuple[dict[str, float], int]:
+        if arrived is not None:
+            arrived.synchronize()  # this copy alone: a plain read waits for all that was launched after it, too
+        *sums, save, interrupt, terminate = on_cpu.tolist()
+        asked = [r for r, count in zip(REQUESTS, (save, interrupt, terminate), strict=True) if count]
+        return dict(zip(shares, sums, strict=True)), max(asked, default=0)
+
+    return read
+
+
+def agree(value: int) -> int:
+    """The largest of the processes' values, so that all of them stop at the same step."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def _how_to_go_on(epoch: int, step: int, signum: int) -> str:
+    name = signal.Signals(signum).name
+    return f"stopped by {name} before epoch {epoch}, step {step}; checkpoint saved. The same command goes on from there"
+
+
+def _not_finite(task: Task, folder: RunFolder, epoch: int, step: int, name: str, value: float) -> str:
+    path = folder.path / f"not_finite_epoch{epoch}_step{step}.pt"
+    if rank() == 0:
+        torch.save(task.describe_batch(epoch, step), path)
+    return (
+        f"{name} became {value} in epoch {epoch}, step {step}; its batch is in {path}, the last checkpoint is intact. "
+        "Lower the learning rate or the loss weights"
+    )

@@ -1,0 +1,287 @@
+"""What every training shares: data, networks on the device, the update, averages, checkpoints; what a step computes is its method's.
+
+    training = Training(Setup(data=data, model=model, ...), AdversarialTraining(attack=attack, loss=loss, ...))
+    fit(training, epochs=200, ...)
+
+On a GPU an update is recorded as a CUDA graph and replayed (gkl.graphs).
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gkl.data.augment import to_float
+from gkl.data.batches import Batches, Dataset
+from gkl.distributed import Shard, broadcast_, world_sum_
+from gkl.graphs import Replayed
+from gkl.models.batch_norm import eval_mode, set_group_size
+from gkl.optim.averaging import Average
+from trainers.loop.compute import Compute, Precision, compiled_graphs
+from trainers.loop.method import Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every training has, whatever its method.
+
+    model: takes images in [0, 1]. augment: gkl.data.augment.Views, of pictures in files gkl.data.crops.ResizedCrop. momentum: the
+    optimizer's, by epoch; None leaves it as it is. averages: of the weights, by name.
+    generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
+    len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the first ones, or
+    with held_out_by_class the first of each class.
+    bn_groups: batch norm sees the batch in so many parts (4 cards: 4). accumulate: each process takes its part of a batch in so
+    many micro-batches, whole batch-norm groups in each. workers: processes that read and decode, where pictures stay in their
+    files. Neither of the two changes what is computed.
+    precision: of the networks alone; losses and averages are float32 (float64 in tests). fp16 scales the loss.
+    graph: record updates as CUDA graphs and replay them; auto: on a GPU. What is computed stays the same to the bit.
+    """
+
+    data: Dataset
+    model: nn.Module
+    augment: Any
+    optimizer: Callable[..., torch.optim.Optimizer]
+    schedule: Callable[[int, int], float]
+    averages: Mapping[str, Average]
+    seed: int
+    epochs: int
+    batch_size: int
+    drop_last: bool
+    bn_groups: int
+    precision: Precision
+    channels_last: bool
+    compile: bool
+    device: torch.device
+    momentum: Callable[[int, int], float] | None = None
+    generated: Callable[..., Any] | None = None
+    generated_share: float = 0.0
+    held_out: float = 0.0
+    held_out_by_class: bool = False
+    accumulate: int = 1
+    workers: int | Literal["auto"] = 0
+    graph: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.graph is True and self.device.type != "cuda":
+            raise ValueError(
+                f"graph=true records a GPU's work, and this run is on {self.device.type}; use graph=auto"
+            )
+
+    @property
+    def worker_processes(self) -> int:
+        """How many; auto: up to 8 of this process's share of the cores."""
+        if self.workers != "auto":
+            return self.workers
+        return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class Training:
+    """A method at work on a setup. A `trainers.loop.engine.Task`."""
+
+    def __init__(self, setup: Setup, method: Method) -> None:
+        self.setup, self.method = setup, method
+        self.data, self.seed, self.epochs, self.workers = (
+            setup.data,
+            setup.seed,
+            setup.epochs,
+            setup.worker_processes,
+        )
+        self.compute = Compute(
+            setup.device, setup.precision, channels_last=setup.channels_last, bn_groups=setup.bn_groups
+        )
+        self.device, self.shard = setup.device, Shard(setup.bn_groups)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=setup.precision == "fp16")
+        self.model = self.compute.placed(method.adapted(setup.model))
+        self.network = method.compiled(self.model) if setup.compile else self.model
+        self.batches: Batches = self.data.batches(
+            augment=setup.augment, device=self.device, shard=self.shard, batch_size=setup.batch_size,
+            drop_last=setup.drop_last, seed=setup.seed, workers=self.workers, views_together=method.views_together,
+            generated=setup.generated(self.data) if setup.generated else None, generated_share=setup.generated_share,
+            held_out=setup.held_out, held_out_by_class=setup.held_out_by_class,
+        )  # fmt: skip
+        self.steps_per_epoch = self.batches.steps_per_epoch
+        method.bind(self)
+        self.optimizer = setup.optimizer(method.trained())
+        self.base_lr = self.optimizer.param_groups[0]["lr"]
+        self.settle()
+        self.say: Callable[[str], None] = lambda line: print(
+            line, file=sys.stderr
+        )  # where the run tells of itself
+        self.replayed: Replayed | None = None
+        if setup.graph is not False and self.device.type == "cuda":
+            self.replayed = Replayed(self.device, warn=lambda line: self.say(f"warning: {line}"))
+        self.averages = setup.averages
+        for average in self.averages.values():
+            average.prepare(self.epochs * self.steps_per_epoch)
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+        """One update; returns this process's shares of what is logged."""
+        self.samples, self.first_step = self.batches.samples(step), (epoch, step) == (1, 0)
+        if self.replayed is not None and (reason := self.unrecordable()):
+            self.say(f"warning: steps are not recorded as CUDA graphs, which is slower: {reason}")
+            self.replayed = None
+        graphs, started = compiled_graphs(), time.monotonic()
+        inputs = self.method.inputs(self.batch(epoch, step), epoch, step)
+        if self.replayed is None:
+            shares = self.method.update(*inputs)
+        else:
+            shares = self.replayed(
+                (self.samples, self.first_step, self.constants(epoch)), self.method.update, inputs
+            )
+        for average in self.averages.values():
+            if not average.recordable:
+                average.after_step(self.model, epoch)
+        if (new := compiled_graphs() - graphs) > 0:
+            self.say(f"{new} parts of the networks compiled in {time.monotonic() - started:.0f} s")
+        return shares
+
+    def batch(self, epoch: int, step: int) -> Any:
+        """This process's part of a step; batch norm is told where to cut it."""
+        self.group_size = self.shard.group_size(self.batches.items(step))
+        for network in self.method.networks():
+            set_group_size(network, self.group_size)
+        return self.batches.batch(epoch, step)
+
+    def see(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
+        """The views (b, 3, H, W) in [0, 1] of pictures as a batch holds them; of what are views in [0, 1] already, themselves."""
+        if images.is_floating_point():
+            return images
+        return to_float(self.batches.see(images, view, draws)).to(self.compute.dtype)
+
+    def optimizer_step(
+        self, loss: Tensor | Iterable[Tensor], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        """A step of the optimizer on the sum of all processes' shares of the loss.
+
+        loss: or its parts, each carried back before the next is computed.
+        """
+        optimizer = optimizer or self.optimizer
+        optimizer.zero_grad(set_to_none=True)
+        for part in [loss] if isinstance(loss, Tensor) else loss:
+            self.scaler.scale(part).backward()
+        world_sum_(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def micro_batch(self, size: int, group_size: int) -> int:
+        """Items that a process takes at once of its `size`: whole batch-norm groups, at least one."""
+        return max(1, math.ceil(size / group_size / self.setup.accumulate)) * group_size
+
+    def micro_batches(self, size: int) -> Iterator[slice]:
+        """This process's part of a batch, `size` items, in turns. The first alone may reach batch norm's running statistics, as the
+        whole would."""
+        own = self.micro_batch(size, self.group_size)
+        return (slice(first, first + own) for first in range(0, size, own))
+
+    def after_step(self) -> None:
+        """Buffers and averages after an update."""
+        norms = [
+            m for network in self.method.networks() for m in network.modules() if isinstance(m, _BatchNorm)
+        ]
+        broadcast_(b for norm in norms for b in norm.buffers())  # process 0 holds the statistics that count
+        for average in self.averages.values():
+            if average.recordable:
+                average.after_step(self.model, self.epoch)
+
+    # --- a recorded step ----------------------------------------------------------------------------------------------
+
+    def constants(self, epoch: int) -> tuple[Any, ...]:
+        """Numbers of an epoch that updates hold and Python keeps: one recording serves the epochs that agree in them."""
+        groups = [
+            (g.get("momentum"), None if isinstance(g["lr"], Tensor) else g["lr"])
+            for g in self.optimizer.param_groups
+        ]
+        phases = [average.phase(epoch) for average in self.averages.values() if average.recordable]
+        return (*self.method.constants(epoch), *groups, *phases)
+
+    def unrecordable(self) -> str | None:
+        """Why updates cannot be recorded as CUDA graphs, None if they can."""
+        if reason := self.method.unrecordable():
+            return reason
+        if self.scaler.is_enabled():
+            return "precision=fp16 asks after each backward pass whether the gradients are finite"
+        if not isinstance(self.optimizer, torch.optim.SGD):
+            return f"{type(self.optimizer).__name__} counts its steps in Python"
+        return None
+
+    def settle(self) -> None:
+        """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it.
+
+        Elsewhere as torch has it, also after a checkpoint that a GPU has written.
+        """
+        on_card = self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.SGD)
+        for group in self.optimizer.param_groups:
+            if on_card:
+                lr = torch.as_tensor(group["lr"], dtype=torch.float32)
+                group.update(lr=lr.to(self.device), fused=True, foreach=False)
+            elif isinstance(group["lr"], Tensor):
+                group.update(lr=float(group["lr"]), fused=None, foreach=None)
+
+    # --- the engine's task --------------------------------------------------------------------------------------------
+
+    def start_epoch(self, epoch: int) -> None:
+        """Learning rate, order of the samples, and what the method sets."""
+        self.epoch = epoch
+        for group in self.optimizer.param_groups:
+            lr = self.base_lr * self.setup.schedule(epoch, self.epochs)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+            if self.setup.momentum is not None:
+                group["momentum"] = self.setup.momentum(epoch, self.epochs)
+        self.batches.start_epoch(epoch)
+        self.method.start_epoch(epoch)
+
+    def end_epoch(self, epoch: int) -> dict[str, float]:
+        """Average the weights, measure."""
+        self.method.end_epoch()
+        for average in self.averages.values():
+            average.after_epoch(self.model, epoch)
+        return {"lr": self.base_lr * self.setup.schedule(epoch, self.epochs), **self.method.measured(epoch)}
+
+    def weights(self) -> dict[str, dict[str, Tensor]]:
+        """The networks a run ends with, as state dicts: `last`, each average by its name, and the method's own."""
+        last = {key: value.clone() for key, value in self.model.state_dict().items()}
+        averages = {name: a.state for name, a in self.averages.items() if a.state}
+        return {"last": last, **averages, **self.method.weights()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            **self.method.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint, on any number of processes."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.settle()
+        if self.replayed is not None:
+            self.replayed.forget()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name], self.device)
+        self.method.load_state_dict(state)
+
+    def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
+        """The sample numbers of a step, its images as they were seen, and the logits they give now."""
+        images, draws, labels, view, index = self.batch(epoch, step)
+        x = self.see(images, view, draws)
+        with torch.no_grad(), eval_mode(self.model):
+            logits = self.compute.logits(self.network, x.flatten(0, -4))
+        return {"index": index, "view": view, "labels": labels, "images": x, "logits": logits}

@@ -1,0 +1,283 @@
+"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure,
+other pictures of the same classes, the score of each class.
+
+An assessment is a configs/assessment file and a class here: called with a Subject it returns metrics in percent, which
+tables show, and details, which figures draw. It runs on every process of a run.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkl.attacks.pgd import pgd, random_start
+from gkl.data.augment import to_float
+from gkl.data.batches import first_of_each_class
+from gkl.data.files import Split, other_pictures
+from gkl.distributed import rank, world_size, world_sum
+from gkl.evaluation import pgd_robust
+from gkl.models.batch_norm import eval_mode
+from gkl.rng import sample_keys
+from trainers.loop.accuracy import at_once, attack_name, autoattack_result
+from trainers.loop.console import Console
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained network and what it is tested with. settings: the run's configs/evaluation file.
+
+    data: ImageData, or ImageFiles, whose pictures `workers` processes read.
+    """
+
+    model: nn.Module
+    data: Any
+    settings: Mapping[str, Any]
+    folder: Path
+    device: torch.device
+    console: Console
+    workers: int = 0
+
+    def attacked(self) -> Tensor:
+        """The numbers of the test images that the run's own record attacked."""
+        return first_of_each_class(self.data.test_labels, self.settings["images"])
+
+
+def percent(flags: Tensor) -> float:
+    """The share of true flags."""
+    return 100.0 * flags.double().mean().item()
+
+
+Measured = tuple[dict[str, float], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """Base of all. name: of its file beside the record."""
+
+    name: str
+
+    def check(self) -> None:
+        """Before the run's training: raises ValueError when what it needs is missing."""
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics in percent, and details. Runs on every process."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__")
+
+
+@dataclass(frozen=True)
+class Epsilons(Assessment):
+    """AutoAttack at several radii and their average (Table XIV). eighths: of the evaluation's epsilon."""
+
+    eighths: Sequence[int]
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics aa_<eighths> and aa_average; of the screen screen_<eighths> and screen_average."""
+        metrics, name = {}, attack_name(subject.settings)
+        for eighths in self.eighths:
+            settings = {**subject.settings, "epsilon": subject.settings["epsilon"] * eighths / 8}
+            flags = autoattack_result(subject.model, subject.data, settings, **_place(subject)).robust_flags
+            metrics[f"{name}_{eighths}"] = percent(flags)
+        metrics[f"{name}_average"] = sum(metrics.values()) / len(metrics)
+        return metrics, {"n": len(subject.attacked())}
+
+
+@dataclass(frozen=True)
+class Attacks(Assessment):
+    """PGD and CW of several lengths, and the share of images that withstand these and AutoAttack (Table XV)."""
+
+    steps: Sequence[int]
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics pgd<steps>, cw<steps>, worst; worst_screen where the screen stands in for AutoAttack."""
+        chosen = subject.attacked()
+        worst = autoattack_result(
+            subject.model, subject.data, subject.settings, **_place(subject)
+        ).robust_flags
+        metrics = {}
+        for loss in ("ce", "cw"):
+            for steps in self.steps:
+                with eval_mode(subject.model):
+                    flags = pgd_robust(
+                        subject.model,
+                        subject.data.test_images[chosen],
+                        subject.data.test_labels[chosen],
+                        epsilon=subject.settings["epsilon"],
+                        step_size=subject.settings["epsilon"] / 4,
+                        steps=steps,
+                        norm=subject.settings["norm"],
+                        loss=loss,
+                        batch_size=subject.settings["batch_size"],
+                        device=subject.device,
+                    )
+                metrics[f"{'pgd' if loss == 'ce' else 'cw'}{steps}"] = percent(flags)
+                worst = worst & flags
+        metrics["worst" if attack_name(subject.settings) == "aa" else "worst_screen"] = percent(worst)
+        return metrics, {"n": len(chosen)}
+
+
+@dataclass(frozen=True)
+class Structure(Assessment):
+    """Margins of the classes (Eq. 14, clean test images) and a t-SNE of natural and adversarial features (Fig. 4).
+
+    classes: how many, drawn with a fixed seed; all when there are fewer. images: natural ones of those classes.
+    steps: of the PGD that makes the adversarial ones.
+    """
+
+    classes: int
+    images: int
+    steps: int
+    perplexity: float
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Details: `margins`, one a class; `points`, [x, y, label, adversarial] each; `classes`, the labels shown."""
+        data, device = subject.data, subject.device
+        with eval_mode(subject.model), torch.no_grad():
+            probs = torch.cat(
+                [
+                    F.softmax(subject.model(x.to(device).float() / 255), dim=-1).cpu()
+                    for x in data.test_images.split(at_once(device))
+                ]
+            )
+        means = class_means(probs, data.test_labels, data.num_classes)
+        generator = torch.Generator().manual_seed(0)
+        shown = torch.randperm(data.num_classes, generator=generator)[: self.classes].sort().values
+        among = torch.isin(data.test_labels, shown).nonzero().squeeze(1)
+        among = among[first_of_each_class(data.test_labels[among], self.images)]
+        x, y = data.test_images[among].to(device).float() / 255, data.test_labels[among].to(device)
+        epsilon = subject.settings["epsilon"]
+        with eval_mode(subject.model):
+            keys = sample_keys(0, 0, among.to(device), "structure")
+            x_adv = pgd(
+                subject.model,
+                x,
+                lambda z: F.cross_entropy(z, y, reduction="none"),
+                norm=subject.settings["norm"],
+                epsilon=epsilon,
+                step_size=epsilon / 4,
+                steps=self.steps,
+                start=random_start(x, keys, norm=subject.settings["norm"], epsilon=epsilon),
+            )
+            with torch.no_grad():
+                network: Any = subject.model
+                features = torch.cat(
+                    [
+                        network.forward_head(network.forward_features(part), pre_logits=True).cpu()
+                        for images in (x, x_adv)
+                        for part in images.split(at_once(device))
+                    ]
+                )
+        points = _embedded(features.numpy(), self.perplexity) if rank() == 0 else np.zeros((0, 2))
+        labels = y.cpu().repeat(2).tolist()
+        return {}, {
+            "margins": [round(m, 6) for m in margins(means).tolist()],
+            "classes": shown.tolist(),
+            "points": [
+                [round(float(p[0]), 3), round(float(p[1]), 3), label, int(number >= len(y))]
+                for number, (p, label) in enumerate(zip(points, labels, strict=False))
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Renditions(Assessment):
+    """Top-1 on ImageNet-R, among its classes alone, and on ImageNet-Sketch (Table XIII), with the test view.
+
+    root: the folder above the two. renditions, sketch: their folders, <class>/* each. classes: that ImageNet-R must have.
+    """
+
+    root: str
+    renditions: str
+    sketch: str
+    classes: int
+
+    def check(self) -> None:
+        """Raises ValueError naming a folder that is missing."""
+        wanted = {"ImageNet-R": self.renditions, "ImageNet-Sketch": self.sketch}
+        missing = [
+            f"{what} at {Path(self.root) / f}"
+            for what, f in wanted.items()
+            if not (Path(self.root) / f).is_dir()
+        ]
+        if missing:
+            raise ValueError(
+                f"no {' and no '.join(missing)}; unpack their class folders there, or set assessment.root=..."
+            )
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Metrics imagenet_r and imagenet_sketch."""
+        metrics, details = {}, {}
+        for metric, folder, classes in (
+            ("imagenet_r", self.renditions, self.classes),
+            ("imagenet_sketch", self.sketch, None),
+        ):
+            pictures, among = other_pictures(Path(self.root) / folder, subject.data.class_names, classes)
+            hits = torch.zeros(2, dtype=torch.float64, device=subject.device)
+            for logits, y in _predictions(subject, pictures):
+                chosen = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
+                hits += torch.stack([(chosen == y).sum(), torch.tensor(len(y), device=y.device)])
+            right, total = world_sum(hits).tolist()
+            metrics[metric] = 100.0 * right / total
+            details[metric] = {"n": int(total), "classes": int(among.sum())}
+        return metrics, details
+
+
+@dataclass(frozen=True)
+class ClassScores(Assessment):
+    """Mean predicted probability of the true class over each class's training pictures, with the test view (Figure 3)."""
+
+    def __call__(self, subject: Subject) -> Measured:
+        """Details: `scores` and `pictures`, one a class; `shots`, the bounds of many and few where the data set has them."""
+        classes = subject.data.num_classes
+        sums, counts = (torch.zeros(classes, dtype=torch.float64, device=subject.device) for _ in range(2))
+        for logits, y in _predictions(subject, subject.data.train):
+            own = F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
+            sums.index_add_(0, y, own.double())
+            counts += torch.bincount(y, minlength=classes)
+        sums, counts = world_sum(sums), world_sum(counts)
+        scores = (sums / counts.clamp_min(1)).tolist()
+        return {}, {
+            "scores": [round(s, 6) for s in scores],
+            "pictures": [int(n) for n in counts],
+            "shots": list(subject.data.shots or ()),
+        }
+
+
+def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
+    mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
+    with eval_mode(subject.model), torch.no_grad():
+        for x, y in subject.data.test_batches(mine, at_once(subject.device), subject.workers, part):
+            yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
+
+
+def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """Mean prediction of each class, (C, C): the paper's s-bar_y. probs: (N, C). labels: (N,)."""
+    onehot = F.one_hot(labels, num_classes).to(probs.dtype)
+    return (onehot.T @ probs) / onehot.sum(0).clamp_min(1)[:, None]
+
+
+def margins(means: Tensor) -> Tensor:
+    """Boundary margin of each class, (C,): s-bar_y[y] - max_{k != y} s-bar_y[k]. Source: Eq. 14. means: (C, C)."""
+    own = means.diagonal()
+    others = means.masked_fill(torch.eye(len(means), dtype=torch.bool), float("-inf"))
+    return own - others.amax(1)
+
+
+def _embedded(features: np.ndarray[Any, Any], perplexity: float) -> np.ndarray[Any, Any]:
+    from sklearn.manifold import TSNE
+
+    perplexity = min(perplexity, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(features)
+
+
+def _place(subject: Subject) -> dict[str, Any]:
+    return {
+        "folder": subject.folder / "autoattack",
+        "device": subject.device,
+        "console": subject.console,
+    }

@@ -1,0 +1,1 @@
+"""From records to tables, figures, the page, dashboards and releases; runs nothing."""

@@ -1,0 +1,1 @@
+"""From what a person types to records: configuration, identity, plan, cost, launching, sweeps."""

@@ -1,0 +1,55 @@
+"""One run from its frozen configuration: train, evaluate, write the record.
+
+    python -m trainers.runs outputs/<experiment>/<scale>/<hash>/seed0/config.yaml
+    python -m trainers.runs .../config.yaml --nodes 2 --endpoint HOST:29500          # the same command on each of two machines
+    torchrun --nproc_per_node 4 -m trainers.runs .../config.yaml
+
+Started alone with `devices` above 1 it starts that many processes itself, as torchrun would.
+Exit code: 0 done, 2 something the person can mend (one line says what), 128 + signal when stopped by it.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from gkl.distributed import rank
+from trainers.command import run_main
+from trainers.errors import ConfigError
+from trainers.runs.paths import run_folder
+from trainers.runs.processes import launch, process_group
+from trainers.runs.run import run
+
+
+def main(arguments: list[str]) -> int:
+    """Command line of one run. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m trainers.runs", exit_on_error=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--endpoint", default="localhost:0")
+    parser.add_argument("--address")
+    parser.add_argument("--restarts", type=int, default=0)
+    parser.add_argument("--wait", type=float, default=600.0)
+    try:
+        given = parser.parse_args(arguments)
+        if not given.config.is_file():
+            raise argparse.ArgumentError(None, f"{given.config} is no file")
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"usage: python -m trainers.runs CONFIG.yaml; {error}") from None
+    config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(given.config)))
+    if "WORLD_SIZE" not in os.environ and config["devices"] * given.nodes > 1:
+        return launch(given.config, config["devices"], given)
+    with process_group(config):
+        if rank() == 0:
+            with run_folder(config).locked():
+                run(config)
+        else:
+            run(config)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main, __doc__))

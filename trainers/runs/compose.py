@@ -1,0 +1,182 @@
+"""From what a person types to one resolved configuration; composed once, before anything expensive.
+
+    config = compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", "seed=1"])
+
+Hydra composes; what a person can get wrong ends in a ConfigError of one line.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from trainers.errors import ConfigError
+from trainers.runs.settings import SETTINGS
+from trainers.runs.targets import CONFIGS, closest, fits, mistyped, named, unknown
+
+
+def register_resolvers() -> None:
+    """The interpolations our YAML files use, but for at_scale, which each composition sets."""
+
+    def by_protocol(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+        return choices[_root_.protocol]
+
+    def scaled(epoch: int, of: int = 200, *, _root_: DictConfig) -> int:
+        return max(1, round(epoch * _root_.epochs / of))
+
+    def by_model(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+        return choices.get(_root_.model.name, choices["else"])
+
+    def by_pair(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
+        if _root_.get("pair") not in choices:
+            raise ValueError(unknown("pair for this experiment", str(_root_.get("pair")), list(choices)))
+        return choices[_root_.pair]
+
+    def per_class(weight: float, *, _root_: DictConfig) -> float:
+        return weight * (_root_.class_share or 1.0)
+
+    OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
+    OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
+    for resolver in (scaled, by_model, by_pair, per_class):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def choices(group: str) -> list[str]:
+    """Names in a configuration group, subfolders included: "at/c100_basic_gkl"; what they are based on left out."""
+    root = CONFIGS / group
+    return sorted(
+        str(p.relative_to(root).with_suffix(""))
+        for p in root.rglob("*.yaml")
+        if p.stem != "base" and not p.stem.endswith("_base")
+    )
+
+
+def completed(experiment: str) -> list[str]:
+    """What Hydra understands of an experiment's whole name: "kd/c100_gkl/vgg13_vgg8" is that experiment with that pair.
+
+    An experiment that serves many networks is completed by a name of the group it gives as `completed_by`.
+    """
+    stem, _, name = experiment.rpartition("/")
+    if group := completed_by(stem):
+        if name not in choices(group):
+            raise ConfigError(unknown(group, name, choices(group)))
+        return [f"experiment={stem}", f"{group}={name}"]
+    return [f"experiment={experiment}"]
+
+
+@cache
+def completed_by(experiment: str) -> str | None:
+    """The group whose choices complete an experiment's name, None for one that is whole or does not exist."""
+    path = CONFIGS / "experiment" / f"{experiment}.yaml"
+    content = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
+    return content.get("completed_by") if isinstance(content, dict) else None
+
+
+def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The resolved configuration of configs/<entry>.yaml with overrides applied, as plain dicts and lists.
+
+    Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
+    """
+    folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
+    words = [
+        word
+        for o in overrides
+        for word in (completed(o.removeprefix("experiment=")) if o.startswith("experiment=") else [o])
+    ]
+    return copy.deepcopy(_composed(entry, tuple(words), folders))
+
+
+@cache
+def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    """compose, once for the same words and folders: a table asks for its rows' configurations again and again."""
+    register_resolvers()
+    try:
+        _check_grammar(overrides)
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = hydra.compose(entry, list(overrides), return_hydra_config=True)
+        chosen = OmegaConf.to_container(config.hydra.runtime.choices)
+        assert isinstance(chosen, dict)
+        group = config.get("completed_by")
+        if group and not chosen.get(group):
+            raise ConfigError(f"{group}=... is missing; one of: {', '.join(choices(group))}")
+        scale = chosen.get("scale", "paper")
+        OmegaConf.register_new_resolver("at_scale", lambda choices: choices[scale], replace=True)
+        for name, annotation in SETTINGS.items():
+            plain = (
+                name in config
+                and not OmegaConf.is_missing(config, name)
+                and not OmegaConf.is_interpolation(config, name)
+            )
+            if plain and not fits(config[name], annotation):
+                raise ConfigError(mistyped(name, annotation, config[name]))
+        resolved = OmegaConf.to_container(_without_hydra(config), resolve=True, throw_on_missing=True)
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        ValueError,
+    ) as error:  # ValueError: a group set to a number
+        raise ConfigError(_explain(entry, str(error), overrides)) from None
+    assert isinstance(resolved, dict)
+    names = {key: chosen[key] for key in ("experiment", "scale") if key in chosen}
+    if resolved.pop("completed_by", None):
+        names["experiment"] += f"/{chosen[group]}"
+    own = [word for word in overrides if word.partition("=")[0] not in ("experiment", "scale", "protocol", "seed", *([group] if group else []))]
+    return {**names, **named(resolved), "overrides": own}
+
+
+def _without_hydra(config: DictConfig) -> DictConfig:
+    OmegaConf.set_readonly(config, False)
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+    return config
+
+
+def _check_grammar(overrides: Sequence[str]) -> None:
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line!r} names several values; one run takes one value each")
+
+
+def _explain(entry: str, message: str, overrides: Sequence[str]) -> str:
+    """Hydra's many-lined errors as one line with a remedy."""
+    if match := re.search(r"Could not find '([\w/@.-]+)'|Could not load '([\w/@.-]+)'", message):
+        wanted = next(name for name in match.groups() if name)
+        group, _, name = wanted.partition("/")
+        return unknown(group, name, choices(group))
+    if match := re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct", message):
+        key = next(name for name in match.groups() if name)
+        typed = next((o for o in overrides if re.split("[=@]", o)[0].lstrip("+~").endswith(key)), key)
+        return f"there is no setting {key!r} (from {typed!r}){closest(key.split('.')[-1], _all_keys(entry))}"
+    if match := re.search(r"You must specify '([^']+)', e\.g", message):
+        group = match[1]
+        return f"{group}=... is missing; one of: {', '.join(choices(group))}"
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", message):
+        return f"{match[1]}=... is missing: the experiment leaves it open, give it on the command line"
+    return "cannot read the overrides: " + " ".join(message.split())
+
+
+def _all_keys(entry: str) -> list[str]:
+    keys: set[str] = set()
+    for path in CONFIGS.rglob("*.yaml"):
+        keys.update(re.findall(r"^\s*([A-Za-z]\w*):", path.read_text(), flags=re.MULTILINE))
+    return sorted(keys)
+
+
+def usual(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same experiment at the same scale and protocol without overrides."""
+    return compose("train", [f"{key}={config[key]}" for key in ("experiment", "scale", "protocol")])
+
+
+def published(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same experiment as the paper ran it: scale=paper, no overrides."""
+    return compose(
+        "train", [f"experiment={config['experiment']}", f"protocol={config['protocol']}", "scale=paper"]
+    )

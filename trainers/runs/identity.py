@@ -1,0 +1,101 @@
+"""What makes two runs the same run: a hash of everything in a configuration that changes what is computed.
+
+    config_hash(config)                  # "9c2ecd61d7d1"
+    differences(usual, config)           # {"loss.gamma": [0.4, 0.2]}
+"""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from trainers.runs.settings import DEFAULTS
+from trainers.runs.targets import parameters_of
+
+# Top-level settings that do not change what is computed: a run has one hash wherever and however often it runs.
+EXCLUDED = (
+    "seed",
+    "paths",
+    "device",
+    "devices",
+    "accumulate",
+    "workers",
+    "graph",
+    "logger",
+    "launcher",
+    "checkpoint_minutes",
+    "experiment",
+    "scale",
+    "protocol",
+    "assessment",
+    "overrides",
+)
+EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache")
+
+
+def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without seed, paths, devices and logging, as a record holds it."""
+
+    def clean(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: clean(value) for key, value in node.items() if key not in EXCLUDED_ANYWHERE}
+        return [clean(value) for value in node] if isinstance(node, list) else node
+
+    return {key: clean(value) for key, value in config.items() if key not in EXCLUDED}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that stand for a resolved configuration: the same mathematics has the same ones.
+
+    What equals its default does not count, so that a setting added later, with the old behaviour as its default, leaves the runs
+    before it their hash. Parts count by their names, wherever their classes lie.
+    """
+
+    def canonical(node: Any, defaults: Mapping[str, Any]) -> Any:
+        if isinstance(node, Mapping):
+            known = _defaults(node["_target_"]) if "_target_" in node else defaults
+            found = {key: canonical(value, {}) for key, value in node.items()}
+            return {k: v for k, v in found.items() if v != canonical(known.get(k), {})}
+        if isinstance(node, list | tuple):
+            return [canonical(value, {}) for value in node]
+        if isinstance(node, int | float) and not isinstance(node, bool):
+            return f"{node:.12g}"  # 4 and 4.0 are one setting
+        return node
+
+    text = json.dumps(canonical(without_excluded(config), DEFAULTS), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _defaults(name: str) -> dict[str, Any]:
+    """The default of each parameter that has one, of what a name stands for."""
+    parameters, _ = parameters_of(name)
+    return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+def asked(overrides: list[str]) -> list[str]:
+    """The overrides that a record keeps: those that change what is computed, a place on this machine as PATH."""
+    kept = []
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key.split(".")[0].split("@")[0] not in EXCLUDED:
+            kept.append(f"{key}=PATH" if key.split(".")[-1] in EXCLUDED_ANYWHERE else override)
+    return kept
+
+
+def differences(usual: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Every setting that changes the result and differs: its dotted name -> [usual value, this configuration's]."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict):
+            return {prefix: node}
+        return {
+            k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}".lstrip(".")).items()
+        }
+
+    one, other = (flat(without_excluded(c)) for c in (usual, config))
+    return {
+        key: [one.get(key), other.get(key)]
+        for key in sorted({*one, *other})
+        if one.get(key) != other.get(key)
+    }

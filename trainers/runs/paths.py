@@ -1,0 +1,60 @@
+"""Where a run keeps what it has, and the frozen configuration that every process of it starts from."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainers.files import write_atomically
+from trainers.loop.folder import RunFolder
+from trainers.runs import records
+from trainers.runs.identity import config_hash
+from trainers.runs.targets import make
+from trainers.runs.teacher import teacher_config
+
+
+def run_folder(config: dict[str, Any]) -> RunFolder:
+    """Where a run keeps its checkpoints and history: <outputs>/<experiment>/<scale>/<hash>/seed<k>."""
+    path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / config_hash(config)
+    return RunFolder(path / f"seed{config['seed']}")
+
+
+def processes(config: dict[str, Any]) -> int:
+    """How many processes share each batch of a run."""
+    return int(config["devices"] * config["launcher"].get("nodes", 1))
+
+
+def record_path(config: dict[str, Any]) -> Path:
+    """Where a run's record is written."""
+    return records.record_path(
+        Path(config["paths"]["results"]) / "runs",
+        config["experiment"],
+        config["scale"],
+        config_hash(config),
+        config["seed"],
+    )
+
+
+def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the path of its teacher's record, where the teacher is a run of ours."""
+    teacher = teacher_config(config)
+    if teacher is None:
+        return config
+    return {**config, "teacher": {**config["teacher"], "record": str(record_path(teacher))}}
+
+
+def check_teacher(config: dict[str, Any]) -> None:
+    """Raises ConfigError naming the teacher whose record or weights a student run lacks."""
+    if config.get("teacher"):
+        make(with_teacher(config)["teacher"]).check()
+
+
+def freeze(config: dict[str, Any]) -> Path:
+    """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
+    config = with_teacher(config)
+    folder = run_folder(config)
+    folder.open("lock").close()  # says what is wrong with it, if anything is
+    path = folder.path / "config.yaml"
+    write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
+    path.with_name("progress.json").unlink(missing_ok=True)  # of an earlier start
+    return path

@@ -1,0 +1,188 @@
+"""Which runs a table or figure needs, which of them are done, and what the missing ones cost."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from trainers.errors import ConfigError
+from trainers.reports.tables import Overrides, experiments
+from trainers.runs.compose import compose
+from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
+from trainers.runs.paths import record_path, run_folder
+from trainers.runs.records import assessment_path, read_record
+from trainers.runs.targets import CONFIGS, unknown
+from trainers.runs.teacher import teacher_config
+
+STATES = ("done", "failed", "started", "missing")
+SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a table or figure: a row and a seed, and the assessment its configuration may name."""
+
+    row: str
+    config: dict[str, Any]
+
+    @cached_property
+    def record(self) -> Path:
+        """Where the file that completes it is or will be."""
+        record = record_path(self.config)
+        return assessment_path(record, self.assessment) if self.assessment else record
+
+    @property
+    def assessment(self) -> str | None:
+        """What is measured on the run's weights beside the record's own metrics."""
+        return self.config["assessment"]["name"] if self.config.get("assessment") else None
+
+    @property
+    def trained(self) -> bool:
+        """Whether the run itself has its record."""
+        return (record_path(self.config) if self.assessment else self.record).exists()
+
+    @cached_property
+    def teacher(self) -> "Cell | None":
+        """The run that must be done before, where a student learns from another run."""
+        made = teacher_config(self.config)
+        return Cell("teacher", made) if made else None
+
+    @property
+    def status(self) -> str:
+        """done, failed, started (there is a checkpoint) or missing."""
+        if self.trained and self.assessment:
+            return "done" if self.record.exists() else "started"
+        if self.trained:
+            return str(read_record(self.record)["status"])
+        return "started" if (run_folder(self.config).path / "checkpoints").exists() else "missing"
+
+
+def tables(kind: str = "table") -> dict[str, Path]:
+    """The tables (or figures) that can be made, by what a person types: "3" -> configs/table/table03.yaml, "1kd" -> table01kd."""
+    return {p.stem.removeprefix(kind).lstrip("0"): p for p in sorted((CONFIGS / kind).glob(f"{kind}*.yaml"))}
+
+
+def load_table(number: str, kind: str = "table") -> dict[str, Any]:
+    """The configuration of a table or figure. Raises ConfigError for one that does not exist."""
+    known = tables(kind)
+    if str(number) not in known:
+        raise ConfigError(unknown(kind, str(number), list(known)))
+    table = OmegaConf.to_container(OmegaConf.load(known[str(number)]))
+    assert isinstance(table, dict)
+    if "rows_of" in table:
+        source = load_table(table.pop("rows_of").removeprefix("table").lstrip("0"))
+        table = {**{key: source[key] for key in ("labels", "metrics", "rows")}, **table}
+    return {str(key): value for key, value in table.items()} | {"name": known[str(number)].stem}
+
+
+def row_config(
+    row: Mapping[str, Any],
+    scale: str,
+    protocol: str,
+    overrides: Sequence[str] = (),
+    assessment: str | None = None,
+) -> dict[str, Any]:
+    """The configuration of a row's run at a scale, seed 0: its experiment, its own overrides, then the person's."""
+    own = [f"{key}={json.dumps(value)}" for key, value in (row.get("overrides") or {}).items()]
+    asked = [f"assessment={assessment}"] if assessment else []
+    names = [f"experiment={row['experiment']}", f"scale={scale}", f"protocol={protocol}"]
+    return compose("train", [*names, *asked, *own, *overrides])
+
+
+def cells(
+    table: Mapping[str, Any],
+    *,
+    scale: str,
+    protocol: str,
+    seeds: Sequence[int] | None = None,
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+) -> list[Cell]:
+    """Every run the chosen rows and columns need, each once, teachers first. Raises ConfigError for an unknown row or column."""
+    runnable = {row["id"]: row for row in table["rows"] if experiments(table, row)}
+    for kind, chosen, known in (("row", rows, runnable), ("column", columns, table.get("columns", {}))):
+        for name in chosen or ():
+            if name not in known:
+                raise ConfigError(unknown(f"{kind} of {table['name']}", name, list(known)))
+    found: dict[Path, Cell] = {}
+    for row in rows or runnable:
+        for column, experiment in experiments(table, runnable[row]).items():
+            if columns and column not in columns:
+                continue
+            named = {**runnable[row], "experiment": experiment}
+            config = row_config(named, scale, protocol, overrides, table.get("assessment"))
+            for seed in seeds if seeds is not None else SEEDS[scale]:
+                cell = Cell(row, {**config, "seed": seed})
+                found.setdefault(cell.record, cell)
+    teachers = {cell.record: cell for cell in (c.teacher for c in found.values()) if cell}
+    return [*({k: found.get(k, cell) for k, cell in teachers.items()} | found).values()]
+
+
+def usual(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
+    """For each experiment of the rows, the configuration its run has at this scale without any override."""
+    names = dict.fromkeys(name for row in table["rows"] for name in experiments(table, row).values())
+    return {name: row_config({"experiment": name}, scale, protocol) for name in names}
+
+
+def claims() -> dict[str, list[Overrides]]:
+    """For each experiment, the overrides of every row of every table and figure."""
+    found: dict[str, list[Overrides]] = {}
+    for kind in ("table", "figure"):
+        for number in tables(kind):
+            table = load_table(number, kind)
+            for row in table["rows"]:
+                for experiment in experiments(table, row).values():
+                    found.setdefault(experiment, []).append(row.get("overrides") or {})
+    return found
+
+
+def summary(title: str, scale: str, plan: Sequence[Cell], rate: Rate = ASSUMED) -> str:
+    """Lines for a person: each row's runs by state, and what the missing ones cost at a rate."""
+    lines = [f"{title}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"]
+    total: float | None = 0.0
+    for row in dict.fromkeys(cell.row for cell in plan):
+        mine = [cell for cell in plan if cell.row == row]
+        names = sorted({cell.config["experiment"] for cell in mine})
+        states = {state: [c.config["seed"] for c in mine if c.status == state] for state in STATES}
+        name = names[0] if len(names) == 1 else f"{os.path.commonpath(names)}/... ({len(names)} of them)"
+        line = f"  {row:16} {name:22} " + ", ".join(
+            f"{state}: seed {' '.join(map(str, seeds))}" if len(names) == 1 else f"{state}: {len(seeds)} runs"
+            for state, seeds in states.items()
+            if seeds
+        )
+        if left := [cell for cell in mine if cell.status != "done"]:
+            hours = [device_hours(cell, rate) for cell in left]
+            mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
+            total = None if mean is None or total is None else total + mean * len(left)
+            each = "each" if len(names) == 1 else "each, on average,"
+            line += f"; {each} {_hours(mean)}, {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
+        lines.append(line)
+    if any(cell.status != "done" for cell in plan):
+        lines.append(f"  to do: {_hours(total)}, {rate}")
+    return "\n".join(lines)
+
+
+def device_hours(cell: Cell, rate: Rate = ASSUMED) -> float | None:
+    """Hours of one device at a rate for what is missing of a cell; None for data whose size is not known beforehand."""
+    size = SIZES.get(cell.config["data"]["_target_"].rpartition("/")[2])
+    if size is None:
+        return None
+    attacks = len(cell.config["assessment"].get("eighths", ())) if cell.assessment else 0
+    return (
+        needed_flops(cell.config, size, training=not cell.trained, further_attacks=attacks)
+        / rate.flops_an_hour
+    )
+
+
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return "an unknown number of device-hours for this data"
+    if hours < 0.01:
+        return "under 0.01 device-hours"
+    return f"about {hours:,.0f} device-hours" if hours >= 10 else f"about {hours:.2g} device-hours"

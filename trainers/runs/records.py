@@ -1,0 +1,173 @@
+"""One JSON file per run: what was run, on what, and what came out. Append-only, checked when written and when read.
+
+path = write_record(Path("results/runs"), record)
+records = read_records(Path("results/runs"))
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainers.runs.identity import config_hash
+
+SCHEMA = 2
+Record = dict[str, Any]
+
+REQUIRED: dict[str, Any] = {
+    "schema": int,
+    "experiment": str,
+    "scale": str,
+    "protocol": str,
+    "seed": int,
+    "config_hash": str,
+    "config": dict,
+    "overrides": list,
+    "changed": dict,
+    "status": str,
+    "metrics": dict,
+    "history": str,
+    "checkpoint": dict,
+    "code": dict,
+    "versions": dict,
+    "hardware": dict,
+    "data": dict,
+    "cost": dict,
+    "finished": str,
+}
+# A further evaluation of a run's weights. checkpoint: their sha256, which ties it to the run's record.
+ASSESSMENT: dict[str, Any] = {
+    "assessment": str,
+    "settings": dict,
+    "checkpoint": str,
+    "metrics": dict,
+    "details": dict,
+    "code": dict,
+    "versions": dict,
+    "hardware": dict,
+    "cost": dict,
+    "finished": str,
+}
+
+
+def record_path(root: Path, experiment: str, scale: str, config_hash: str, seed: int) -> Path:
+    """<root>/<experiment>/<scale>/<hash>/seed<k>.json"""
+    return root / experiment / scale / config_hash / f"seed{seed}.json"
+
+
+def validate(record: Any) -> None:
+    """Raises ValueError naming the first thing wrong with a record."""
+    if not isinstance(record, dict):
+        raise ValueError(f"a record is a JSON object, got {type(record).__name__}")
+    for key, kind in REQUIRED.items():
+        if not isinstance(record.get(key), kind):
+            raise ValueError(f"a record needs {key} ({kind.__name__}), got {record.get(key)!r}")
+    if record["schema"] != SCHEMA:
+        raise ValueError(f"record schema {record['schema']} is not {SCHEMA}, the one this version reads")
+    if record["status"] not in ("done", "failed"):
+        raise ValueError(f"status must be done or failed, got {record['status']!r}")
+    _validate_metrics(record["metrics"])
+    if not re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["finished"]):
+        raise ValueError(f"finished must look like 2026-01-31T12:00:00Z, got {record['finished']!r}")
+    if Path(record["history"]).is_absolute():
+        raise ValueError(f"history must be a relative path, got {record['history']!r}")
+    if "stand_in_for" not in record["data"] or not isinstance(record["data"].get("name"), str):
+        raise ValueError(f"data needs name and stand_in_for, got {record['data']!r}")
+    if record["config_hash"] != config_hash(record["config"]):
+        raise ValueError(
+            f"config_hash {record['config_hash']} is not that of the record's config, {config_hash(record['config'])}"
+        )
+
+
+def _validate_metrics(metrics: Mapping[str, Any]) -> None:
+    for name, value in metrics.items():
+        if type(value) not in (int, float) or not math.isfinite(value) or not 0.0 <= value <= 100.0:
+            raise ValueError(f"metric {name} must be a percentage, got {value!r}")
+
+
+def write_record(root: Path, record: Record) -> Path:
+    """Write a record to its place, whole or not at all. Raises FileExistsError rather than change one that is there."""
+    validate(record)
+    path = record_path(root, record["experiment"], record["scale"], record["config_hash"], record["seed"])
+    return _write_once(path, record)
+
+
+def assessment_path(record: Path, name: str) -> Path:
+    """Where a run's further evaluation of that name lies: beside its record."""
+    return record.with_name(f"{record.stem}.{name}.json")
+
+
+def write_assessment(record: Path, assessment: Record) -> Path:
+    """Write a further evaluation of a run's weights beside its record. Raises as write_record."""
+    _validate_assessment(assessment)
+    return _write_once(assessment_path(record, assessment["assessment"]), assessment)
+
+
+def read_assessment(path: Path) -> Record:
+    """A checked further evaluation. Raises ValueError naming the file when it is damaged."""
+    return _read(path, _validate_assessment)
+
+
+def _validate_assessment(assessment: Any) -> None:
+    if not isinstance(assessment, dict):
+        raise ValueError(f"an assessment is a JSON object, got {type(assessment).__name__}")
+    for key, kind in ASSESSMENT.items():
+        if not isinstance(assessment.get(key), kind):
+            raise ValueError(f"an assessment needs {key} ({kind.__name__}), got {assessment.get(key)!r}")
+    _validate_metrics(assessment["metrics"])
+
+
+def _write_once(path: Path, record: Record) -> Path:
+    text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        if path.read_text() == text:
+            return path
+        raise FileExistsError(
+            f"{path} holds another record of the same run; records are never changed, move it away first"
+        )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_record(path: Path) -> Record:
+    """A checked record. Raises ValueError naming the file when it is damaged."""
+    return _read(path, validate)
+
+
+def _read(path: Path, check: Callable[[Any], None]) -> Record:
+    try:
+        record = json.loads(path.read_text())
+        check(record)
+    except ValueError as error:  # json's error is one as well
+        raise ValueError(f"record {path} is damaged: {error}") from error
+    return dict(record)
+
+
+def read_records(root: Path) -> list[Record]:
+    """All records below root in the order of their paths, each with its `path` relative to root.
+
+    A run's assessments lie in `assessments` by name, their metrics among its own.
+    """
+    records = []
+    for path in sorted(root.rglob("seed*.json")):
+        if not re.fullmatch(r"seed\d+", path.stem):
+            continue
+        record = read_record(path)
+        found = [read_assessment(p) for p in sorted(path.parent.glob(f"{path.stem}.*.json"))]
+        mine = {a["assessment"]: a for a in found if a["checkpoint"] == record["checkpoint"]["sha256"]}
+        for assessment in mine.values():
+            record["metrics"] = {**record["metrics"], **assessment["metrics"]}
+        records.append({**record, "assessments": mine, "path": str(path.relative_to(root))})
+    return records

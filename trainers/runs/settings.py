@@ -1,0 +1,119 @@
+"""What a run's configuration may hold, and what is built from it: parts by their sections, settings by their types.
+
+check(config, world_size)
+training = build(config, device=device)
+"""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from trainers.errors import ConfigError
+from trainers.loop.training import Setup, Training
+from trainers.runs.targets import check_values, locate, make, parameters_of, unknown
+
+SETUP = {field.name: field for field in dataclasses.fields(Setup)}
+# Sections of a configuration that describe the run around a training.
+AROUND = ("method", "assessment", "launcher", "evaluation")
+# Plain settings at the top of a configuration and their types: a Setup's, and those of the run around it.
+SETTINGS: dict[str, Any] = {
+    name: hint
+    for name, hint in typing.get_type_hints(Setup).items()
+    if name not in ("data", "model", "augment", "averages")
+} | {
+    "evaluate": str,
+    "checkpoint_minutes": float,
+    "devices": int,
+    "device": typing.Literal["auto", "cpu", "cuda"],
+}
+DEFAULTS = {name: field.default for name, field in SETUP.items() if field.default is not dataclasses.MISSING}
+
+
+def check(config: Mapping[str, Any], world_size: int) -> None:
+    """Everything that can be known wrong before data is read or a network built. Raises ConfigError."""
+    check_values(config)
+    _check_parts(config)
+    _check_batch(config, world_size)
+    if config["workers"] != "auto" and config["workers"] < 0:
+        raise ConfigError(f"workers must be auto or a number from 0, got {config['workers']}")
+    selection = config.get("selection")
+    known = ["last", *config["averages"], *(["best"] if selection or "attack" not in config else [])]
+    if config["evaluate"] not in known:
+        raise ConfigError(unknown("evaluate", config["evaluate"], known))
+    known = ["last", *config["averages"]]
+    if selection and selection.get("weights", "last") not in known:
+        raise ConfigError(unknown("selection.weights", selection["weights"], known))
+
+
+def _check_batch(config: Mapping[str, Any], world_size: int) -> None:
+    """That a batch can be shared by so many processes, in whole batch-norm groups."""
+    batch_size, groups = config["batch_size"], config["bn_groups"]
+    for name in ("epochs", "batch_size", "bn_groups", "devices", "accumulate"):
+        if config[name] < 1:
+            raise ConfigError(f"{name} must be at least 1, got {config[name]}")
+    if batch_size % world_size:
+        raise ConfigError(
+            f"batch_size={batch_size} cannot be shared by {world_size} processes; choose devices= a divisor of it"
+        )
+    if groups % world_size or batch_size % groups:
+        raise ConfigError(
+            f"bn_groups={groups} must be a multiple of devices={world_size} and divide batch_size={batch_size}: "
+            f"each process normalises whole groups; set bn_groups={world_size} to give each device its own batch norm"
+        )
+    if groups // world_size % config["accumulate"]:
+        raise ConfigError(
+            f"accumulate={config['accumulate']} must divide the {groups // world_size} batch-norm groups of a process "
+            f"(bn_groups={groups}, devices={world_size}): each micro-batch has whole groups; choose a divisor, or more bn_groups"
+        )
+
+
+def check_machine(config: Mapping[str, Any]) -> None:
+    """That this machine can carry the run: a GPU for scale=paper, as many GPUs as devices. Raises ConfigError."""
+    gpus = torch.cuda.device_count()
+    if config["scale"] == "paper" and config["device"] == "auto" and not gpus:
+        raise ConfigError(
+            "scale=paper needs a GPU and torch sees none; try scale=smoke (minutes on two cores) or scale=small, "
+            "plan=true for what it costs, or device=cpu to run it here all the same"
+        )
+    if gpus and config["device"] != "cpu" and config["devices"] > gpus:
+        raise ConfigError(
+            f"devices={config['devices']} but torch sees {gpus} GPUs; set devices={gpus} or fewer"
+        )
+
+
+def _check_parts(config: Mapping[str, Any]) -> None:
+    """That the method gets every part it needs, and each part there is has someone who takes it."""
+    name = config["method"]["_target_"]
+    parameters, _ = parameters_of(name)
+    for part, node in config.items():
+        built = isinstance(node, dict) and "_target_" in node
+        if built and part not in parameters and part not in SETUP and part not in AROUND:
+            raise ConfigError(f"{name} takes no {part}; leave it out or set {part}: null")
+    needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
+    missing = [n for n in needed if n not in config["method"] and config.get(n) is None]
+    if missing:
+        raise ConfigError(f"{name} also needs {', '.join(missing)}: choose them as {missing[0]}=...")
+
+
+def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> Training:
+    """The training of a configuration: its setup and its method, each part from its own `_target_`. Raises ConfigError, ValueError.
+
+    given: parts that are built already (data, model).
+    """
+    setup = {name: make(node) for name, node in config.items() if name in SETUP and name not in given}
+    setup["seed"], setup["device"] = config["seed"], device
+    parameters, _ = parameters_of(config["method"]["_target_"])
+    parts = {name: make(node) for name, node in config.items() if name in parameters and name not in given}
+    parts |= {name: given.pop(name) for name in list(given) if name in parameters}
+    if "model" not in given:
+        given["model"] = make(config["model"], num_classes=given["data"].num_classes)
+    return Training(Setup(**{**setup, **given}), make(config["method"], **parts))
+
+
+def method_of(config: Mapping[str, Any]) -> Any:
+    """The class of a configuration's method."""
+    return locate(config["method"]["_target_"])

@@ -1,0 +1,174 @@
+"""What a configuration may build, by name: `attack/PGD` is what a file of configs/attack names as its `_target_`.
+
+    locate("attack/PGD")                 # the class
+    make({"_target_": "attack/PGD", "epsilon": 0.03, ...})
+
+The files of configs/ alone say where a name's class or function lies. Composed configurations, identities, records and frozen
+configurations hold names: a class moves without changing any of them, and none of them can have other code run.
+"""
+
+import difflib
+import importlib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from trainers.errors import ConfigError
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@cache
+def addresses() -> dict[str, str]:
+    """Name -> dotted address, of every `_target_` in configs/. Raises ConfigError where one name has two."""
+    found: dict[str, str] = {}
+    for path in sorted(CONFIGS.rglob("*.yaml")):
+        kind = path.relative_to(CONFIGS).parts[0]
+        for address in re.findall(r"_target_: *([\w.]+)", path.read_text()):
+            name = f"{kind}/{address.rpartition('.')[2]}"
+            if found.setdefault(name, address) != address:
+                raise ConfigError(
+                    f"configs/ gives {name} two addresses, {found[name]} and {address}; it needs one"
+                )
+    return found
+
+
+@cache
+def _names() -> dict[str, str]:
+    return {address: name for name, address in addresses().items()}
+
+
+def named(node: Any) -> Any:
+    """A configuration with names for addresses. Raises ConfigError for an address that no file of configs/ has."""
+    if isinstance(node, list):
+        return [named(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    made = {key: named(child) for key, child in node.items()}
+    if "_target_" in made:
+        address = made["_target_"]
+        if address not in _names():
+            raise ConfigError(
+                f"_target_ names {address!r}; a configuration builds only what a file of configs/ names, each in the folder of its kind"
+            )
+        made["_target_"] = _names()[address]
+    return made
+
+
+def locate(name: str) -> Callable[..., Any]:
+    """The class or function of a name. Raises ConfigError for an unknown one."""
+    if name not in addresses():
+        raise ConfigError(
+            f"{name!r} is nothing that a configuration may build; configs/ has no such _target_"
+        )
+    module, _, attribute = addresses()[name].rpartition(".")
+    try:
+        return typing.cast(Callable[..., Any], getattr(importlib.import_module(module), attribute))
+    except AttributeError:
+        raise ConfigError(
+            f"configs/ says that {name} is {module}.{attribute}, which does not exist"
+        ) from None
+
+
+def make(node: Any, **given: Any) -> Any:
+    """The object that a checked node describes; plain values are themselves. Raises ConfigError for bad values.
+
+    given: further arguments; a node with `_partial_` and none is made into a function that takes the rest.
+    """
+    if isinstance(node, list):
+        return [make(child) for child in node]
+    if not isinstance(node, dict):
+        return node
+    values = {key: make(child) for key, child in node.items() if key not in ("_target_", "_partial_")}
+    if "_target_" not in node:
+        return values
+    call = partial(locate(node["_target_"]), **{**values, **given})
+    if node.get("_partial_") and not given:
+        return call
+    try:
+        return call()
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
+
+
+@cache
+def parameters_of(name: str) -> tuple[dict[str, inspect.Parameter], dict[str, Any]]:
+    """Parameters by name, and their types, of what a name stands for."""
+    target = locate(name)
+    found = inspect.signature(target).parameters
+    parameters = {n: p for n, p in found.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+    hinted = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    return parameters, typing.get_type_hints(hinted)
+
+
+def check_values(config: Mapping[str, Any]) -> None:
+    """Every named part takes the keys it is given, and of the types they have. Raises ConfigError."""
+    for name, node in config.items():
+        _check(node, name)
+
+
+def _check(node: Any, where: str) -> None:
+    if isinstance(node, list):
+        for number, child in enumerate(node):
+            _check(child, f"{where}[{number}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        parameters, hints = parameters_of(node["_target_"])
+        for key, value in node.items():
+            if key in ("_target_", "_partial_"):
+                continue
+            if key not in parameters:
+                raise ConfigError(
+                    f"{node['_target_']} takes no {where}.{key}{closest(key, list(parameters))}"
+                )
+            if not (isinstance(value, dict) and "_target_" in value) and not fits(value, hints.get(key, Any)):
+                raise ConfigError(mistyped(f"{where}.{key}", hints[key], value))
+    for key, child in node.items():
+        _check(child, f"{where}.{key}")
+
+
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a plain value is of an annotated type; what is no plain type takes anything."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any or annotation is inspect.Parameter.empty:
+        return True
+    if origin is typing.Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if annotation is type(None) or annotation is None:
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if annotation in (str, bool):
+        return isinstance(value, annotation)
+    if annotation is Path:
+        return isinstance(value, str)
+    if origin in (Sequence, list, tuple):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value if arguments)
+    return True  # objects are built by their own `_target_`
+
+
+def mistyped(name: str, annotation: Any, value: Any) -> str:
+    """One line for a value of another type."""
+    wanted = annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
+    return f"{name} must be {wanted}, got {value!r} ({type(value).__name__})"
+
+
+def unknown(kind: str, name: str, known: Sequence[str]) -> str:
+    """One line for a name that does not exist."""
+    return f"unknown {kind} {name!r}{closest(name, known)}; there are: {', '.join(known)}"
+
+
+def closest(name: str, known: Sequence[str]) -> str:
+    """A question after the nearest of the known names, "" if none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

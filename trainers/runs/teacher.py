@@ -1,0 +1,117 @@
+"""The teacher of a student run: where its weights come from.
+
+A student learns from a run of this repository (`weights: own`), whose record names it, or from a published file.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from gkl.models import load_checkpoint, published
+from trainers.errors import ConfigError
+from trainers.runs.compose import compose
+from trainers.runs.identity import differences
+from trainers.runs.records import read_record
+
+# What a person changes in a student's data and schedule, its teacher is trained with, too.
+SHARED = (
+    "data", "augment", "epochs", "batch_size", "drop_last", "bn_groups", "precision", "channels_last", "compile",
+    "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "launcher", "paths",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Which network teaches, and its weights.
+
+    run: the experiment that trains it, seed 0. weights: own, that run's; published, a file below folder: of
+    torchvision/<weights> or timm/<model> the one that these download, else <published>/ckpt_epoch_240.pth, the layout of
+    RepDistiller's and mdistiller's archives, or a path of its own with a suffix.
+    outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
+    cache: folder for the teacher's logits on each view of each picture, or None: they are computed anew in every step.
+    """
+
+    network: Callable[..., nn.Module]
+    run: str
+    published: str
+    weights: Literal["own", "published"]
+    folder: str
+    outputs: str
+    record: str | None = None
+    cache: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """Where the weights are. Raises ConfigError when the teacher's run has no record."""
+        if self.weights == "published":
+            return Path(self.folder) / published.file_name(self.published)
+        if self.record is None or not Path(self.record).is_file():
+            raise ConfigError(
+                f"the teacher {self.run} has no record{f' at {self.record}' if self.record else ''}; train it first: "
+                f"make teachers, or python scripts/train.py experiment={self.run} with this run's scale and data"
+            )
+        return Path(self.outputs) / read_record(Path(self.record))["checkpoint"]["path"]
+
+    def check(self) -> None:
+        """Fetch torchvision's or timm's weights if need be. Raises ConfigError when weights or their run's record are missing."""
+        file = self.file
+        if self.weights == "published" and not file.is_file():
+            try:
+                published.fetch(self.published, file)
+            except (OSError, RuntimeError, ValueError) as error:
+                raise ConfigError(
+                    f"the teacher's weights {file} are missing and cannot be fetched ({error}); put the file there "
+                    "(GKL_TEACHERS), or set teacher.weights=own"
+                ) from error
+        if not file.is_file():
+            remedy = (
+                f"bring the file back (GKL_OUTPUTS), or move {self.record} away to train the teacher anew"
+                if self.weights == "own"
+                else "unpack RepDistiller's or mdistiller's teachers there (GKL_TEACHERS), or set teacher.weights=own"
+            )
+            raise ConfigError(f"the teacher's weights {file} are missing; {remedy}")
+
+    def load(self, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
+        """The network with its weights, and what a student's record says of it. Raises ConfigError for missing or other weights."""
+        self.check()
+        file = self.file
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        if self.weights == "own":
+            record = read_record(Path(str(self.record)))
+            trained = {key: value for key, value in record["config"]["model"].items() if key != "_target_"}
+            given = getattr(self.network, "keywords", trained)
+            if changed := differences(trained, given):
+                told = ", ".join(f"{key}={one!r}, here {other!r}" for key, (one, other) in changed.items())
+                raise ConfigError(
+                    f"the teacher {self.run} was trained with another network than teacher.network says: {told}; make them alike"
+                )
+            if sha256 != record["checkpoint"]["sha256"]:
+                raise ConfigError(
+                    f"the teacher's weights {file} are not those of its record {self.record}; bring them back, or move "
+                    "the record away to train the teacher anew"
+                )
+        network = self.network(num_classes=num_classes)
+        try:
+            load_checkpoint(network, file)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        named = {"run": self.run} if self.weights == "own" else {"published": self.published}
+        return network, {**named, "sha256": sha256}
+
+
+def teacher_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The run that trains a student's teacher: its experiment at the student's scale, with what both share; None for none."""
+    teacher = config.get("teacher")
+    if not teacher or teacher["weights"] != "own":
+        return None
+    place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]
+    made = compose("train", [f"experiment={teacher['run']}", *place])
+    usual = compose("train", [f"experiment={config['experiment']}", *place])
+    changed = {key for key in SHARED if usual.get(key) != config.get(key)}
+    own = [word for word in config["overrides"] if re.split("[.@=]", word.lstrip("+~"))[0] in SHARED]
+    return {**made, **{key: config[key] for key in changed}, "seed": 0, "overrides": own}
