@@ -15,7 +15,7 @@ from torchvision.transforms import AutoAugment, AutoAugmentPolicy, Compose, Rand
 
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 AT_LEAST = {"crop_flip": 5.0}  # the throughput that is wanted
 
@@ -39,7 +39,7 @@ def main() -> None:
         config = compose(
             "train", [f"experiment={experiment}", f"model={arguments.model}", f"batch_size={arguments.batch}"]
         )
-        task = build(config, data=data, model=make(config["model"], num_classes=100), device=device)
+        task = build(config, data=data, model=instantiate(config["model"], num_classes=100), device=device)
         task.start_epoch(20)
         index = torch.arange(arguments.batch)  # on the CPU, where a batch's places are
         batch = task.training.images[index.to(device)]

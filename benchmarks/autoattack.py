@@ -32,7 +32,7 @@ from gkl.evaluation import accuracy, evaluate, pgd_robust
 from gkl.evaluation.autoattack import Version
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 EPSILON = 0.1
 RADII = (EPSILON, 0.07, 0.05, 0.03, 0.02, 0.01)
@@ -67,7 +67,7 @@ def trained(data: ImageData, name: str, epochs: int, device: torch.device) -> nn
         ],
     )
     torch.manual_seed(0)
-    model: nn.Module = make(config["model"], num_classes=10)
+    model: nn.Module = instantiate(config["model"], num_classes=10)
     task = build(config, data=data, model=model, device=device)
     for epoch in range(1, epochs + 1):
         task.start_epoch(epoch)

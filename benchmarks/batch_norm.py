@@ -20,7 +20,7 @@ from timing import Row, interleaved, ratios, report
 from torch import Tensor, nn
 
 from gkl.models import batch_norm
-from gkl.models.batch_norm import GroupBatchNorm2d, activated, group_batch_norm
+from gkl.models.batch_norm import GhostBatchNorm2d, activated, ghost_batch_norm
 
 SHAPES = {
     "wrn_34_10": [(160, 32), (320, 16), (640, 8)],
@@ -36,7 +36,7 @@ class Case:
 
     def __init__(self, channels: int, side: int, groups: int, attack: bool, device: torch.device) -> None:
         torch.manual_seed(0)
-        self.norm = group_batch_norm(nn.BatchNorm2d(channels, device=device), groups)
+        self.norm = ghost_batch_norm(nn.BatchNorm2d(channels, device=device), groups)
         nn.init.uniform_(self.norm.weight, 0.5, 1.5)
         nn.init.normal_(self.norm.bias, std=0.3)
         self.norm.train(not attack).requires_grad_(not attack)
@@ -55,7 +55,7 @@ class Case:
             for wanted in (True, False)
         )
 
-    def once(self, number: int, norm: GroupBatchNorm2d) -> tuple[Tensor, ...]:
+    def once(self, number: int, norm: GhostBatchNorm2d) -> tuple[Tensor, ...]:
         """Output and gradients."""
         x, slope = (tensors[number % len(tensors)] for tensors in (self.maps, self.slopes))
         y = activated(norm, x, F.relu)

@@ -39,7 +39,7 @@ from gkl.data.memory import ImageData
 from trainers.methods.distillation import Distillation
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 from trainers.runs.teacher import Teacher
 
 METHODS = ("kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "ofd", "reviewkd", "crd")
@@ -66,9 +66,9 @@ def made(
 ) -> Distillation:
     """A training of the pair, always from the same weights; with a cache, its views of the first epoch are in it."""
     config = compose("train", [f"experiment=kd/c100_{method}/{pair}", *overrides])
-    teacher = make({**config["teacher"], "cache": cache})
+    teacher = instantiate({**config["teacher"], "cache": cache})
     torch.manual_seed(0)
-    given = {"data": data, "model": make(config["model"], num_classes=100), "device": device}
+    given = {"data": data, "model": instantiate(config["model"], num_classes=100), "device": device}
     task: Distillation = build(config, **given, teacher=Untrained(**vars(teacher)))
     task.start_epoch(EPOCH)
     if task.cache is not None:

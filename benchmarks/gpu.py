@@ -30,7 +30,7 @@ from timing import ROOT, noise, peak_gib, timed
 from trainers.runs.compose import compose
 from trainers.runs.cost import SIZES, Rate, Size, forward_flops, needed_flops
 from trainers.runs.plan import cells, load_table
-from trainers.runs.targets import locate, make
+from trainers.runs.targets import instantiate, locate
 
 Step = Callable[[], object]
 say = partial(print, flush=True)
@@ -91,7 +91,7 @@ def stepper(name: str, device: torch.device, own: Sequence[str], epoch: int) -> 
 
 def step_flops(config: Mapping[str, Any], epoch: int) -> float:
     """FLOPs of a step, as the cost model counts them."""
-    attack, size = make(config["attack"]) if config.get("attack") else None, size_of(config)
+    attack, size = instantiate(config["attack"]) if config.get("attack") else None, size_of(config)
     steps = attack.budget(epoch, config["epochs"])["steps"] if attack else 0
     counted = locate(config["method"]["_target_"]).forwards(config, epoch, steps)  # type: ignore[attr-defined]
     networks = {name: reduce(lambda at, key: at[key], name.split("."), config) for name in counted}

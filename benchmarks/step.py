@@ -54,7 +54,7 @@ from trainers.loop.accuracy import clean_accuracy
 from trainers.methods.adversarial_training import AdversarialTraining
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from test_fidelity import RECIPES, Restatement
@@ -100,7 +100,7 @@ def our_task(setting: Setting, device: torch.device, **settings: Any) -> Adversa
     """Our training, at its first step of EPOCH. Equal settings begin at equal weights, and at one prior that is not uniform."""
     config = our_config(setting, **settings)
     torch.manual_seed(0)
-    task = build(config, data=noise(), model=make(config["model"], num_classes=CLASSES), device=device)
+    task = build(config, data=noise(), model=instantiate(config["model"], num_classes=CLASSES), device=device)
     assert isinstance(task, AdversarialTraining)
     generator = torch.Generator().manual_seed(0)
     probs = (2.0 * torch.randn(CLASSES, CLASSES, generator=generator, dtype=torch.float64)).softmax(1)
@@ -121,7 +121,7 @@ def batch_and_start(task: AdversarialTraining, step: int) -> Batch:
 
 def plain_network(task: AdversarialTraining, setting: Setting) -> nn.Module:
     """The task's network with torch's own batch norm, in contiguous tensors, at the task's weights."""
-    network: nn.Module = make(our_config(setting)["model"], num_classes=CLASSES)
+    network: nn.Module = instantiate(our_config(setting)["model"], num_classes=CLASSES)
     network.load_state_dict(task.model.state_dict())
     return network.to(task.device, task.dtype)
 

@@ -24,7 +24,7 @@ from gkl.losses.closed_form import gkl
 from gkl.models import create
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 METHODS = ("kd", "gkl", "ikl", "dkd", "at", "reviewkd", "ofd", "crd")
 PAPER = {
@@ -53,9 +53,9 @@ def stepper(
     """A step of an experiment on ImageNet's sizes, always on the same pictures; its teacher, if it has one, is untrained."""
     config = compose("train", [f"experiment={experiment}", f"batch_size={batch}", "bn_groups=1", *overrides])
     data = pictures(20_000, side)
-    given = {"data": data, "model": make(config["model"], num_classes=1000), "device": device}
+    given = {"data": data, "model": instantiate(config["model"], num_classes=1000), "device": device}
     if config.get("teacher"):
-        given["teacher"] = Untrained(**vars(make(config["teacher"])))
+        given["teacher"] = Untrained(**vars(instantiate(config["teacher"])))
     task = build(config, **given)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(batch, 3, side, side, generator=generator).to(device)

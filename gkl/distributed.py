@@ -41,7 +41,7 @@ class Shard:
         return torch.cat(groups) if groups else torch.arange(0)
 
 
-def world_sum(tensor: Tensor) -> Tensor:
+def all_reduce(tensor: Tensor) -> Tensor:
     """Sum of `tensor` over all processes, without gradient; the same on every process."""
     if world_size() == 1:
         return tensor.detach()
@@ -50,7 +50,7 @@ def world_sum(tensor: Tensor) -> Tensor:
     return total
 
 
-def world_cat(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """Every process's rows, in the order of the processes, (b, ...) -> (B, ...); with gradient. b may differ.
 
     Each process's gradient must be of its own share of the loss: the sum over processes comes back.
@@ -78,7 +78,7 @@ class _Cat(torch.autograd.Function):
         return total.split(ctx.counts)[rank()]
 
 
-def world_sum_(tensors: Iterable[Tensor]) -> None:
+def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one message per dtype."""
     _in_one_message(tensors, dist.all_reduce)
 

@@ -22,7 +22,7 @@ from trainers.errors import RunError
 from trainers.runs.compose import choices, compose
 from trainers.runs.launchers.local import Local
 from trainers.runs.plan import cells, load_table, tables
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 
 def main(arguments: list[str]) -> int:
@@ -101,7 +101,7 @@ def report_data() -> None:
             continue
         node = compose("train", ["experiment=at/c100_basic_gkl", f"data={name}"])["data"]
         try:
-            data = make({**node, "download": False} if "download" in node else node)
+            data = instantiate({**node, "download": False} if "download" in node else node)
             print(f"data {name}: {len(data.train_labels)} train and {len(data.test_labels)} test images")
         except RunError as error:
             print(f"data {name}: {error}")
@@ -123,7 +123,7 @@ def report_renditions() -> None:
         "assessment"
     ]
     try:
-        make(node).check()
+        instantiate(node).check()
         print(f"ImageNet-R and ImageNet-Sketch: both in {node['root']}")
     except ValueError as error:
         print(f"Table XIII: {error}")
@@ -135,7 +135,7 @@ def report_teachers() -> None:
         pairs = [
             compose("train", [f"experiment=kd/{experiment}/{pair}"])["teacher"] for pair in choices(group)
         ]
-        files = {make({**teacher, "weights": "published"}).file for teacher in pairs}
+        files = {instantiate({**teacher, "weights": "published"}).file for teacher in pairs}
         missing = sorted(file.name for file in files if not file.is_file())
         print(
             f"published teachers, {data}: {len(files) - len(missing)} of {len(files)} files in {pairs[0]['folder']} "

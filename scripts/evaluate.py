@@ -26,7 +26,7 @@ from trainers.loop.accuracy import autoattack, clean_accuracy
 from trainers.loop.console import Console
 from trainers.runs.compose import choices, compose
 from trainers.runs.processes import device_of, process_group
-from trainers.runs.targets import CONFIGS, check_values, make, unknown
+from trainers.runs.targets import CONFIGS, check_values, instantiate, unknown
 
 
 def main(arguments: list[str]) -> int:
@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> int:
         first = os.environ.get("RANK", "0") == "0"
         device = device_of(config)
         console = Console(path.name, enabled=first)
-        data = make(config["data"])
-        model = make(config["model"], num_classes=data.num_classes)
+        data = instantiate(config["data"])
+        model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             console.say(str(load_checkpoint(model, path)))
         except ValueError as error:

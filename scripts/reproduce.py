@@ -15,9 +15,9 @@ from trainers.command import run_main
 from trainers.errors import ConfigError
 from trainers.reports.render import render, render_figure, section
 from trainers.reports.tables import markdown
-from trainers.runs.asked import carry_out, ended, read_settings, setting_of
 from trainers.runs.plan import cells, load_table, tables
 from trainers.runs.records import read_records
+from trainers.runs.reproduce import carry_out, ended, read_settings, setting_of
 
 
 def main(arguments: list[str]) -> int:

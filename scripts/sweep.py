@@ -13,9 +13,10 @@ import sys
 
 from trainers.command import run_main
 from trainers.errors import ConfigError
+from trainers.reports.sweep import write
 from trainers.reports.tables import markdown
-from trainers.runs.asked import carry_out, ended, read_settings
-from trainers.runs.sweep import Search, planned, read_sweep, write
+from trainers.runs.reproduce import carry_out, ended, read_settings
+from trainers.runs.sweep import Search, planned, read_sweep
 
 
 def main(arguments: list[str]) -> int:

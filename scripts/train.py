@@ -13,13 +13,13 @@ import sys
 from omegaconf import OmegaConf
 
 from trainers.command import run_main
-from trainers.runs.asked import ended
 from trainers.runs.compose import compose
 from trainers.runs.launch import run_all
 from trainers.runs.paths import check_teacher, freeze, processes
 from trainers.runs.plan import Cell
+from trainers.runs.reproduce import ended
 from trainers.runs.settings import check
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
         return 0
     check(config, processes(config))
-    launcher = make(config["launcher"])
+    launcher = instantiate(config["launcher"])
     launcher.check(config)
     cell = Cell(config["experiment"], config)
     if cell.record.exists():

@@ -114,7 +114,7 @@ EVALUATION = {k: v for k, v in COMMON.items() if k.startswith("evaluation")}
 PGD10 = {"attack.norm": "linf", "attack.epsilon": 8 / 255, "attack.ramp": False, "attack.start_std": None,
          "attack.phases": "ten"}  # fmt: skip
 TRADES10 = {**PGD10, "attack.start_std": 0.001}
-RESTS = {"schedule._target_": "gkl.optim.schedules.piecewise", "schedule.factor": 0.1, "averages": {}, "bn_groups": 1,
+RESTS = {"schedule._target_": "gkl.optim.schedules.multi_step", "schedule.factor": 0.1, "averages": {}, "bn_groups": 1,
          "batch_size": 128, "drop_last": False, **EVALUATION, **SGD}  # fmt: skip
 CHOSEN_ON_TEST = {
     "selection.images": "test",

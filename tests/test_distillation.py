@@ -24,7 +24,7 @@ from trainers.errors import ConfigError
 from trainers.methods.distillation import Distillation
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 from trainers.runs.teacher import LogitsCache, teacher_config
 
 METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
@@ -280,7 +280,7 @@ def configured(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
 def make_task(method: str, folder: Path, *overrides: str, device: str = "cpu") -> Distillation:
     config = configured(method, folder, *overrides)
     torch.manual_seed(5)
-    model = make(config["model"], num_classes=10)
+    model = instantiate(config["model"], num_classes=10)
     if config["precision"] != "float32":
         model = model.double()
     return build(config, data=scans(), model=model, device=torch.device(device))
@@ -521,15 +521,15 @@ def test_a_missing_or_foreign_teacher_is_named(tmp_path: Path) -> None:
     file = tmp_path / "wrn_40_2_vanilla" / "ckpt_epoch_240.pth"
     torch.save({"model": create("wrn_16_4", num_classes=10).state_dict()}, file)
     with pytest.raises(ConfigError, match="does not fit the WideResNet"):
-        make(config["teacher"]).load(10)
+        instantiate(config["teacher"]).load(10)
     file.unlink()
     with pytest.raises(ConfigError, match=f"weights {file} are missing; unpack .*\\(GKL_TEACHERS"):
-        make(config["teacher"]).check()
+        instantiate(config["teacher"]).check()
     config["teacher"]["weights"] = "own"
     with pytest.raises(
         ConfigError, match="kd/c100_vanilla/wrn_16_2 has no record; train it first: make teachers"
     ):
-        make(config["teacher"]).check()
+        instantiate(config["teacher"]).check()
 
 
 def test_a_teacher_shares_its_students_data_and_schedule() -> None:

@@ -67,7 +67,9 @@ def same(method: Any, given: Any, restated: Tensor, epoch: int = 1) -> None:
     assert value.shape == (B,)
     torch.testing.assert_close(value.mean(), restated, rtol=1e-11, atol=1e-12)
     inputs = [
-        t for t in (*student.after, *student.before, student.pooled, *method.parameters()) if t.requires_grad
+        t
+        for t in (*student.features, *student.preact_features, student.pooled, *method.parameters())
+        if t.requires_grad
     ]
     one, two = (
         torch.autograd.grad(v, inputs, allow_unused=True, retain_graph=True) for v in (value.mean(), restated)
@@ -83,12 +85,12 @@ def test_fitnet(given: Any) -> None:
     context, student, teacher, _, _ = given
     method = FitNet(context, layer=2, weight=100.0).double()
     convolution, norm, _ = method.regressor
-    made = convolution(student.after[2])
+    made = convolution(student.features[2])
     mean, variance = made.mean((0, 2, 3), keepdim=True), made.var((0, 2, 3), keepdim=True, correction=0)
     scaled = norm.weight.view(1, -1, 1, 1) * (made - mean) / (variance + norm.eps).sqrt() + norm.bias.view(
         1, -1, 1, 1
     )
-    target = teacher.after[2]
+    target = teacher.features[2]
     total = sum((scaled.relu() - target).flatten() ** 2)
     same(method, given, 100.0 * total / target.numel())
 
@@ -208,7 +210,9 @@ def test_ofd(given: Any) -> None:
     assert OFD.teacher_mode == "train"
     method = OFD(context, kernel_size=1, weight=0.001).double()
     total = torch.zeros(()).double()
-    for number, (s, t) in enumerate(zip(student.before[1:], teacher.before[1:], strict=True)):
+    for number, (s, t) in enumerate(
+        zip(student.preact_features[1:], teacher.preact_features[1:], strict=True)
+    ):
         mine = method.connectors[number](s)
         target = F.adaptive_avg_pool2d(t, mine.shape[-2:])
         lowest = getattr(method, f"margin{number}").flatten()
@@ -239,7 +243,7 @@ def test_ofds_margin_is_the_mean_of_the_negative_half() -> None:
 def test_attention_transfer(given: Any) -> None:
     context, student, teacher, _, _ = given
     total = torch.zeros(()).double()
-    for s, t in zip(student.after[1:], teacher.after[1:], strict=True):
+    for s, t in zip(student.features[1:], teacher.features[1:], strict=True):
         size = min(s.shape[-1], t.shape[-1])
         maps = []
         for x in (s, t):
@@ -283,7 +287,9 @@ def test_reviewkd(given: Any, before: bool) -> None:
 
 def test_reviewkd_needs_as_many_stages(given: Any) -> None:
     context, student, teacher, _, _ = given
-    shorter = Context(student._replace(after=student.after[1:]), teacher, None, context.train_labels, C, 0)
+    shorter = Context(
+        student._replace(features=student.features[1:]), teacher, None, context.train_labels, C, 0
+    )
     with pytest.raises(ValueError, match="as many stages in the student as in the teacher, got 2 and 3"):
         ReviewKD(shorter, weight=1.0, warmup=1)
 
@@ -307,7 +313,9 @@ def test_gradients_stop_at_the_teacher_and_every_pair_fits_every_method() -> Non
             terms = method(wanted, teacher, torch.tensor([0, 1]), epoch=1, index=torch.tensor([0, 1]))
             assert terms["distillation"].shape == (2,), (pair, type(method))
             assert terms["distillation"].isfinite().all()
-            assert not any(t.requires_grad for t in (*teacher.after, *teacher.before, teacher.pooled))
+            assert not any(
+                t.requires_grad for t in (*teacher.features, *teacher.preact_features, teacher.pooled)
+            )
 
 
 # --- against mdistiller ------------------------------------------------------------------------------------------------
@@ -353,8 +361,8 @@ def test_ofd_equals_the_reference(given: Any) -> None:
     feat_loss = reference("OFD").feat_loss
     loss = torch.zeros(()).double()
     for number in range(3):
-        mine = method.connectors[number](student.before[number + 1])
-        target = F.adaptive_avg_pool2d(teacher.before[number + 1], mine.shape[-2:])
+        mine = method.connectors[number](student.preact_features[number + 1])
+        target = F.adaptive_avg_pool2d(teacher.preact_features[number + 1], mine.shape[-2:])
         loss = loss + feat_loss(mine, target, getattr(method, f"margin{number}")) / 2 ** (2 - number)
     terms = method(student, teacher, labels, epoch=1, index=index)
     torch.testing.assert_close(terms["distillation"].mean(), 0.001 * loss, rtol=1e-12, atol=0)

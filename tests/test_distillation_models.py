@@ -79,7 +79,7 @@ def test_sizes_taps_and_names(name: str) -> None:
         assert torch.equal(taps.logits, model(x))
         assert torch.equal(taps.logits, model.get_classifier()(taps.pooled))
     shapes = [(2, c, side, side) for c, side in zip(channels, sides, strict=True)]
-    assert [tuple(t.shape) for t in taps.after] == [tuple(t.shape) for t in taps.before] == shapes
+    assert [tuple(t.shape) for t in taps.features] == [tuple(t.shape) for t in taps.preact_features] == shapes
     assert taps.pooled.shape == (2, model.num_features)
     state = model.state_dict()
     assert {key: tuple(state[key].shape) for key in KEYS.get(name, ())} == KEYS.get(name, {})
@@ -91,7 +91,7 @@ def test_what_stands_before_the_activation(name: str) -> None:
     with torch.no_grad():
         taps = model.forward_taps(torch.rand(2, 3, 8, 8))
     assert taps.logits.shape == (2, 10)
-    for before, after in zip(taps.before[1:], taps.after[1:], strict=True):
+    for before, after in zip(taps.preact_features[1:], taps.features[1:], strict=True):
         if name.startswith("mobilenet_v2"):
             assert before is after
         elif name.startswith("shufflenet_v2"):
@@ -100,7 +100,9 @@ def test_what_stands_before_the_activation(name: str) -> None:
         elif not name.startswith("wrn"):
             assert torch.equal(F.relu(before), after)
     if name.startswith("wrn"):  # a stage ends in the next one's first batch norm
-        for norm, before, after in zip(model.batch_norms(), taps.before[1:], taps.after[1:], strict=True):
+        for norm, before, after in zip(
+            model.batch_norms(), taps.preact_features[1:], taps.features[1:], strict=True
+        ):
             assert torch.equal(norm(after), before)
 
 
@@ -108,7 +110,7 @@ def test_what_stands_before_the_activation(name: str) -> None:
 def test_gradients_reach_every_tap_and_every_batch_norm_sees_a_batch_once(name: str) -> None:
     model = made(name, 10).train()
     taps = model.forward_taps(torch.rand(4, 3, 16, 16))
-    tapped = [*taps.after, *taps.before, taps.pooled]
+    tapped = [*taps.features, *taps.preact_features, taps.pooled]
     gradients = torch.autograd.grad(sum((t**2).sum() for t in tapped) + taps.logits.sum(), tapped)
     assert all(g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
@@ -161,7 +163,7 @@ def test_normalisation_is_inside() -> None:
 def test_vgg_pools_once_more_at_64_pixels() -> None:
     with torch.no_grad():
         taps = made("vgg_8", 10).eval().forward_taps(torch.rand(1, 3, 64, 64))
-    assert [t.shape[-1] for t in taps.after] == [64, 32, 16, 8, 4]
+    assert [t.shape[-1] for t in taps.features] == [64, 32, 16, 8, 4]
 
 
 def test_published_files_load(tmp_path: Path) -> None:
@@ -205,7 +207,7 @@ def test_equal_to_the_reference(name: str) -> None:
         torch.testing.assert_close(taps.logits, logits, rtol=0, atol=1e-10)
         torch.testing.assert_close(taps.pooled, feats["pooled_feat"], rtol=0, atol=1e-10)
         known = len(feats["feats"])  # the reference's networks for ImageNet do not give their stem
-        pairs = [*zip(taps.after[-known:], feats["feats"], strict=True)]
-        pairs += zip(taps.before[-known:], feats.get("preact_feats", feats["feats"]), strict=True)
+        pairs = [*zip(taps.features[-known:], feats["feats"], strict=True)]
+        pairs += zip(taps.preact_features[-known:], feats.get("preact_feats", feats["feats"]), strict=True)
         for ours, theirs in pairs:
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)

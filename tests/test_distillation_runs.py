@@ -13,8 +13,8 @@ from test_distillation_models import NETWORKS as ALL_NETWORKS
 from trainers.errors import ConfigError
 from trainers.reports.tables import build, experiments, markdown
 from trainers.runs.compose import choices, completed_by, compose, published
-from trainers.runs.plan import cells, claims, load_table, usual
 from trainers.runs.identity import differences
+from trainers.runs.plan import cells, claims, load_table, usual
 from trainers.runs.records import read_records
 from trainers.runs.settings import check
 

@@ -18,7 +18,7 @@ from gkl.models.batch_norm import (
     folded,
     frozen_parameters,
     frozen_statistics,
-    group_batch_norm,
+    ghost_batch_norm,
 )
 
 pytestmark = pytest.mark.gpu
@@ -125,7 +125,7 @@ def test_they_are_traced_whole(mode: str, dtype: torch.dtype) -> None:
 def small(name: str) -> nn.Module:
     """A network in groups of 4 whose batch norms are not the identity."""
     torch.manual_seed(0)
-    model = group_batch_norm(gkl.models.create(name, num_classes=10), 4)
+    model = ghost_batch_norm(gkl.models.create(name, num_classes=10), 4)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -170,12 +170,14 @@ def test_a_network_is_the_cpu_s_in_float64(name: str) -> None:
 
 def test_taps_and_folding_are_as_before() -> None:
     model = gkl.models.create("wrn_16_2", num_classes=10).cuda().to(memory_format=torch.channels_last)
-    grouped = group_batch_norm(copy.deepcopy(model), 4).eval()
+    grouped = ghost_batch_norm(copy.deepcopy(model), 4).eval()
     model.eval()
     x = torch.rand(6, 3, 32, 32, device="cuda").contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         mine, theirs = grouped.forward_taps(x), model.forward_taps(x)
-        for ours, plain in zip([*mine.after, *mine.before], [*theirs.after, *theirs.before], strict=True):
+        for ours, plain in zip(
+            [*mine.features, *mine.preact_features], [*theirs.features, *theirs.preact_features], strict=True
+        ):
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(grouped(x), mine.logits, rtol=1e-4, atol=1e-5)
         lean = [folded(network, x[:2]) for network in (grouped, model)]

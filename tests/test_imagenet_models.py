@@ -40,10 +40,10 @@ def test_equal_to_torchvision(name: str) -> None:
             expected = reference.train(mode)(x)
             taps = model.train(mode).forward_taps(x)
         torch.testing.assert_close(taps.logits, expected, rtol=0, atol=1e-10)
-    assert [tuple(t.shape) for t in taps.after] == [
+    assert [tuple(t.shape) for t in taps.features] == [
         (2, c, side, side) for c, side in zip(channels, (16, 16, 8, 4, 2), strict=True)
     ]
-    assert all(torch.equal(F.relu(b), a) for b, a in zip(taps.before, taps.after, strict=True))
+    assert all(torch.equal(F.relu(b), a) for b, a in zip(taps.preact_features, taps.features, strict=True))
     names = {module: at for at, module in model.named_modules()}
     depth = [
         len(stage) - 1 for stage in (reference.layer1, reference.layer2, reference.layer3, reference.layer4)

@@ -30,7 +30,7 @@ from trainers.methods.distillation import Distillation
 from trainers.runs.compose import choices, compose
 from trainers.runs.paths import record_path
 from trainers.runs.settings import build, check
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 IN = {
     "epochs": 100,
@@ -225,7 +225,9 @@ def test_timms_networks_are_normalised_and_drop_by_key() -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(network.eval()(x), network.model((x - mean) / std), rtol=1e-5, atol=1e-5)
-        assert not network.forward_taps(x).after and torch.equal(network.forward_taps(x).logits, network(x))
+        assert not network.forward_taps(x).features and torch.equal(
+            network.forward_taps(x).logits, network(x)
+        )
     drops = [m for m in network.modules() if isinstance(m, KeyedDropPath)]
     assert (
         drops
@@ -279,7 +281,7 @@ def test_torchvisions_weights_are_fetched_once_and_checked(
     monkeypatch.setattr(published, "_torchvision", lambda weights: f"{address}/{name}")
     words = ["experiment=kd/in_kd/resnet34_resnet18", f"teacher.folder={tmp_path}/teachers",
              "teacher.published=torchvision/ResNet18_Weights.IMAGENET1K_V1", "teacher.network.name=imagenet_resnet_18"]  # fmt: skip
-    teacher = make(compose("train", words)["teacher"])
+    teacher = instantiate(compose("train", words)["teacher"])
     network, origin = teacher.load(1000)
     assert origin["published"] == "torchvision/ResNet18_Weights.IMAGENET1K_V1" and network.num_classes == 1000
     (folder / name).unlink()
@@ -330,7 +332,7 @@ def made(config: dict[str, Any], folder: Path, image_size: int = 16) -> Distilla
     check(config, 1)
     torch.manual_seed(5)
     data = digits_files(str(folder / "digits"), image_size, largest=20, smallest=4)
-    model = make(config["model"], num_classes=10).to(torch.float64)
+    model = instantiate(config["model"], num_classes=10).to(torch.float64)
     return build(config, data=data, model=model, device=torch.device("cpu"))
 
 
@@ -399,7 +401,7 @@ def test_a_run_names_what_is_missing_before_it_starts(tmp_path: Path) -> None:
         "train", [f"experiment=kd/lt_kl/{X18}", f"data.root={tmp_path}", f"data.lists={tmp_path}/lists"]
     )
     with pytest.raises(ConfigError, match=r"no list .*ImageNet_LT_train.txt; take ImageNet-LT's three lists"):
-        make(config["data"])
+        instantiate(config["data"])
     config = compose(
         "train", [f"experiment=kd/lt_kl/{X18}", "assessment=renditions", f"assessment.root={tmp_path}"]
     )
@@ -407,5 +409,5 @@ def test_a_run_names_what_is_missing_before_it_starts(tmp_path: Path) -> None:
         ValueError,
         match=r"no ImageNet-R at .*imagenet-r and no ImageNet-Sketch at .*imagenet-sketch; unpack their",
     ):
-        make(config["assessment"]).check()
+        instantiate(config["assessment"]).check()
     assert str(record_path(config)).startswith("results/runs/kd/lt_kl/")

@@ -19,7 +19,7 @@ from gkl.rng import normal, sample_keys, uniform
 from trainers.methods.robust import RobustTraining
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 
 EPSILON = 0.15
 
@@ -599,5 +599,8 @@ def test_a_method_refuses_what_it_does_not_take() -> None:
             if config["generated"]:
                 config["generated"]["images"] = 50
             build(
-                config, data=digits(), model=make(config["model"], num_classes=10), device=torch.device("cpu")
+                config,
+                data=digits(),
+                model=instantiate(config["model"], num_classes=10),
+                device=torch.device("cpu"),
             )

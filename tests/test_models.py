@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 import gkl.models
 from gkl.models.batch_norm import (
-    GroupBatchNorm2d,
+    GhostBatchNorm2d,
     activated,
     auxiliary_batch_norm,
     eval_mode,
     folded,
     frozen_statistics,
-    group_batch_norm,
+    ghost_batch_norm,
     set_group_size,
     split_batch_norm,
 )
@@ -239,13 +239,13 @@ def test_channels_last_gives_the_same() -> None:
         reference = copy.deepcopy(model)
         x = pictures(4, 16)
         model = model.to(memory_format=torch.channels_last)
-        out = group_batch_norm(model, 2)(x.contiguous(memory_format=torch.channels_last))
-        torch.testing.assert_close(out, group_batch_norm(reference, 2)(x), rtol=1e-10, atol=1e-10)
+        out = ghost_batch_norm(model, 2)(x.contiguous(memory_format=torch.channels_last))
+        torch.testing.assert_close(out, ghost_batch_norm(reference, 2)(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.slow
 def test_compiled_gives_the_same() -> None:
-    model = lively(group_batch_norm(WideResNet(10, 1, num_classes=5), 2))
+    model = lively(ghost_batch_norm(WideResNet(10, 1, num_classes=5), 2))
     reference, compiled = copy.deepcopy(model), torch.compile(model, backend="aot_eager")
     x = pictures(4)
     for frozen in (False, True):
@@ -279,7 +279,7 @@ def test_groups_equal_replicas(batch: int, groups: int, momentum: float | None) 
     model = lively(nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Conv2d(4, 2, 1)))
     replica_zero = copy.deepcopy(model)
     parameters = list(model.parameters())
-    assert group_batch_norm(model, groups) is model
+    assert ghost_batch_norm(model, groups) is model
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     for step in range(3):
         x = pictures(batch) + step
@@ -304,7 +304,7 @@ def test_groups_equal_replicas(batch: int, groups: int, momentum: float | None) 
 
 def test_groups_of_one_are_plain_batch_norm_bit_for_bit() -> None:
     plain = lively(WideResNet(10, 1))
-    grouped = group_batch_norm(copy.deepcopy(plain), 1)
+    grouped = ghost_batch_norm(copy.deepcopy(plain), 1)
     assert torch.equal(plain(pictures(6)), grouped(pictures(6)))
     assert_same_state(grouped, plain, rtol=0)
 
@@ -312,7 +312,7 @@ def test_groups_of_one_are_plain_batch_norm_bit_for_bit() -> None:
 @pytest.mark.parametrize("mode", ["train", "frozen", "eval"])
 def test_a_network_computes_what_its_taps_show(mode: str) -> None:
     """Bit for bit, statistics too, though plain classification keeps no map before its activation."""
-    model = group_batch_norm(lively(WideResNet(16, 1, num_classes=5)), 2).train(mode != "eval")
+    model = ghost_batch_norm(lively(WideResNet(16, 1, num_classes=5)), 2).train(mode != "eval")
     other = copy.deepcopy(model)
     with frozen_statistics(model), frozen_statistics(other):
         if mode == "frozen":
@@ -324,7 +324,7 @@ def test_a_network_computes_what_its_taps_show(mode: str) -> None:
 def test_an_activation_goes_with_its_batch_norm() -> None:
     """As it did without: the same bits and gradients, in whichever set of a split batch norm."""
     for model in (
-        group_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 2),
+        ghost_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 2),
         split_batch_norm(nn.Sequential(nn.BatchNorm2d(3))),
     ):
         lively(model)
@@ -342,13 +342,13 @@ def test_groups_can_be_set_again() -> None:
     model = lively(nn.Sequential(nn.BatchNorm2d(3)))
     x = pictures(4)
     whole = model(x)
-    assert not torch.allclose(group_batch_norm(model, 2)(x), whole)
-    torch.testing.assert_close(group_batch_norm(model, 1)(x), whole, rtol=0, atol=0)
+    assert not torch.allclose(ghost_batch_norm(model, 2)(x), whole)
+    torch.testing.assert_close(ghost_batch_norm(model, 1)(x), whole, rtol=0, atol=0)
 
 
 def test_a_process_cuts_its_share_as_the_whole_batch_is_cut() -> None:
     """80 pictures in 4 groups of 20: a process that holds the first two groups must not cut them in 4."""
-    whole = group_batch_norm(lively(nn.Sequential(nn.BatchNorm2d(3))), 4)
+    whole = ghost_batch_norm(lively(nn.Sequential(nn.BatchNorm2d(3))), 4)
     share = copy.deepcopy(whole)
     set_group_size(share, 20)
     x = pictures(80)
@@ -359,7 +359,7 @@ def test_a_process_cuts_its_share_as_the_whole_batch_is_cut() -> None:
 
 
 def test_a_chunk_of_one_value_raises_as_torch_does() -> None:
-    model = group_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 2)
+    model = ghost_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 2)
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         model(torch.rand(3, 3, 1, 1))
     assert model(torch.rand(4, 3, 1, 1)).shape == (4, 3, 1, 1)
@@ -371,16 +371,16 @@ def test_grouping_refuses_what_it_cannot_do() -> None:
         pass
 
     with pytest.raises(ValueError, match="groups >= 1, got 0"):
-        group_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 0)
+        ghost_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), 0)
     model = nn.Sequential(nn.BatchNorm2d(3), Fused(3))
     with pytest.raises(ValueError, match="got Fused at 1"):
-        group_batch_norm(model, 2)
-    assert not any(isinstance(m, GroupBatchNorm2d) for m in model)
+        ghost_batch_norm(model, 2)
+    assert not any(isinstance(m, GhostBatchNorm2d) for m in model)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_frozen_statistics(groups: int) -> None:
-    model = group_batch_norm(lively(WideResNet(10, 1)), groups)
+    model = ghost_batch_norm(lively(WideResNet(10, 1)), groups)
     tracking = copy.deepcopy(model)
     before = copy.deepcopy(model.state_dict())
     x = pictures(4)

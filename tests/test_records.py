@@ -10,6 +10,7 @@ from trainers.reports.render import render, sections
 from trainers.reports.tables import build, experiments, latex, markdown, paired_half_width, told
 from trainers.runs.compose import compose, published
 from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
+from trainers.runs.identity import config_hash, differences, without_excluded
 from trainers.runs.plan import (
     Cell,
     cells,
@@ -20,7 +21,6 @@ from trainers.runs.plan import (
     tables,
     usual,
 )
-from trainers.runs.identity import differences, config_hash, without_excluded
 from trainers.runs.records import read_record, read_records, record_path, validate, write_record
 from trainers.runs.settings import check
 

@@ -18,8 +18,8 @@ from trainers.reports.dashboard import compared, panels_of, preview, runs_of, sp
 from trainers.reports.page import LIMIT_BYTES, command, page
 from trainers.reports.render import sections
 from trainers.runs.compose import compose
-from trainers.runs.plan import load_table, tables
 from trainers.runs.identity import config_hash
+from trainers.runs.plan import load_table, tables
 from trainers.runs.records import read_records
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,8 +13,8 @@ from test_runs import ROOT, SMALL, environment, wait_for
 from trainers.errors import ConfigError
 from trainers.reports.figures import draw, pareto_front
 from trainers.reports.tables import Row, Table
-from trainers.runs.asked import read_settings
 from trainers.runs.records import read_records
+from trainers.runs.reproduce import read_settings
 from trainers.runs.sweep import Interval, Search, read_sweep
 
 GKL = "experiment=at/c100_basic_gkl"

@@ -14,7 +14,7 @@ from gkl.attacks.awp import perturbable, perturbed
 from gkl.attacks.pgd import PGD, pgd, project
 from gkl.optim.averaging import Average, RampedAverage
 from gkl.optim.optimizers import sgd
-from gkl.optim.schedules import cosine, one_cycle, piecewise
+from gkl.optim.schedules import cosine, multi_step, one_cycle
 
 EPSILON = 8 / 255
 
@@ -269,11 +269,11 @@ def test_one_cycle_is_torchs() -> None:
 
 
 def test_piecewise_drops_where_the_recipes_do() -> None:
-    trades = [0.1 * piecewise(e, 200, drops=[100, 150], of=200) for e in (1, 99, 100, 149, 150, 200)]
+    trades = [0.1 * multi_step(e, 200, drops=[100, 150], of=200) for e in (1, 99, 100, 149, 150, 200)]
     assert trades == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    lbgat = [0.1 * piecewise(e, 100, drops=[76, 91], of=100, first=0.2) for e in (1, 2, 75, 76, 90, 91, 100)]
+    lbgat = [0.1 * multi_step(e, 100, drops=[76, 91], of=100, first=0.2) for e in (1, 2, 75, 76, 90, 91, 100)]
     assert lbgat == pytest.approx([0.02, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
-    shorter = [piecewise(e, 20, drops=[101, 151], of=200) for e in (10, 11, 15, 16)]
+    shorter = [multi_step(e, 20, drops=[101, 151], of=200) for e in (10, 11, 15, 16)]
     assert shorter == pytest.approx([1.0, 0.1, 0.1, 0.01])  # the same shares of a shorter training
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkl.models import batch_norm
-from gkl.models.batch_norm import GroupBatchNorm2d, activated, group_batch_norm, split_batch_norm
+from gkl.models.batch_norm import GhostBatchNorm2d, activated, ghost_batch_norm, split_batch_norm
 
 pytest.importorskip("triton")
 
@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def made(case: dict[str, Any], device: str = "cpu") -> tuple[GroupBatchNorm2d, Tensor, Tensor]:
+def made(case: dict[str, Any], device: str = "cpu") -> tuple[GhostBatchNorm2d, Tensor, Tensor]:
     """A batch norm as the case has it, its map and the gradient to its output."""
     generator = torch.Generator(device).manual_seed(0)
     shape = case["shape"]
@@ -69,7 +69,7 @@ def made(case: dict[str, Any], device: str = "cpu") -> tuple[GroupBatchNorm2d, T
     x = (torch.randn(shape, generator=generator, device=device) + case.get("offset", 0.3)) * scale
     x[0, :, 0, 0] += case.get("outlier", 0.0)
     norm = nn.BatchNorm2d(shape[1], momentum=case.get("momentum", 0.1), device=device)
-    group_batch_norm(norm, case["groups"])
+    ghost_batch_norm(norm, case["groups"])
     norm.group_size = case.get("group_size", 0)
     for tensor in (norm.weight.data, norm.bias.data, norm.running_mean):
         tensor.copy_(torch.randn(tensor.shape, generator=generator, device=device))
@@ -82,7 +82,7 @@ def made(case: dict[str, Any], device: str = "cpu") -> tuple[GroupBatchNorm2d, T
     return norm, x, torch.randn(shape, generator=generator, device=device).to(x.dtype)
 
 
-def results(norm: GroupBatchNorm2d, x: Tensor, slope: Tensor, case: dict[str, Any]) -> dict[str, Tensor]:
+def results(norm: GhostBatchNorm2d, x: Tensor, slope: Tensor, case: dict[str, Any]) -> dict[str, Tensor]:
     """Output, buffers and gradients."""
     x = x.detach().clone().requires_grad_("x" in case["wanted"])
     activation = ACTIVATIONS[case["activation"]]
@@ -196,7 +196,7 @@ def traced_calls() -> dict[str, int]:
         FakeTensorMode(),
         torch.device("cuda"),
     ):
-        model = group_batch_norm(gkl.models.create("wrn_10_1", num_classes=10), 4)
+        model = ghost_batch_norm(gkl.models.create("wrn_10_1", num_classes=10), 4)
         x = torch.empty(8, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
         for mode in ("train", "frozen", "eval"):
             torch._dynamo.reset()
@@ -248,8 +248,8 @@ def test_torch_compile_traces_a_network_whole_and_makes_its_own_kernels() -> Non
     assert child("trace", CUDA_VISIBLE_DEVICES="") == {"train": 0, "frozen": 0, "eval": 0}
 
 
-def grouped(device: str = "cuda", **options: Any) -> GroupBatchNorm2d:
-    return group_batch_norm(nn.BatchNorm2d(16, device=device, **options), 2)
+def grouped(device: str = "cuda", **options: Any) -> GhostBatchNorm2d:
+    return ghost_batch_norm(nn.BatchNorm2d(16, device=device, **options), 2)
 
 
 def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +279,7 @@ def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch)
 def test_without_the_kernels_an_activation_is_torch_s_own(split: bool) -> None:
     model = nn.Sequential(nn.BatchNorm2d(3))
     model = split_batch_norm(model) if split else model
-    group_batch_norm(model, 2)
+    ghost_batch_norm(model, 2)
     x = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     assert activated(model[0], x, F.silu).equal(F.silu(model[0](x)))
     seen: list[Tensor] = []

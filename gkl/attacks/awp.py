@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from gkl.distributed import world_sum_
+from gkl.distributed import all_reduce_
 
 
 def perturbable(model: nn.Module) -> list[Tensor]:
@@ -34,7 +34,7 @@ def perturbed(model: nn.Module, loss_fn: Callable[[], Tensor], gamma: float) -> 
     weights = perturbable(model)
     ascent = torch.autograd.grad(loss_fn(), weights)
     with torch.no_grad():
-        world_sum_(ascent)
+        all_reduce_(ascent)
         norms = torch._foreach_norm(weights)
         scales = [gamma * w / (g + 1e-20) for w, g in zip(norms, torch._foreach_norm(ascent), strict=True)]
         original = [w.detach().clone() for w in weights]

@@ -3,7 +3,7 @@
     batches = data.batches(augment=augment, device=device, shard=Shard(bn_groups), batch_size=128, drop_last=False, seed=0)
     batches.start_epoch(epoch)
     for step in range(batches.steps_per_epoch):
-        images, draws, labels, view, index = batches.batch(epoch, step)
+        images, draws, labels, view, sample = batches.batch(epoch, step)
 
 What a step draws follows from (seed, epoch, step) alone: it is the same on any number of processes and after a restart.
 A kind of data brings a class with these members, and a NamedTuple of its own if a method is to get more than a `Batch`.
@@ -22,14 +22,14 @@ class Batch(NamedTuple):
 
     images: (b, 3, H, W) uint8 on the device. draws: (operations, b) keys that the views draw from, on the device; no rows where the
     images are views already. labels: (b,) on the device. view: (b,) which of augment's views an item is, on the device.
-    index: (b,) sample numbers, on the CPU.
+    sample: (b,) numbers of the samples, on the CPU.
     """
 
     images: Tensor
     draws: Tensor
     labels: Tensor
     view: Tensor
-    index: Tensor
+    sample: Tensor
 
 
 class Batches(Protocol):

@@ -20,7 +20,7 @@ class AttentionTransfer(Distiller):
         """Raises ValueError for networks of different numbers of stages."""
         super().__init__(context, label_weight=label_weight)
         self.weight = weight
-        stages = len(context.student.after), len(teacher_taps(context.teacher).after)
+        stages = len(context.student.features), len(teacher_taps(context.teacher).features)
         if stages[0] != stages[1]:
             raise ValueError(
                 f"attention transfer needs as many stages in the student as in the teacher, got {stages[0]} and {stages[1]}"
@@ -30,7 +30,7 @@ class AttentionTransfer(Distiller):
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
-        pairs = zip(student.after[1:], teacher_taps(teacher).after[1:], strict=True)
+        pairs = zip(student.features[1:], teacher_taps(teacher).features[1:], strict=True)
         distances = torch.stack([attention_distance(s, t) for s, t in pairs])
         return {"distillation": self.weight * distances.sum(0)}
 

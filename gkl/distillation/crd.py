@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.distillation.base import Context, Distiller, Terms, teacher_taps
-from gkl.distributed import world_cat, world_sum
+from gkl.distributed import all_gather, all_reduce
 from gkl.models.classifier import Taps
 from gkl.rng import choose, sample_keys
 
@@ -79,7 +79,7 @@ class CRD(Distiller):
     def contrast(self, features: Tensor, memory: Tensor, chosen: Tensor, side: int) -> Tensor:
         """NCE loss of (b, dim) features against the stored ones, whose first choice is the positive, (b,)."""
         scores = (memory[chosen] @ features[:, :, None]).squeeze(2).div(self.temperature).exp()
-        mean = world_sum(torch.stack([scores.sum(), scores.new_full((), scores.numel())]))
+        mean = all_reduce(torch.stack([scores.sum(), scores.new_full((), scores.numel())]))
         first = mean[0] / mean[1] * len(memory)
         constant = torch.where(self.constants[side] > 0, self.constants[side], first)
         self.constants[side] = constant
@@ -92,7 +92,7 @@ class CRD(Distiller):
     @torch.no_grad()
     def store(self, mine: Tensor, theirs: Tensor, index: Tensor) -> None:
         """Move the stored features of the whole batch's pictures, the same on every process."""
-        index = world_cat(index[:, None].double()).long().squeeze(1)
+        index = all_gather(index[:, None].double()).long().squeeze(1)
         for memory, fresh in ((self.memory_student, mine), (self.memory_teacher, theirs)):
-            moved = self.momentum * memory[index] + (1.0 - self.momentum) * world_cat(fresh)
+            moved = self.momentum * memory[index] + (1.0 - self.momentum) * all_gather(fresh)
             memory[index] = F.normalize(moved)

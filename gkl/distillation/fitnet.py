@@ -19,14 +19,14 @@ class FitNet(Distiller):
         super().__init__(context, label_weight=label_weight)
         teacher = teacher_taps(context.teacher)
         self.layer, self.weight = layer, weight
-        self.regressor = regressor(context.student.after[layer], teacher.after[layer])
+        self.regressor = regressor(context.student.features[layer], teacher.features[layer])
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
-        target = teacher_taps(teacher).after[self.layer]
-        distance = F.mse_loss(self.regressor(student.after[self.layer]), target, reduction="none")
+        target = teacher_taps(teacher).features[self.layer]
+        distance = F.mse_loss(self.regressor(student.features[self.layer]), target, reduction="none")
         return {
             "distillation": self.weight * distance.flatten(1).mean(1),
         }

@@ -28,10 +28,12 @@ class OFD(Distiller):
         self.weight = weight
         teacher = teacher_taps(context.teacher)
         assert context.network is not None
-        stages = min(len(context.student.before), len(teacher.before)) - 1
+        stages = min(len(context.student.preact_features), len(teacher.preact_features)) - 1
         self.connectors = nn.ModuleList(
             connector(s.shape[1], t.shape[1], kernel_size)
-            for s, t in zip(context.student.before[-stages:], teacher.before[-stages:], strict=True)
+            for s, t in zip(
+                context.student.preact_features[-stages:], teacher.preact_features[-stages:], strict=True
+            )
         )
         margins = [margin(norm) for norm in context.network.batch_norms()[-stages:]]
         for number, values in enumerate(margins):
@@ -42,10 +44,10 @@ class OFD(Distiller):
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
         stages = len(self.connectors)
-        targets = teacher_taps(teacher).before[-stages:]
+        targets = teacher_taps(teacher).preact_features[-stages:]
         total = torch.zeros(len(labels), dtype=student.logits.dtype, device=student.logits.device)
         for number, (connect, mine, target) in enumerate(
-            zip(self.connectors, student.before[-stages:], targets, strict=True)
+            zip(self.connectors, student.preact_features[-stages:], targets, strict=True)
         ):
             lowest = getattr(self, f"margin{number}")
             mine, target = connect(mine), F.adaptive_avg_pool2d(target, mine.shape[-2:])

@@ -88,12 +88,12 @@ class Fusion(nn.Module):
 
 def student_maps(taps: Taps, before: bool) -> list[Tensor]:
     """The stages after their activation (or before), and the pooled feature (B, F, 1, 1)."""
-    return [*(taps.before if before else taps.after)[1:], taps.pooled[:, :, None, None]]
+    return [*(taps.preact_features if before else taps.features)[1:], taps.pooled[:, :, None, None]]
 
 
 def teacher_maps(taps: Taps) -> list[Tensor]:
     """The stages before their activation, and the pooled feature (B, F, 1, 1)."""
-    return [*taps.before[1:], taps.pooled[:, :, None, None]]
+    return [*taps.preact_features[1:], taps.pooled[:, :, None, None]]
 
 
 def hierarchical_distance(student: Tensor, teacher: Tensor) -> Tensor:

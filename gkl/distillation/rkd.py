@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkl.distillation.base import Context, Distiller, Terms, teacher_taps
-from gkl.distributed import rank, world_cat, world_size
+from gkl.distributed import all_gather, rank, world_size
 from gkl.models.classifier import Taps
 
 
@@ -34,7 +34,7 @@ class RKD(Distiller):
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch: the pairs and triples that start at its pictures."""
-        every, target = world_cat(student.pooled), world_cat(teacher_taps(teacher).pooled)
+        every, target = all_gather(student.pooled), all_gather(teacher_taps(teacher).pooled)
         own = _own_rows(len(labels), every.device)
         d, wanted = distances(every), distances(target)
         distance = F.smooth_l1_loss(d[own] / _scale(d), wanted[own] / _scale(wanted), reduction="none").mean(
@@ -69,5 +69,5 @@ def _own_rows(count: int, device: torch.device) -> Tensor:
     """Places of this process's pictures among those of all processes."""
     if world_size() == 1:
         return torch.arange(count, device=device)
-    counts = world_cat(torch.full((1, 1), float(count), device=device)).squeeze(1).long()
+    counts = all_gather(torch.full((1, 1), float(count), device=device)).squeeze(1).long()
     return torch.arange(count, device=device) + counts[: rank()].sum()

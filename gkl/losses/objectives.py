@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkl import losses
-from gkl.distributed import world_size, world_sum
+from gkl.distributed import all_reduce, world_size
 from gkl.losses.prior import ClassPrior
 
 
@@ -98,7 +98,7 @@ def _mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
     """Of (b,) pair weights the mean over all processes' batches, or with a group_size (b,), the means of its groups."""
     if group_size:
         return torch.cat([g.mean().expand(len(g)) for g in pair_weights.split(group_size)])
-    added, count = world_sum(torch.stack([pair_weights.sum(), pair_weights.new_full((), len(pair_weights))]))
+    added, count = all_reduce(torch.stack([pair_weights.sum(), pair_weights.new_full((), len(pair_weights))]))
     return added / count
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.distributed import rank, world_sum
+from gkl.distributed import all_reduce, rank
 from gkl.losses.closed_form import ClassRows, smooth
 
 
@@ -94,7 +94,7 @@ class ClassPrior(nn.Module):
     @torch.no_grad()
     def renew(self) -> None:
         """End of an epoch: the means of all processes become the prior, the sums start from zero."""
-        sums, counts = world_sum(self.sums), world_sum(self.counts)
+        sums, counts = all_reduce(self.sums), all_reduce(self.counts)
         means = (sums / counts.clamp(min=1.0).unsqueeze(-1)).to(self.probs.dtype)
         self.probs.copy_(torch.where((counts > 0).unsqueeze(-1), means, self.probs))
         self.sums.zero_()
@@ -105,7 +105,7 @@ class ClassPrior(nn.Module):
     def merge(self) -> None:
         """Bring the processes' running sums together in process 0, so that its state is the whole state."""
         for buffer in (self.sums, self.counts):
-            buffer.copy_(world_sum(buffer) if rank() == 0 else world_sum(buffer).zero_())
+            buffer.copy_(all_reduce(buffer) if rank() == 0 else all_reduce(buffer).zero_())
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,6 +1,6 @@
 """Batch norm as several cards have it, and the modes of a network as context managers.
 
-model = group_batch_norm(create("wrn_34_10", num_classes=100), groups=4)  # the published runs: four cards
+model = ghost_batch_norm(create("wrn_34_10", num_classes=100), groups=4)  # the published runs: four cards
 with eval_mode(model), frozen_parameters(model):
     x_adv = attack(model, x)
 with frozen_statistics(model):
@@ -26,7 +26,7 @@ HAS_TRITON = find_spec("triton") is not None
 Activation = Callable[[Tensor], Tensor]
 
 
-class GroupBatchNorm2d(nn.BatchNorm2d):
+class GhostBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that cuts its batch as torch.chunk(x, groups), each chunk normalised by its own statistics.
 
     Running statistics follow the first chunk alone. Source: what nn.DataParallel does over `groups` cards,
@@ -77,13 +77,13 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         return y if activation is None or inside else activation(y)
 
 
-def _chunk_size(norm: GroupBatchNorm2d, x: Tensor) -> int:
+def _chunk_size(norm: GhostBatchNorm2d, x: Tensor) -> int:
     """Images in each chunk but the last."""
     size = norm.group_size if norm.groups > 1 and norm.group_size else -(-x.shape[0] // norm.groups)
     return min(size, x.shape[0])
 
 
-def _fused(norm: GroupBatchNorm2d, x: Tensor) -> bool:
+def _fused(norm: GhostBatchNorm2d, x: Tensor) -> bool:
     """Whether the Triton kernels do what torch would: x on a GPU that Triton knows, channels_last, no float64.
 
     Not under torch.compile, which makes one pass of the norm, its activation and what follows them.
@@ -118,18 +118,18 @@ def _fused(norm: GroupBatchNorm2d, x: Tensor) -> bool:
 
 def activated(norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
     """activation(norm(x)), in one pass over the map where the norm can; whoever hooks the norm sees norm(x)."""
-    if isinstance(norm, GroupBatchNorm2d) and not norm._forward_hooks:
+    if isinstance(norm, GhostBatchNorm2d) and not norm._forward_hooks:
         return norm(x, activation)
     return activation(norm(x))
 
 
-class SplitBatchNorm2d(GroupBatchNorm2d):
+class SplitBatchNorm2d(GhostBatchNorm2d):
     """Batch norm with a second set of weights and statistics, used inside `auxiliary_batch_norm`.
 
     The first set keeps the names and the state of the batch norm it was made from. Source: Xie et al. 2020; DAJAT.
     """
 
-    auxiliary: GroupBatchNorm2d
+    auxiliary: GhostBatchNorm2d
     divert: bool = False
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
@@ -139,8 +139,8 @@ class SplitBatchNorm2d(GroupBatchNorm2d):
 
 def split_batch_norm(model: nn.Module) -> nn.Module:
     """Give every batch norm a second set of weights and statistics, initially equal; in place, returns the model."""
-    group_batch_norm(model, 1)
-    for module in [m for m in model.modules() if type(m) is GroupBatchNorm2d]:
+    ghost_batch_norm(model, 1)
+    for module in [m for m in model.modules() if type(m) is GhostBatchNorm2d]:
         module.add_module("auxiliary", copy.deepcopy(module))
         module.__class__ = SplitBatchNorm2d
     return model
@@ -159,7 +159,7 @@ def auxiliary_batch_norm(model: nn.Module, divert: bool = True) -> Iterator[None
             module.divert = False
 
 
-def group_batch_norm(model: nn.Module, groups: int) -> nn.Module:
+def ghost_batch_norm(model: nn.Module, groups: int) -> nn.Module:
     """Make every BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
 
     Parameters, buffers and their names stay, and so does eval mode. groups = 1 is plain batch norm.
@@ -170,15 +170,15 @@ def group_batch_norm(model: nn.Module, groups: int) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, nn.BatchNorm2d) and type(module) not in (
             nn.BatchNorm2d,
-            GroupBatchNorm2d,
+            GhostBatchNorm2d,
             SplitBatchNorm2d,
         ):
             kind = type(module).__name__
             raise ValueError(f"only a plain BatchNorm2d can be grouped, got {kind} at {name}; use groups=1")
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = GroupBatchNorm2d  # in place of a copy: parameters, buffers and hooks stay
-        if isinstance(module, GroupBatchNorm2d):
+            module.__class__ = GhostBatchNorm2d  # in place of a copy: parameters, buffers and hooks stay
+        if isinstance(module, GhostBatchNorm2d):
             module.groups = groups
     return model
 
@@ -189,7 +189,7 @@ def set_group_size(model: nn.Module, size: int) -> None:
     A process that holds some of a larger batch's chunks then cuts where the whole batch would be cut.
     """
     for module in model.modules():
-        if isinstance(module, GroupBatchNorm2d):
+        if isinstance(module, GhostBatchNorm2d):
             module.group_size = size
 
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 class Taps(NamedTuple):
     """What a distillation method may see of a network: every stage's map, the pooled feature, the logits.
 
-    after: the stem's output, then each stage's, as the next one takes it, (B, c, h, w) each. before: the same maps before
-    the activation that ends the stage; a stage that ends without one stands there as it is. pooled: (B, F). logits: (B, C).
+    features: the stem's output, then each stage's, as the next one takes it, (B, c, h, w) each. preact_features: the same maps
+    before the activation that ends the stage; a stage that ends without one stands there as it is. pooled: (B, F). logits: (B, C).
     """
 
-    after: list[Tensor]
-    before: list[Tensor]
+    features: list[Tensor]
+    preact_features: list[Tensor]
     pooled: Tensor
     logits: Tensor
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """Batch norm and the activation behind it as Triton kernels, for channels_last maps in groups along the batch.
 
-`gkl.models.batch_norm.GroupBatchNorm2d` comes here by itself with maps on a GPU. All groups share a launch. Counted in
+`gkl.models.batch_norm.GhostBatchNorm2d` comes here by itself with maps on a GPU. All groups share a launch. Counted in
 passes over the map: statistics read it once, the rest reads it once and writes once; backward reads map and gradient twice (once
 in eval mode) and writes once. The activation's input is computed anew in backward, so that only the map itself is kept.
 

@@ -11,7 +11,7 @@ from gkl.data.augment import to_float
 from gkl.data.batches import first_of_each_class
 from gkl.data.files import ImageFiles
 from gkl.data.memory import ImageData
-from gkl.distributed import rank, world_size, world_sum
+from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import (
     AutoAttackResult,
     LogitsFn,
@@ -44,7 +44,7 @@ def correct_flags(
             correct.append(logits.argmax(-1) == y.to(device, non_blocking=True))
     if correct:
         flags[mine.to(device)] = torch.cat(correct).to(flags.dtype)
-    return world_sum(flags).bool().cpu()
+    return all_reduce(flags).bool().cpu()
 
 
 def clean_accuracy(
@@ -68,7 +68,7 @@ def pgd_accuracy(
         device=device,
         **attack,
     )
-    return 100.0 * world_sum(robust.sum().double().to(device)).item() / len(labels)
+    return 100.0 * all_reduce(robust.sum().double().to(device)).item() / len(labels)
 
 
 def attack_name(settings: Mapping[str, Any]) -> str:

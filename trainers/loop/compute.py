@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gkl.models.batch_norm import group_batch_norm
+from gkl.models.batch_norm import ghost_batch_norm
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -32,7 +32,7 @@ class Compute:
 
     def placed(self, model: nn.Module) -> nn.Module:
         """A network on the device, its batch norm in groups."""
-        group_batch_norm(model, self.bn_groups)
+        ghost_batch_norm(model, self.bn_groups)
         if self.dtype == torch.float64:  # else as it is: float32, but for sums that are kept in float64
             model = model.to(self.dtype)
         return model.to(self.device).to(memory_format=self.memory_format)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gkl.distributed import rank, world_size, world_sum
+from gkl.distributed import all_reduce, rank, world_size
 from trainers.errors import Interrupted, RunError
 from trainers.loop.folder import RunFolder
 from trainers.signals import signals
@@ -164,7 +164,7 @@ def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[s
     asking = values.new_zeros(len(REQUESTS))
     if request:
         asking[REQUESTS.index(request)] = 1.0
-    values = world_sum(torch.cat([values, asking]))
+    values = all_reduce(torch.cat([values, asking]))
     on_cpu = values.to("cpu", non_blocking=True)
     arrived = torch.cuda.Event() if values.is_cuda else None
     if arrived is not None:

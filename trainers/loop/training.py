@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches, Dataset
-from gkl.distributed import Shard, broadcast_, world_sum_
+from gkl.distributed import Shard, all_reduce_, broadcast_
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import eval_mode, set_group_size
 from gkl.optim.averaging import Average
@@ -168,7 +168,7 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         for part in [loss] if isinstance(loss, Tensor) else loss:
             self.scaler.scale(part).backward()
-        world_sum_(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
+        all_reduce_(p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
         self.scaler.step(optimizer)
         self.scaler.update()
 

@@ -19,7 +19,7 @@ from gkl.attacks.pgd import pgd, random_start
 from gkl.data.augment import to_float
 from gkl.data.batches import first_of_each_class
 from gkl.data.files import Split, other_pictures
-from gkl.distributed import rank, world_size, world_sum
+from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import pgd_robust
 from gkl.models.batch_norm import eval_mode
 from gkl.rng import sample_keys
@@ -220,7 +220,7 @@ class Renditions(Assessment):
             for logits, y in _predictions(subject, pictures):
                 chosen = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
                 hits += torch.stack([(chosen == y).sum(), torch.tensor(len(y), device=y.device)])
-            right, total = world_sum(hits).tolist()
+            right, total = all_reduce(hits).tolist()
             metrics[metric] = 100.0 * right / total
             details[metric] = {"n": int(total), "classes": int(among.sum())}
         return metrics, details
@@ -238,7 +238,7 @@ class ClassScores(Assessment):
             own = F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
             sums.index_add_(0, y, own.double())
             counts += torch.bincount(y, minlength=classes)
-        sums, counts = world_sum(sums), world_sum(counts)
+        sums, counts = all_reduce(sums), all_reduce(counts)
         scores = (sums / counts.clamp_min(1)).tolist()
         return {}, {
             "scores": [round(s, 6) for s in scores],

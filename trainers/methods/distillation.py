@@ -102,7 +102,7 @@ class Distillation(Method):
                 num_classes=self.data.num_classes,
                 seed=self.training.seed,
             )
-        if sees_stages and not (context.student.after and context.teacher and context.teacher.after):
+        if sees_stages and not (context.student.features and context.teacher and context.teacher.features):
             raise ValueError(
                 f"{self.distiller.func.__name__} needs the stages of both networks, and one of them shows its logits alone; "  # type: ignore[attr-defined]
                 "choose networks of this package, or a method of logits (kd, dkd, dist, jsd, ikl, gkl)"

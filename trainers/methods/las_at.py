@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gkl.attacks.awp import perturbed
 from gkl.attacks.pgd import pgd, project, random_start
 from gkl.data.batches import Batch
-from gkl.distributed import broadcast_, world_sum, world_sum_
+from gkl.distributed import all_reduce, all_reduce_, broadcast_
 from gkl.models.batch_norm import eval_mode, frozen_parameters, frozen_statistics
 from gkl.rng import sample_keys, uniform
 from trainers.loop.training import Training
@@ -98,7 +98,7 @@ class LASAT(PGDTraining):
 
     def inputs(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, ...]:
         """As for AT; which pictures and which step it is, too, for the strategy's draws."""
-        self.step, self.index = step, batch.index
+        self.step, self.index = step, batch.sample
         return super().inputs(batch, epoch, step)
 
     def adversarial(self, x: Tensor, y: Tensor, keys: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class LASAT(PGDTraining):
         loss = reward * torch.stack(chosen).sum() / items  # -log of the probability of what was drawn
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        world_sum_(p.grad for p in self.strategy.parameters() if p.grad is not None)
+        all_reduce_(p.grad for p in self.strategy.parameters() if p.grad is not None)
         nn.utils.clip_grad_norm_(self.strategy.parameters(), self.clip_gradient)
         self.optimizer.step()
         broadcast_(self.strategy.buffers())
@@ -164,7 +164,7 @@ class LASAT(PGDTraining):
         with eval_mode(self.model), frozen_parameters(self.model):
             x_adv = self._attack(x, y, drawn, epoch, index, "las_reward_start")
             with torch.no_grad():
-                difficulty = world_sum(F.cross_entropy(self.logits(x_adv), y, reduction="sum")) / items
+                difficulty = all_reduce(F.cross_entropy(self.logits(x_adv), y, reduction="sum")) / items
         updated = self._updated_copy(x_adv, y, items, epoch).requires_grad_(False)
         starts = []
         for restart in range(RESTARTS):
@@ -192,7 +192,7 @@ class LASAT(PGDTraining):
             broadcast_(updated.buffers())
             updated.eval()
             right = [(self.logits(images, updated).argmax(-1) == y).sum() for images in (worst, x)]
-            robust, clean = world_sum(torch.stack(right).to(self.dtype)) / items
+            robust, clean = all_reduce(torch.stack(right).to(self.dtype)) / items
         return (
             difficulty.clamp(0, 10)
             + (self.robust_reward * robust).clamp(-10, 10)

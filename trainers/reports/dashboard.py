@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 
 from trainers.errors import ConfigError
 from trainers.reports.figures import BLACK, BLUE, RED, provenance
-from trainers.reports.tables import Row, Table, experiments
+from trainers.reports.tables import Row, Table
+from trainers.runs.plan import experiments
 from trainers.runs.records import Record
 
 Runs = Mapping[str, Sequence[Record]]  # what wandb groups by -> its runs

@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
+from typing import Any
 
 from trainers.errors import ConfigError
 from trainers.reports import charts
@@ -23,10 +21,8 @@ from trainers.reports.dashboard import compared, runs_of
 from trainers.reports.render import sections
 from trainers.reports.tables import Comparison, Row, Table
 from trainers.runs.compose import completed
-from trainers.runs.plan import load_table, row_config, tables
-from trainers.runs.identity import differences, without_excluded
+from trainers.runs.plan import load_table, tables
 from trainers.runs.records import Record
-from trainers.runs.targets import CONFIGS
 
 TEMPLATE = Path(__file__).with_name("page.html")
 LIMIT_BYTES = 5_000_000
@@ -90,7 +86,7 @@ def page(records: Sequence[Record], results: Path) -> str:
     }
     data = {
         "runs": [_run(record) for record in records],
-        "configs": {record["identity"]: record["config"] for record in records},
+        "configs": {record["config_hash"]: record["config"] for record in records},
         "charts": drawn,
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -191,7 +187,7 @@ def _run(record: Record) -> dict[str, Any]:
     """What the page tells of a run."""
     return {
         "path": record["path"], "experiment": record["experiment"], "scale": record["scale"], "seed": record["seed"],
-        "metrics": {name: round(value, 2) for name, value in record["metrics"].items()}, "identity": record["identity"],
+        "metrics": {name: round(value, 2) for name, value in record["metrics"].items()}, "hash": record["config_hash"],
         "departures": record.get("departures", {}), "command": command(record), "finished": record["finished"],
         "recipe": f"configs/{completed(record['experiment'])[0].replace('=', '/')}.yaml",
         "data": record["data"]["name"], "stand_in_for": record["data"]["stand_in_for"],
@@ -201,57 +197,8 @@ def _run(record: Record) -> dict[str, Any]:
 
 
 def command(record: Record) -> str:
-    """What starts the record's run again: composed, it has the record's identity. Pictures of one's own stand as PATH."""
-    overrides: list[str] = []
-
-    def base() -> dict[str, Any]:
-        return row_config(
-            {"experiment": record["experiment"]}, record["scale"], record["protocol"], overrides
-        )
-
-    for group in ("data", "model", "loss"):  # a file of the group where one says it in a word
-        changed = differences(base(), record["config"])
-        if f"{group}._target_" in changed or f"{group}.name" in changed:
-            overrides += _choice(group, record["config"][group])
-    known, own = _flat(without_excluded(base())), _flat(record["config"])
-    for name, (_, value) in differences(base(), record["config"]).items():
-        sign = "~" if name not in own else "" if name in known else "+"
-        overrides.append(f"{sign}{name}" + ("" if sign == "~" else f"={_typed(value)}"))
-    words = [
-        f"experiment={record['experiment']}",
-        f"scale={record['scale']}",
-        f"seed={record['seed']}",
-        *overrides,
-    ]
-    if record["protocol"] != "official":
-        words.insert(2, f"protocol={record['protocol']}")
-    return "python scripts/train.py " + shlex.join(words)
-
-
-def _flat(config: Any, prefix: str = "") -> set[str]:
-    if not isinstance(config, dict):
-        return {prefix}
-    return {name for key, child in config.items() for name in _flat(child, f"{prefix}.{key}".lstrip("."))}
-
-
-def _typed(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def _choice(group: str, node: Mapping[str, Any]) -> list[str]:
-    """The override that chooses the file of a group which agrees most with a node of its `_target_`; empty for none."""
-    found = {
-        path.stem: cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(path)))
-        for path in sorted((CONFIGS / group).glob("*.yaml"))
-    }
-    fitting = {
-        name: sum(node.get(key) == value for key, value in content.items())
-        for name, content in found.items()
-        if content.get("_target_") == node.get("_target_")
-    }
-    if not fitting:
-        return []
-    name = max(fitting, key=lambda name: fitting[name])
-    return [f"{group}={name}", *(["data.root=PATH"] if group == "data" and "root" in found[name] else [])]
+    """What starts the record's run again: composed, it has the record's hash. Pictures of one's own stand as PATH."""
+    words = [f"{key}={record[key]}" for key in ("experiment", "scale", "protocol", "seed")]
+    if record["protocol"] == "official":
+        words.remove("protocol=official")
+    return "python scripts/train.py " + shlex.join([*words, *record["overrides"]])

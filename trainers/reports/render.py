@@ -7,8 +7,8 @@ from typing import Any
 
 from trainers.files import write_atomically, write_text
 from trainers.reports.figures import FORMATS, draw, save
-from trainers.reports.tables import Overrides, Table, build, experiments, latex, markdown, place, settings
-from trainers.runs.plan import claims, usual
+from trainers.reports.tables import Table, build, latex, markdown, place, settings
+from trainers.runs.plan import Overrides, claims, experiments
 from trainers.runs.records import Record
 
 
@@ -21,8 +21,7 @@ def section(
 ) -> Table:
     """The table of one scale, protocol and setting."""
     return build(
-        table, records, scale=scale, protocol=protocol, setting=setting,
-        usual=usual(table, scale=scale, protocol=protocol), claims=claims(),
+        table, records, scale=scale, protocol=protocol, setting=setting, claims=claims(),
     )  # fmt: skip
 
 
@@ -33,8 +32,7 @@ def sections(table: Mapping[str, Any], records: Sequence[Record]) -> list[Table]
     order = [("paper", "official"), *sorted(there - {("paper", "official")})]
     made, claimed = [], claims()
     for scale, protocol in order:
-        known = usual(table, scale=scale, protocol=protocol)
-        placed = place(table, records, scale=scale, protocol=protocol, usual=known, claims=claimed)
+        placed = place(table, records, scale=scale, protocol=protocol, claims=claimed)
         plain = any(not own for runs in placed.values() for _, own in runs) or scale == "paper"
         for setting in [*([{}] if plain else []), *settings(placed)]:
             made.append(
@@ -44,7 +42,6 @@ def sections(table: Mapping[str, Any], records: Sequence[Record]) -> list[Table]
                     scale=scale,
                     protocol=protocol,
                     setting=setting,
-                    usual=known,
                     claims=claimed,
                 )
             )

@@ -1,6 +1,6 @@
 """Tables as a pure function of their configuration and the records.
 
-    table = build(config, records, scale="smoke", protocol="official", usual={"at/c100_basic_gkl": its_config}, claims=claims)
+    table = build(config, records, scale="smoke", protocol="official", claims=claims)
     print(markdown(table))
 
 A cell shows the paper's value, ours as mean ± standard deviation with standard error (number of seeds) and, when it was run
@@ -19,10 +19,9 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
-from trainers.runs.identity import differences
+from trainers.runs.plan import Overrides, experiments
 from trainers.runs.records import Record
 
-Overrides = Mapping[str, Any]  # dotted setting -> value
 CONFIDENCE = 0.95
 
 
@@ -69,15 +68,6 @@ class Table:
     remarks: Sequence[str] = field(default_factory=list)
 
 
-def experiments(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
-    """Column -> experiment of a row: one under "" in a table without columns, none for a row that is not run."""
-    if "columns" not in config:
-        return {"": row["experiment"]} if row["experiment"] else {}
-    if "experiments" in row:
-        return dict(row["experiments"])
-    return {column: f"{row['experiment']}/{column}" for column in config["columns"]}
-
-
 def values(
     config: Mapping[str, Any], row: Mapping[str, Any], record: Record, metric: str
 ) -> dict[str, float]:
@@ -94,18 +84,17 @@ def build(
     *,
     scale: str,
     protocol: str,
-    usual: Mapping[str, Mapping[str, Any]],
     claims: Mapping[str, Sequence[Overrides]],
     setting: Overrides | None = None,
 ) -> Table:
     """The table of one scale, protocol and setting.
 
-    config: a file of configs/table. usual: experiment -> resolved configuration that its run has at this scale. claims:
-    experiment -> the overrides of every row of every table, so that a sweep's runs stand in the sweep's table alone.
+    config: a file of configs/table. claims: experiment -> the overrides of every row of every table, so that a sweep's runs stand in
+    the sweep's table alone.
     setting: what the runs shown change on top of their row's own overrides ({}: nothing).
     """
     setting = setting or {}
-    placed = place(config, records, scale=scale, protocol=protocol, usual=usual, claims=claims)
+    placed = place(config, records, scale=scale, protocol=protocol, claims=claims)
     mine: dict[str, list[Record]] = {
         row["id"]: [r for r, own in placed.get(row["id"], []) if own == setting] for row in config["rows"]
     }
@@ -136,31 +125,53 @@ def place(
     *,
     scale: str,
     protocol: str,
-    usual: Mapping[str, Mapping[str, Any]],
     claims: Mapping[str, Sequence[Overrides]],
 ) -> dict[str, list[tuple[Record, Overrides]]]:
     """Row id -> its records, each with its setting: what it changes beside the row's own overrides.
 
-    A record belongs to the rows whose overrides explain most of what it changes; different settings are never averaged.
+    A record belongs to the rows whose overrides explain most of what it changes; different settings are never averaged, and where
+    an experiment was run with two recipes, those of the earlier one are a setting of their own.
     """
     found: dict[str, list[tuple[Record, Overrides]]] = {}
+    mine = {name for row in config["rows"] for name in experiments(config, row).values()}
+    latest: dict[str, Record] = {}  # of each experiment and what it changes
     for record in records:
         experiment = record["experiment"]
         if (
-            experiment not in usual
+            experiment not in mine
             or record["status"] != "done"
             or (record["scale"], record["protocol"]) != (scale, protocol)
         ):
             continue
-        changed = {k: v[1] for k, v in differences(usual[experiment], record["config"]).items()}
+        changed = record["changed"]
         most = max((len(o) for o in claims.get(experiment, ()) if _within(o, changed)), default=0)
         for row in config["rows"]:
             own = row.get("overrides") or {}
-            mine = experiment in experiments(config, row).values()
-            if mine and _within(own, changed) and len(own) == most:
+            if experiment in experiments(config, row).values() and _within(own, changed) and len(own) == most:
                 rest = {k: v for k, v in changed.items() if k not in own}
                 found.setdefault(row["id"], []).append((record, rest))
-    return found
+                latest[_asked(record)] = max(latest.get(_asked(record), record), record, key=_finished)
+    return {
+        row: [
+            (
+                r,
+                own
+                if r["config_hash"] == latest[_asked(r)]["config_hash"]
+                else {**own, "recipe": r["config_hash"]},
+            )
+            for r, own in runs
+        ]
+        for row, runs in found.items()
+    }
+
+
+def _asked(record: Record) -> str:
+    """What two runs of one recipe have in common, whatever the recipe was then."""
+    return json.dumps([record["experiment"], record["changed"]], sort_keys=True)
+
+
+def _finished(record: Record) -> str:
+    return str(record["finished"])
 
 
 def settings(placed: Mapping[str, Sequence[tuple[Record, Overrides]]]) -> list[Overrides]:

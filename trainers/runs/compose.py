@@ -128,7 +128,12 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
     names = {key: chosen[key] for key in ("experiment", "scale") if key in chosen}
     if resolved.pop("completed_by", None):
         names["experiment"] += f"/{chosen[group]}"
-    own = [word for word in overrides if word.partition("=")[0] not in ("experiment", "scale", "protocol", "seed", *([group] if group else []))]
+    own = [
+        word
+        for word in overrides
+        if word.partition("=")[0]
+        not in ("experiment", "scale", "protocol", "seed", *([group] if group else []))
+    ]
     return {**names, **named(resolved), "overrides": own}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainers.runs.records import Record
-from trainers.runs.targets import locate, make
+from trainers.runs.targets import instantiate, locate
 
 
 class Size(NamedTuple):
@@ -108,7 +108,7 @@ def needed_flops(
     forwards = {"model": autoattack * further_attacks}
     if training:
         epochs = config["epochs"]
-        attack = make(config["attack"]) if config.get("attack") else None
+        attack = instantiate(config["attack"]) if config.get("attack") else None
         count = locate(config["method"]["_target_"]).forwards  # type: ignore[attr-defined]
         chosen = 0.0
         if selection := config.get("selection"):
@@ -133,7 +133,9 @@ def forward_flops(network: Mapping[str, Any], side: int, num_classes: int) -> fl
 def _flops(text: str, side: int, num_classes: int) -> float:
     network = json.loads(text)
     with torch.device("meta"):
-        model = make({k: v for k, v in network.items() if k != "_partial_"}, num_classes=num_classes).eval()
+        model = instantiate(
+            {k: v for k, v in network.items() if k != "_partial_"}, num_classes=num_classes
+        ).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.empty(1, 3, side, side))
     return float(counter.get_total_flops())
@@ -150,6 +152,6 @@ def disk_bytes(config: Mapping[str, Any]) -> float:
     """Rough size of a run's folder: two checkpoints (weights, momentum, averages) and the exported weights."""
     size = SIZES.get(config["data"]["_target_"].rpartition("/")[2], SIZES["cifar10"])
     with torch.device("meta"):
-        model = make(config["model"], num_classes=size.classes)
+        model = instantiate(config["model"], num_classes=size.classes)
     networks = 1 + len(config["averages"])
     return 4.0 * sum(p.numel() for p in model.parameters()) * (2 * (networks + 1) + networks)

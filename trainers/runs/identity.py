@@ -1,7 +1,7 @@
 """What makes two runs the same run: a hash of everything in a configuration that changes what is computed.
 
-    config_hash(config)                  # "9c2ecd61d7d1"
-    differences(usual, config)           # {"loss.gamma": [0.4, 0.2]}
+config_hash(config)                  # "9c2ecd61d7d1"
+differences(usual, config)           # {"loss.gamma": [0.4, 0.2]}
 """
 
 import hashlib

@@ -9,7 +9,7 @@ from trainers.files import write_atomically
 from trainers.loop.folder import RunFolder
 from trainers.runs import records
 from trainers.runs.identity import config_hash
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
 from trainers.runs.teacher import teacher_config
 
 
@@ -46,7 +46,7 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
 def check_teacher(config: dict[str, Any]) -> None:
     """Raises ConfigError naming the teacher whose record or weights a student run lacks."""
     if config.get("teacher"):
-        make(with_teacher(config)["teacher"]).check()
+        instantiate(with_teacher(config)["teacher"]).check()
 
 
 def freeze(config: dict[str, Any]) -> Path:

@@ -11,7 +11,6 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from trainers.errors import ConfigError
-from trainers.reports.tables import Overrides, experiments
 from trainers.runs.compose import compose
 from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
 from trainers.runs.paths import record_path, run_folder
@@ -19,6 +18,7 @@ from trainers.runs.records import assessment_path, read_record
 from trainers.runs.targets import CONFIGS, unknown
 from trainers.runs.teacher import teacher_config
 
+Overrides = Mapping[str, Any]  # dotted setting -> value
 STATES = ("done", "failed", "started", "missing")
 SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
 
@@ -80,6 +80,15 @@ def load_table(number: str, kind: str = "table") -> dict[str, Any]:
     return {str(key): value for key, value in table.items()} | {"name": known[str(number)].stem}
 
 
+def experiments(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
+    """Column -> experiment of a row: one under "" in a table without columns, none for a row that is not run."""
+    if "columns" not in config:
+        return {"": row["experiment"]} if row["experiment"] else {}
+    if "experiments" in row:
+        return dict(row["experiments"])
+    return {column: f"{row['experiment']}/{column}" for column in config["columns"]}
+
+
 def row_config(
     row: Mapping[str, Any],
     scale: str,
@@ -122,12 +131,6 @@ def cells(
                 found.setdefault(cell.record, cell)
     teachers = {cell.record: cell for cell in (c.teacher for c in found.values()) if cell}
     return [*({k: found.get(k, cell) for k, cell in teachers.items()} | found).values()]
-
-
-def usual(table: Mapping[str, Any], *, scale: str, protocol: str) -> dict[str, dict[str, Any]]:
-    """For each experiment of the rows, the configuration its run has at this scale without any override."""
-    names = dict.fromkeys(name for row in table["rows"] for name in experiments(table, row).values())
-    return {name: row_config({"experiment": name}, scale, protocol) for name in names}
 
 
 def claims() -> dict[str, list[Overrides]]:

@@ -21,12 +21,12 @@ from trainers.methods.assessments import Subject
 from trainers.runs import records
 from trainers.runs.compose import published, usual
 from trainers.runs.identity import asked, config_hash, differences, without_excluded
-from trainers.runs.mirror import Mirror
 from trainers.runs.paths import record_path, run_folder
 from trainers.runs.processes import device_of, one_process_a_node_first
 from trainers.runs.provenance import code_state, provenance
 from trainers.runs.settings import build, check
-from trainers.runs.targets import make
+from trainers.runs.targets import instantiate
+from trainers.runs.wandb_mirror import Mirror
 
 STOPPED_SECONDS = (
     2.0  # that a run which was stopped gives wandb: the rest of its grace is the next checkpoint's
@@ -52,12 +52,12 @@ def run(config: dict[str, Any]) -> None:
     if world_size() > 1:
         dist.barrier()  # none may write the record before all have looked for it
     with one_process_a_node_first():
-        data = make(config["data"])
-        model = make(config["model"], num_classes=data.num_classes)
+        data = instantiate(config["data"])
+        model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             task = build(config, device=device, data=data, model=model)
             if config.get("assessment"):
-                make(config["assessment"]).check()
+                instantiate(config["assessment"]).check()
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say
@@ -138,7 +138,7 @@ def _assess(
     config: dict[str, Any], task: Any, folder: RunFolder, console: Console, code: dict[str, Any]
 ) -> None:
     """Measure more on the weights of the run's record; they must be the very ones."""
-    measure = make(config["assessment"])
+    measure = instantiate(config["assessment"])
     path, weights = record_path(config), folder.path / f"{config['evaluate']}.pt"
     if world_size() > 1:
         dist.barrier()  # process 0 has just written the record

@@ -14,7 +14,7 @@ import torch
 
 from trainers.errors import ConfigError
 from trainers.loop.training import Setup, Training
-from trainers.runs.targets import check_values, locate, make, parameters_of, unknown
+from trainers.runs.targets import check_values, instantiate, locate, parameters_of, unknown
 
 SETUP = {field.name: field for field in dataclasses.fields(Setup)}
 # Sections of a configuration that describe the run around a training.
@@ -104,14 +104,16 @@ def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> T
 
     given: parts that are built already (data, model).
     """
-    setup = {name: make(node) for name, node in config.items() if name in SETUP and name not in given}
+    setup = {name: instantiate(node) for name, node in config.items() if name in SETUP and name not in given}
     setup["seed"], setup["device"] = config["seed"], device
     parameters, _ = parameters_of(config["method"]["_target_"])
-    parts = {name: make(node) for name, node in config.items() if name in parameters and name not in given}
+    parts = {
+        name: instantiate(node) for name, node in config.items() if name in parameters and name not in given
+    }
     parts |= {name: given.pop(name) for name in list(given) if name in parameters}
     if "model" not in given:
-        given["model"] = make(config["model"], num_classes=given["data"].num_classes)
-    return Training(Setup(**{**setup, **given}), make(config["method"], **parts))
+        given["model"] = instantiate(config["model"], num_classes=given["data"].num_classes)
+    return Training(Setup(**{**setup, **given}), instantiate(config["method"], **parts))
 
 
 def method_of(config: Mapping[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,11 @@ from hydra.core.override_parser.types import IntervalSweep
 from hydra.errors import HydraException
 
 from trainers.errors import ConfigError
-from trainers.files import write_atomically, write_text
 from trainers.loop.accuracy import attack_name
-from trainers.reports.figures import FORMATS, draw, save
-from trainers.reports.tables import Table, build, markdown
-from trainers.runs.asked import at_once, setting_of
 from trainers.runs.compose import choices, completed, completed_by
-from trainers.runs.plan import Cell, cells, usual
-from trainers.runs.identity import differences
-from trainers.runs.records import read_record, read_records
+from trainers.runs.plan import Cell, cells
+from trainers.runs.records import read_record
+from trainers.runs.reproduce import at_once
 
 Point = dict[str, Any]  # dotted setting -> value
 
@@ -124,38 +119,6 @@ def metrics_of(cell: Cell) -> dict[str, str]:
         return {"top1_best": "Best epoch", "top1": "Last epoch"}
     name = attack_name(settings)
     return {"clean": "Clean", name: {"aa": "AA"}.get(name, name)}
-
-
-def write(
-    sweep: Sweep, points: Sequence[Point], plan: Sequence[Cell], settings: Mapping[str, Any]
-) -> tuple[Table, list[Path]]:
-    """The sweep's table from the records, and its files in <results>/sweeps: Markdown, and a figure as PNG and PDF."""
-    table = sweep.table(points, metrics_of(plan[-1]))
-    results = Path(plan[-1].config["paths"]["results"])
-    scale, protocol = settings["scale"], settings["protocol"]
-    setting, known = setting_of(table["rows"], plan), usual(table, scale=scale, protocol=protocol)
-    changed = {cell.row: differences(known[sweep.experiment], cell.config) for cell in plan}
-    for row in table["rows"]:  # a value that is the experiment's own changes nothing
-        row["overrides"] = {
-            key: value for key, value in row["overrides"].items() if key in changed[row["id"]]
-        }
-    built = build(
-        table,
-        read_records(results / "runs"),
-        scale=scale,
-        protocol=protocol,
-        usual=known,
-        claims={sweep.experiment: [row["overrides"] for row in table["rows"]]},
-        setting=setting,
-    )
-    stem = f"{sweep.name}-{scale}" + ("" if protocol == "official" else f"-{protocol}")
-    paths = [results / "sweeps" / f"{stem}.md"]
-    write_text(paths[0], markdown(built))
-    if drawn := draw("ablation", built):
-        for kind in FORMATS:
-            paths.append(results / "sweeps" / f"{stem}.{kind}")
-            write_atomically(paths[-1], partial(save, drawn, kind=kind))
-    return built, paths
 
 
 class Search:

@@ -1,7 +1,7 @@
 """What a configuration may build, by name: `attack/PGD` is what a file of configs/attack names as its `_target_`.
 
     locate("attack/PGD")                 # the class
-    make({"_target_": "attack/PGD", "epsilon": 0.03, ...})
+    instantiate({"_target_": "attack/PGD", "epsilon": 0.03, ...})
 
 The files of configs/ alone say where a name's class or function lies. Composed configurations, identities, records and frozen
 configurations hold names: a class moves without changing any of them, and none of them can have other code run.
@@ -75,16 +75,16 @@ def locate(name: str) -> Callable[..., Any]:
         ) from None
 
 
-def make(node: Any, **given: Any) -> Any:
+def instantiate(node: Any, **given: Any) -> Any:
     """The object that a checked node describes; plain values are themselves. Raises ConfigError for bad values.
 
     given: further arguments; a node with `_partial_` and none is made into a function that takes the rest.
     """
     if isinstance(node, list):
-        return [make(child) for child in node]
+        return [instantiate(child) for child in node]
     if not isinstance(node, dict):
         return node
-    values = {key: make(child) for key, child in node.items() if key not in ("_target_", "_partial_")}
+    values = {key: instantiate(child) for key, child in node.items() if key not in ("_target_", "_partial_")}
     if "_target_" not in node:
         return values
     call = partial(locate(node["_target_"]), **{**values, **given})
@@ -102,7 +102,7 @@ def parameters_of(name: str) -> tuple[dict[str, inspect.Parameter], dict[str, An
     target = locate(name)
     found = inspect.signature(target).parameters
     parameters = {n: p for n, p in found.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
-    hinted = target.__init__ if inspect.isclass(target) else target  # type: ignore[misc]
+    hinted = target.__init__ if inspect.isclass(target) else target
     return parameters, typing.get_type_hints(hinted)
 
 

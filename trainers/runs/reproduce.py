@@ -11,14 +11,14 @@ from omegaconf import OmegaConf
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices
 from trainers.runs.cost import ASSUMED, Rate, measured
+from trainers.runs.identity import differences
 from trainers.runs.launch import run_all
 from trainers.runs.paths import check_teacher, processes
 from trainers.runs.plan import Cell, row_config, summary
 from trainers.runs.provenance import machine_name
-from trainers.runs.identity import differences
 from trainers.runs.records import read_records
 from trainers.runs.settings import check
-from trainers.runs.targets import CONFIGS, make, unknown
+from trainers.runs.targets import CONFIGS, instantiate, unknown
 
 
 def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -77,7 +77,7 @@ def carry_out(
     missing = [ready(cell) for cell in plan if cell.status != "done"]
     if not missing:
         return []
-    launcher = make(missing[0].config["launcher"])
+    launcher = instantiate(missing[0].config["launcher"])
     launcher.check(missing[0].config)
     return run_all(
         missing,
@@ -103,7 +103,7 @@ def rate(plan: Sequence[Cell], settings: Mapping[str, Any]) -> Rate:
 def at_once(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """How many runs go at the same time."""
     return int(
-        make(config["launcher"]).at_once(config["devices"])
+        instantiate(config["launcher"]).at_once(config["devices"])
         if settings["jobs"] == "auto"
         else settings["jobs"]
     )

@@ -3,7 +3,7 @@
     mirror = Mirror(folder, settings)      # in the training process: starts the other and goes on
     mirror.close(patience)                 # waits for it so many seconds; None, or what the person should know
 
-The other process (python -m trainers.runs.mirror mirror.json) follows history.jsonl, the source, until the training process ends in
+The other process (python -m trainers.runs.wandb_mirror mirror.json) follows history.jsonl, the source, until the training process ends in
 whatever way, then repeats the record's metrics. What it has sent is kept in mirrored.json: a run that goes on after a stop sends
 the epochs that follow, to the same wandb run. A service that cannot be reached makes it write an offline run instead.
 """
@@ -35,7 +35,7 @@ class Mirror:
         write_text(path, json.dumps(settings))
         with open(folder.path / "mirror.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "trainers.runs.mirror", str(path)],
+                [sys.executable, "-m", "trainers.runs.wandb_mirror", str(path)],
                 stdin=subprocess.PIPE,  # open for as long as this process lives, and no longer
                 stdout=log,
                 stderr=log,
