@@ -35,17 +35,12 @@ def register_resolvers() -> None:
     def by_model(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         return choices.get(_root_.model.name, choices["else"])
 
-    def by_pair(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
-        if _root_.get("pair") not in choices:
-            raise ValueError(unknown("pair for this experiment", str(_root_.get("pair")), list(choices)))
-        return choices[_root_.pair]
-
     def per_class(weight: float, *, _root_: DictConfig) -> float:
         return weight * (_root_.class_share or 1.0)
 
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
-    for resolver in (scaled, by_model, by_pair, per_class):
+    for resolver in (scaled, by_model, per_class):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -65,10 +60,15 @@ def completed(experiment: str) -> list[str]:
     An experiment that serves many networks is completed by a name of the group it gives as `completed_by`.
     """
     stem, _, name = experiment.rpartition("/")
-    if group := completed_by(stem):
+    group = completed_by(stem)
+    if group == "model":
+        words = network("model", name)
+        return [f"experiment={stem}", *(word for word in words if word != "model=plain")]  # plain: as the experiment makes its own
+    if group:
         if name not in choices(group):
-            raise ConfigError(unknown(group, name, choices(group)))
-        return [f"experiment={stem}", f"{group}={name}"]
+            raise ConfigError(unknown("pair", name, choices(group)))
+        root, _, folder = group.partition("/")
+        return [f"experiment={stem}", f"{root}={folder}/{name}"]
     return [f"experiment={experiment}"]
 
 
@@ -80,18 +80,52 @@ def completed_by(experiment: str) -> str | None:
     return content.get("completed_by") if isinstance(content, dict) else None
 
 
+@cache
+def families() -> dict[str, list[str]]:
+    """File of configs/model -> the networks it makes by their names; `plain` makes any."""
+    found = OmegaConf.to_container(OmegaConf.load(CONFIGS / "networks.yaml"))
+    assert isinstance(found, dict)
+    return {**{str(family): list(names) for family, names in found.items()}, "plain": []}
+
+
+def network(key: str, name: str) -> list[str]:
+    """What Hydra understands of model=resnet_20, a network by its own name. key: model, or model@teacher.network."""
+    if name in choices("model"):
+        return [f"{key}={name}"]
+    family = next((family for family, names in families().items() if name in names), "plain")
+    if family == "plain" and re.fullmatch(r"[\w.-]+", name):
+        import timm
+
+        import gkl.models  # makes its networks known to timm
+
+        if not timm.is_model(name):
+            own = [
+                n
+                for n in timm.list_models()
+                if timm.model_entrypoint(n).__module__.startswith(gkl.models.__name__)
+            ]
+            known = sorted({*choices("model"), *own} - {*families()})
+            raise ConfigError(f"{unknown('model', name, known)}, and every name that timm knows")
+    return [f"{key}={family}", f"{key.rpartition('@')[2]}.name={name}"]
+
+
+def _words(override: str) -> list[str]:
+    """An override as Hydra understands it."""
+    key, _, value = override.partition("=")
+    if key == "experiment":
+        return completed(value)
+    return network(key, value) if key.partition("@")[0] == "model" and value else [override]
+
+
 def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of configs/<entry>.yaml with overrides applied, as plain dicts and lists.
 
     Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
-    words = [
-        word
-        for o in overrides
-        for word in (completed(o.removeprefix("experiment=")) if o.startswith("experiment=") else [o])
-    ]
-    return copy.deepcopy(_composed(entry, tuple(words), folders))
+    words = tuple(word for o in overrides for word in _words(o))
+    own = [o for o in overrides if o.partition("=")[0] not in ("experiment", "scale", "protocol", "seed")]
+    return {**copy.deepcopy(_composed(entry, words, folders)), "overrides": own}
 
 
 @cache
@@ -104,9 +138,7 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
             config = hydra.compose(entry, list(overrides), return_hydra_config=True)
         chosen = OmegaConf.to_container(config.hydra.runtime.choices)
         assert isinstance(chosen, dict)
-        group = config.get("completed_by")
-        if group and not chosen.get(group):
-            raise ConfigError(f"{group}=... is missing; one of: {', '.join(choices(group))}")
+        completion = _completion(config, chosen)
         scale = chosen.get("scale", "paper")
         OmegaConf.register_new_resolver("at_scale", lambda choices: choices[scale], replace=True)
         for name, annotation in SETTINGS.items():
@@ -126,15 +158,27 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
         raise ConfigError(_explain(entry, str(error), overrides)) from None
     assert isinstance(resolved, dict)
     names = {key: chosen[key] for key in ("experiment", "scale") if key in chosen}
-    if resolved.pop("completed_by", None):
-        names["experiment"] += f"/{chosen[group]}"
-    own = [
-        word
-        for word in overrides
-        if word.partition("=")[0]
-        not in ("experiment", "scale", "protocol", "seed", *([group] if group else []))
-    ]
-    return {**names, **named(resolved), "overrides": own}
+    if completion:
+        names["experiment"] += f"/{completion}"
+    for key in ("completed_by", "pair"):
+        resolved.pop(key, None)
+    return {**names, **named(resolved)}
+
+
+def _completion(config: DictConfig, chosen: Mapping[Any, Any]) -> str | None:
+    """What completes the experiment's name, None where it is whole. Raises ConfigError where it is missing."""
+    group = config.get("completed_by")
+    if group == "model":
+        if OmegaConf.is_missing(config.model, "name"):
+            known = [name for names in families().values() for name in names]
+            raise ConfigError(f"model=... is missing; one of: {', '.join(known)}, or another")
+        return str(config.model.name if chosen["model"] in families() else chosen["model"])
+    if group:
+        root, _, folder = group.partition("/")
+        if not str(chosen.get(root)).startswith(f"{folder}/"):
+            raise ConfigError(f"{root}={folder}/... is missing; one of: {', '.join(choices(group))}")
+        return str(chosen[root]).rpartition("/")[2]
+    return None
 
 
 def _without_hydra(config: DictConfig) -> DictConfig:
