@@ -38,6 +38,7 @@ def save(figure: Figure, path: Path, kind: str) -> None:
     """Write a figure as one of FORMATS."""
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, format=kind, **FORMATS[kind])
+        figure.set_layout_engine("none")  # laid out once: the next format finds everything in its place
 
 
 def clean_against_aa(table: Table) -> Figure | None:

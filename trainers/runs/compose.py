@@ -63,7 +63,10 @@ def completed(experiment: str) -> list[str]:
     group = completed_by(stem)
     if group == "model":
         words = network("model", name)
-        return [f"experiment={stem}", *(word for word in words if word != "model=plain")]  # plain: as the experiment makes its own
+        return [
+            f"experiment={stem}",
+            *(word for word in words if word != "model=plain"),
+        ]  # plain: as the experiment makes its own
     if group:
         if name not in choices(group):
             raise ConfigError(unknown("pair", name, choices(group)))

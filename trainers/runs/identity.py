@@ -73,6 +73,19 @@ def _defaults(name: str) -> dict[str, Any]:
     return {n: p.default for n, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
+def _with_defaults(node: Any) -> Any:
+    """A configuration that says what it leaves to the defaults of its parts."""
+    if isinstance(node, list):
+        return [_with_defaults(child) for child in node]
+    if not isinstance(node, Mapping):
+        return node
+    known = _defaults(node["_target_"]) if "_target_" in node else {}
+    plain = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in known.items() if k not in EXCLUDED_ANYWHERE
+    }
+    return {**plain, **{key: _with_defaults(value) for key, value in node.items()}}
+
+
 def asked(overrides: list[str]) -> list[str]:
     """The overrides that a record keeps: those that change what is computed, a place on this machine as PATH."""
     kept = []
@@ -93,7 +106,7 @@ def differences(usual: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
             k: v for key, child in node.items() for k, v in flat(child, f"{prefix}.{key}".lstrip(".")).items()
         }
 
-    one, other = (flat(without_excluded(c)) for c in (usual, config))
+    one, other = (flat(_with_defaults(without_excluded(c))) for c in (usual, config))
     return {
         key: [one.get(key), other.get(key)]
         for key in sorted({*one, *other})

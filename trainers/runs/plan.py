@@ -1,10 +1,11 @@
 """Which runs a table or figure needs, which of them are done, and what the missing ones cost."""
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,24 @@ def load_table(number: str, kind: str = "table") -> dict[str, Any]:
     known = tables(kind)
     if str(number) not in known:
         raise ConfigError(unknown(kind, str(number), list(known)))
-    table = OmegaConf.to_container(OmegaConf.load(known[str(number)]))
-    assert isinstance(table, dict)
+    path = known[str(number)]
+    table = _read(path)
     if "rows_of" in table:
         source = load_table(table.pop("rows_of").removeprefix("table").lstrip("0"))
         table = {**{key: source[key] for key in ("labels", "metrics", "rows")}, **table}
-    return {str(key): value for key, value in table.items()} | {"name": known[str(number)].stem}
+    return table | {"name": path.stem}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return copy.deepcopy(_read_once(path))
+
+
+@cache
+def _read_once(path: Path) -> dict[str, Any]:
+    """A table's file; every other table asks for its rows, too."""
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
 
 
 def experiments(config: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, str]:
