@@ -1,0 +1,89 @@
+"""A step asks its device for nothing: on a GPU each question waits for all that was launched before it. The device is pretended."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.pretended import DEVICE, Pretended, There, pretended
+from tests.trainers.methods.test_adversarial import task_of
+from tests.trainers.methods.test_distillation import make_task
+
+__all__ = ["pretended"]  # a fixture
+
+
+def test_what_waits_is_noted(pretended: Pretended) -> None:
+    x = torch.arange(4.0)
+    with pretended:
+        there = x.to(DEVICE, non_blocking=True)
+        assert there.add(1).mul_(2).sum().device == DEVICE and not pretended.waits
+        (
+            float(there.sum()),
+            there.cpu(),
+            x.to(DEVICE),
+            torch.tensor([1.0], device=DEVICE),
+            there[there > 1],
+            there.nonzero(),
+        )
+        there.copy_(x)
+    assert [wait.split()[0] for wait in pretended.waits] == [
+        "_local_scalar_dense", "_to_copy", "_to_copy", "_to_copy", "index", "nonzero", "copy_",
+    ]  # fmt: skip
+
+
+def test_a_tensor_that_was_left_behind_is_noted(pretended: Pretended) -> None:
+    x = torch.arange(4.0)
+    with pretended:
+        there = x.to(DEVICE)
+        there[torch.arange(2)], there * torch.tensor(2.0), there.copy_(x)  # as a GPU takes them
+        assert pretended.strays == []
+        torch.maximum(there, x), torch.cat([there, x])
+    assert [stray.split()[0] for stray in pretended.strays] == ["maximum", "cat"]
+
+
+AT = [
+    "c100_basic_gkl",
+    "c100_basic_kl",
+    "c100_autoaug",
+    "c100_acat",
+    "c100_dajat",
+    "c100_dm",
+    "c10_rice",
+    "c100_awp",
+    "c100_lbgat_awp",
+]
+STRONG = ("c100_autoaug", "c100_dajat")  # whose views are torchvision's operations, some of which wait
+
+
+@pytest.mark.parametrize("experiment", AT)
+def test_an_adversarial_step_waits_for_nothing(experiment: str, tmp_path: Path, pretended: Pretended) -> None:
+    """All but LAS-AT, whose strategy network says how many steps an attack takes."""
+    own = [f"generated.root={tmp_path}"] if experiment == "c100_dm" else []
+    with pretended:
+        _, task = task_of(f"at/{experiment}", "epochs=200", *own, device=str(DEVICE))
+        task.start_epoch(60)
+        pretended.waits.clear()
+        for step in range(2):
+            scalars = task.train_step(60, step)
+    assert all(isinstance(value, There) for value in scalars.values())
+    waits = (
+        [where for where in pretended.waits if " gkl/data/augment.py" not in where]
+        if experiment in STRONG
+        else pretended.waits
+    )
+    assert waits == [] and pretended.strays == []
+
+
+KD = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd"]
+
+
+@pytest.mark.parametrize("method", KD)
+def test_a_distillation_step_waits_for_nothing(method: str, tmp_path: Path, pretended: Pretended) -> None:
+    with pretended:
+        task = make_task(method, tmp_path, device=str(DEVICE))
+        task.start_epoch(3)
+        for _ in range(2):  # at first the teacher's kept logits are not there yet, and are written
+            pretended.waits.clear()
+            for step in range(2):
+                task.train_step(3, step)
+    assert pretended.waits == [] and pretended.strays == []
