@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gkl.data.digits import digits
 from gkl.rng import normal, sample_keys, uniform
 from tests.system.test_fidelity import TinyNet, algorithm1
-from trainers.methods.robust import RobustTraining
+from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
@@ -26,14 +26,14 @@ EPSILON = 0.15
 
 def task_of(
     experiment: str, *overrides: str, model: nn.Module | None = None, device: str = "cpu"
-) -> tuple[dict, RobustTraining]:
+) -> tuple[dict, Training]:
     ramp = compose("train", [f"experiment={experiment}"])["attack"]["ramp"]
     config = compose("train", [f"experiment={experiment}", "scale=smoke", "precision=float64", "batch_size=32",
                                "channels_last=false", f"attack.ramp={ramp}", *overrides])  # fmt: skip
     check(config, 1)
     torch.manual_seed(3)
     model = (model or TinyNet()).double()
-    if config["generated"]:
+    if "generated" in config:
         config["generated"]["images"] = 200
     return config, build(config, data=digits(), model=model, device=torch.device(device))
 
@@ -99,12 +99,12 @@ def assert_same(ours: nn.Module, restated: nn.Module) -> None:
             )
 
 
-def run_steps(task: RobustTraining, epoch: int, restated: Callable[..., None], steps: int = 2) -> None:
+def run_steps(task: Training, epoch: int, restated: Callable[..., None], steps: int = 2) -> None:
     task.start_epoch(epoch)
     for step in range(steps):
-        x, y, view, index = task.batch(epoch, step)
+        images, draws, y, view, index = task.batch(epoch, step)
         task.train_step(epoch, step)
-        restated(x, y, view, index)
+        restated(task.see(images, view, draws), y, view, index)
 
 
 # --- PGD adversarial training: Rice et al., AT-AWP ---------------------------------------------------------------------
@@ -150,13 +150,13 @@ def test_the_best_epoch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         task.train_step(epoch, 0)
         assert task.end_epoch(epoch)["selection/robust"] == [30.0, 50.0, 50.0, 40.0][epoch - 1]
         states.append({k: v.clone() for k, v in task.model.state_dict().items()})
-    assert task.selection.best["epoch"] == 2
+    assert task.method.selection.best["epoch"] == 2
     for name, value in task.weights()["best"].items():
         assert torch.equal(value, states[1][name])
     saved = copy.deepcopy(task.state_dict())
     _, resumed = task_of("at/c10_rice", "model.normalisation=null")
     resumed.load_state_dict(saved)
-    assert resumed.selection.best["robust"] == 50.0 and resumed.weights().keys() == {"last", "best"}
+    assert resumed.method.selection.best["robust"] == 50.0 and resumed.weights().keys() == {"last", "best"}
 
 
 # --- TRADES and what its trainer also is: TRADES-AWP, ACAT, DM-AT, DKL -------------------------------------------------
@@ -224,7 +224,7 @@ def test_acat(experiment: str, weight: float, smoothing: float, held_out: float)
         budget=(epsilon, epsilon, 2), gamma=0.005, smoothing=smoothing, clean_first=True,
     ))  # fmt: skip
     assert_same(task.model, model)
-    assert len(task.training.labels) == 1437 - round(1437 * held_out)
+    assert len(task.batches.labels) == 1437 - round(1437 * held_out)
     assert task.averages["ema"].start_epoch == 82 and not task.averages["ema"].state  # 150 * 110 // 200
 
 
@@ -260,7 +260,7 @@ def test_dm_at(generalized: bool, tmp_path) -> None:
     restated.count = 0
     run_steps(task, epoch, restated)
     assert_same(task.model, model)
-    assert task.steps_per_epoch == math.ceil(1437 / 32) and len(task.training.labels) == 1437 - 29
+    assert task.steps_per_epoch == math.ceil(1437 / 32) and len(task.batches.labels) == 1437 - 29
     assert_close_states(task.averages["ema"].state, dict(model.named_parameters()))
 
 
@@ -272,20 +272,20 @@ def assert_close_states(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> 
 def test_generated_pictures_fill_their_share_of_each_batch(tmp_path) -> None:
     _, task = task_of("at/c100_dm", f"generated.root={tmp_path}")
     task.start_epoch(1)
-    indices = [task.training.drawn(1, step) for step in range(task.steps_per_epoch)]
+    indices = [task.batches.drawn(1, step) for step in range(task.steps_per_epoch)]
     for index in indices:
-        assert len(index) == 32 and int((index >= len(task.training.labels)).sum()) == int(32 * 0.7)
-    real = torch.cat([i[i < len(task.training.labels)] for i in indices])
+        assert len(index) == 32 and int((index >= len(task.batches.labels)).sum()) == int(32 * 0.7)
+    real = torch.cat([i[i < len(task.batches.labels)] for i in indices])
     assert len(real.unique()) == len(real)  # no picture twice before all were seen once
-    assert torch.equal(task.training.drawn(1, 5), indices[5]) and not torch.equal(
-        task.training.drawn(2, 5), indices[5]
+    assert torch.equal(task.batches.drawn(1, 5), indices[5]) and not torch.equal(
+        task.batches.drawn(2, 5), indices[5]
     )
-    images, labels = task.training.pictures(indices[0])
+    images, labels = task.batches.pictures(indices[0])
     for image, label, number in zip(images, labels, indices[0].tolist(), strict=True):
-        if number < len(task.training.labels):
-            assert torch.equal(image, task.training.images[number]) and label == task.training.labels[number]
+        if number < len(task.batches.labels):
+            assert torch.equal(image, task.batches.images[number]) and label == task.batches.labels[number]
         else:
-            drawn, wanted = task.training.generated.take(torch.tensor([number - len(task.training.labels)]))
+            drawn, wanted = task.batches.generated.take(torch.tensor([number - len(task.batches.labels)]))
             assert torch.equal(image, drawn[0]) and label == wanted[0]
 
 
@@ -353,7 +353,7 @@ def test_gkl_takes_the_kls_place_in_every_method(experiment: str, tmp_path) -> N
 @pytest.mark.parametrize(("epoch", "lr"), [(1, 0.02), (75, 0.1), (76, 0.01), (91, 0.001)])
 def test_lbgat(experiment: str, beta: float, epsilon: float, step_size: float, gamma: float, epoch: int, lr: float) -> None:  # fmt: skip
     _, task = task_of(experiment, "epochs=100")
-    model, natural = copy.deepcopy(task.model), copy.deepcopy(task.natural_model)
+    model, natural = copy.deepcopy(task.model), copy.deepcopy(task.method.guide)
     optimizer = torch.optim.SGD(
         [*model.parameters(), *natural.parameters()], lr=lr, momentum=0.9, weight_decay=2e-4
     )
@@ -386,7 +386,7 @@ def test_lbgat(experiment: str, beta: float, epsilon: float, step_size: float, g
 
     run_steps(task, epoch, restated)
     assert_same(task.model, model)
-    assert_same(task.natural_model, natural)
+    assert_same(task.method.guide, natural)
 
 
 # --- DAJAT ------------------------------------------------------------------------------------------------------------
@@ -430,10 +430,10 @@ def test_dajat(experiment, weight, js_weight, smoothing, strong_views, epochs, s
     epsilon = EPSILON * epoch / epochs
     task.start_epoch(epoch)
     for step in range(2):
-        index = task.training.drawn(epoch, step)
-        views = task.augment(task.training.images[index], seed=0, epoch=epoch, index=index)
+        index = task.batches.drawn(epoch, step)
+        views = task.batches.augment(task.batches.images[index], seed=0, epoch=epoch, index=index)
         views = [(v.float() / 255).double() for v in views]
-        y = task.training.labels[index]
+        y = task.batches.labels[index]
         task.train_step(epoch, step)
         assert len(views) == 1 + strong_views
 
@@ -489,7 +489,7 @@ def test_las_at(experiment: str, rewards: tuple[float, float], interval: int, cl
     published = compose("train", [f"experiment={experiment}"])["method"]
     assert published["interval"] == interval
     torch.testing.assert_close(published["label_smoothing"] * (classes - 1) / classes, 0.3)  # factor 0.7
-    model, strategy = copy.deepcopy(task.model), copy.deepcopy(task.strategy)
+    model, strategy = copy.deepcopy(task.model), copy.deepcopy(task.method.strategy)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     learner = config["strategy_optimizer"]
     policy = torch.optim.SGD(strategy.parameters(), lr=learner["lr"] / 10, momentum=learner["momentum"],
@@ -573,7 +573,7 @@ def test_las_at(experiment: str, rewards: tuple[float, float], interval: int, cl
 
     run_steps(task, epoch, restated)
     assert_same(task.model, model)
-    assert_same(task.strategy, strategy)
+    assert_same(task.method.strategy, strategy)
 
 
 def test_a_method_refuses_what_it_does_not_take() -> None:
@@ -585,8 +585,8 @@ def test_a_method_refuses_what_it_does_not_take() -> None:
             "+loss={_target_: gkl.losses.objectives.KL, weight: 1.0}",
             "takes no loss; leave it out",
         ),
-        ("at/c100_dm", "generated_share=null", "generated_share in"),
-        ("at/c100_dm", "held_out=null", "selection.images=held_out needs held_out"),
+        ("at/c100_dm", "generated_share=0.0", "generated_share in"),
+        ("at/c100_dm", "held_out=0.0", "selection.images=held_out needs held_out"),
         ("at/c100_dajat", "augment.views=[crop_flip]", "at least one strong view"),
         ("at/c100_lbgat", "augment.views=[crop_flip,autoaugment]", "LBGAT trains on one view"),
         ("at/c100_awp", "+selection.weights=ema", "unknown selection.weights 'ema'"),
@@ -596,7 +596,7 @@ def test_a_method_refuses_what_it_does_not_take() -> None:
         with pytest.raises((ConfigError, ValueError), match=message):
             config = compose("train", [f"experiment={experiment}", "scale=smoke", override])
             check(config, 1)
-            if config["generated"]:
+            if "generated" in config:
                 config["generated"]["images"] = 50
             build(
                 config,
