@@ -27,16 +27,16 @@ HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses.close
 }
 NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.augment": ("data", ("torchvision",)),
+    "gkl.data.cifar": ("data", ("torchvision", "PIL", "numpy")),
     "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
-    "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
-    "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
-    "trainers.reports.figures": ("reproduction", ("matplotlib",)),
-    "gkl.data.generated": ("data", ("numpy",)),
+    "gkl.data.digits": ("data", ("PIL", "numpy", "sklearn")),
     "gkl.data.files": ("data", ("PIL", "numpy")),
+    "gkl.data.generated": ("data", ("numpy",)),
+    "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
     "gkl.models": ("models", ("safetensors", "timm", "torchvision")),
     "gkl.optim.optimizers": ("models", ("timm",)),
-    "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
-    "trainers.reports.tables": ("reproduction", ("scipy",)),
 }
 
 

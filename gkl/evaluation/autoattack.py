@@ -18,14 +18,10 @@ each other before the next attack, and a killed evaluation goes on with the next
 cannot be resumed from, see README.) Source: Croce & Hein 2020.
 """
 
-import hashlib
-import json
 import logging
-import os
 import sys
 import time
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version as package_version
@@ -39,6 +35,7 @@ from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 
 from gkl.attacks.pgd import Norm
+from gkl.evaluation.kept import Kept, digest, fingerprint
 from gkl.evaluation.projection import projection_linf
 from gkl.evaluation.recorded import Recorded, recordings
 from gkl.graphs import Replayed
@@ -93,8 +90,8 @@ def evaluate(
     """Attack this process's batches of each attack (number % world_size == rank), wait for the others' and return the result.
 
     model: in eval mode, images in [0, 1] to logits, at least 4 classes. images: (N, 3, H, W), uint8 or float.
-    folder: where finished batches are kept, seen by all processes; those of other weights or settings lie beside them and
-    are not read. on_progress: called after each batch with where this process is and the seconds it has left, counted as if
+    folder: where finished batches are kept, seen by all processes; those of other networks, data or settings lie beside them
+    and are not read. on_progress: called after each batch with where this process is and the seconds it has left, counted as if
     no further image fell. epsilon: pixel units. graph: on a GPU, replay the attacks' iterations from recordings, with the
     same bits.
     Raises ValueError for a model in training mode or with too few classes, RuntimeError if AutoAttack returns an image
@@ -108,18 +105,18 @@ def evaluate(
         raise ValueError(
             f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}"
         )
-    settings: dict[str, Any] = {
-        "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
-        "weights": _digest(model.state_dict().values()), "data": _digest([images, labels]),
-        "pyautoattack": package_version("pyautoattack"),
-    }  # fmt: skip
-    folder = folder / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    folder.mkdir(parents=True, exist_ok=True)
-    clean = robust = torch.ones(len(labels), dtype=torch.bool)
-    found: list[dict[str, Any]] = []
-    share: dict[str, float] = {}
-    spent, passes = 0.0, 0.0
+    kept = Kept(
+        folder,
+        {
+            "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
+            "network": fingerprint(model), "data": digest(images, labels), "pyautoattack": package_version("pyautoattack"),
+        },
+    )  # fmt: skip
+    stages = _Stages(kept, version, rank, world_size, on_progress)
     images, labels = images.to(device), labels.to(device)
+    robust = torch.ones(len(labels), dtype=torch.bool)
+    clean = robust
+    share: dict[str, float] = {}
     with _prepared(model, device), recordings(device, graph) as replayed:
         adapted = _Adapter(model, device, replayed)
         with torch.no_grad():
@@ -131,37 +128,18 @@ def evaluate(
         adversary = attacker(adapted, num_classes, epsilon=epsilon, norm=norm, seed=seed, device=device)
         if replayed is not None:
             Recorded(adapted.network, replayed).take_over(adversary)
-        stages = ("clean", *ATTACKS[version])
-        for attack in stages:
+
+        def outcome(attack: str, index: Tensor) -> dict[str, Any]:
+            x, y = _floats(images[index.to(device)]), labels[index.to(device)]
+            return _clean(adapted, x, y) if attack == "clean" else _attack(attack, adversary, x, y)
+
+        for attack in stages.names:
             points = robust.nonzero().squeeze(1)  # still standing
-            batches = points.split(batch_size) if len(points) else ()
-            paths = [folder / f"{attack}_{number:05d}.npz" for number in range(len(batches))]
-            mine = range(rank, len(batches), world_size)
-            for number in mine:
-                if _read(paths[number], batches[number]) is not None:
-                    continue
-                started = time.monotonic()
-                index = batches[number].to(device)
-                x, y = _floats(images[index]), labels[index]
-                outcome = _clean(adapted, x, y) if attack == "clean" else _attack(attack, adversary, x, y)
-                seconds = time.monotonic() - started
-                _write(
-                    paths[number],
-                    {"points": batches[number].numpy(), "seconds": np.array(seconds), **outcome},
-                )
-                spent, passes = spent + seconds, passes + FORWARDS[attack] * len(x)
-                if on_progress:
-                    ahead = FORWARDS[attack] * sum(len(batches[other]) for other in mine if other > number)
-                    later = sum(FORWARDS[name] for name in stages[stages.index(attack) + 1 :])
-                    left = spent / passes * (ahead + later * len(points) / world_size)
-                    on_progress(f"{attack}, batch {number + 1} of {len(batches)}", left)
-            parts = [_awaited(path, batch) for path, batch in zip(paths, batches, strict=True)]
-            robust = robust.clone()
-            for batch, part in zip(batches, parts, strict=True):
-                robust[batch] = torch.from_numpy(part["robust"])
+            robust = stages.carry_out(
+                attack, points.split(batch_size) if len(points) else (), robust, outcome
+            )
             clean = robust if attack == "clean" else clean
             share[attack] = robust.double().mean().item()
-            found += parts
     with _listening() as heard:
         check_square_sr(share, logger=logging.getLogger("auto-attack"))
     after = {attack: 100.0 * part for attack, part in share.items()}
@@ -171,27 +149,64 @@ def evaluate(
         clean_flags=clean,
         robust_flags=robust,
         after=after,
-        warnings=sorted({*heard, *(str(w) for part in found for w in part["warnings"])}),
-        seconds=float(sum(part["seconds"] for part in found)),
-        versions={"pyautoattack": settings["pyautoattack"], "torch": torch.__version__},
+        warnings=sorted({*heard, *(str(w) for part in stages.found for w in part["warnings"])}),
+        seconds=float(sum(part["seconds"] for part in stages.found)),
+        versions={"pyautoattack": package_version("pyautoattack"), "torch": torch.__version__},
     )
 
 
-def _awaited(path: Path, points: Tensor) -> dict[str, Any]:
-    """A finished batch, as soon as the process that attacks it has written it."""
-    while (part := _read(path, points)) is None:
-        time.sleep(0.2)
-    return part
+class _Stages:
+    """The clean look and the attacks one after the other, each one's batches shared by the processes."""
 
+    def __init__(
+        self,
+        kept: Kept,
+        version: Version,
+        rank: int,
+        world_size: int,
+        on_progress: Callable[[str, float], None] | None,
+    ) -> None:
+        self.kept, self.rank, self.world_size, self.on_progress = kept, rank, world_size, on_progress
+        self.names = ("clean", *ATTACKS[version])
+        self.found: list[dict[str, Any]] = []  # every batch, of all processes
+        self.spent, self.passes = 0.0, 0.0  # seconds and forward passes of this process
 
-def _read(path: Path, points: Tensor) -> dict[str, Any] | None:
-    """What a finished batch of these images says; None when it is missing or damaged, so that it is attacked again."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            part = {name: file[name] for name in ("points", "robust", "seconds", "warnings")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None
-    return part if np.array_equal(part["points"], points.numpy()) else None
+    def carry_out(
+        self,
+        attack: str,
+        batches: Sequence[Tensor],
+        robust: Tensor,
+        outcome: Callable[[str, Tensor], dict[str, Any]],
+    ) -> Tensor:
+        """Attack this process's batches, wait for the others'; returns which images withstand, (N,) bool. robust: those before."""
+        mine = range(self.rank, len(batches), self.world_size)
+        for number in mine:
+            if self.kept.read(attack, number, batches[number]) is not None:
+                continue
+            started = time.monotonic()
+            made = outcome(attack, batches[number])
+            seconds = time.monotonic() - started
+            self.kept.write(attack, number, batches[number], made, seconds)
+            self.spent, self.passes = (
+                self.spent + seconds,
+                self.passes + FORWARDS[attack] * len(batches[number]),
+            )
+            if self.on_progress:
+                left = self._left(
+                    attack, [len(batches[other]) for other in mine if other > number], int(robust.sum())
+                )
+                self.on_progress(f"{attack}, batch {number + 1} of {len(batches)}", left)
+        parts = [self.kept.awaited(attack, number, batch) for number, batch in enumerate(batches)]
+        robust = robust.clone()
+        for batch, part in zip(batches, parts, strict=True):
+            robust[batch] = torch.from_numpy(part["robust"])
+        self.found += parts
+        return robust
+
+    def _left(self, attack: str, ahead: Sequence[int], standing: int) -> float:
+        """Seconds that this process has left, if no further image falls. ahead: sizes of its batches to come in this attack."""
+        later = sum(FORWARDS[name] for name in self.names[self.names.index(attack) + 1 :])
+        return self.spent / self.passes * (FORWARDS[attack] * sum(ahead) + later * standing / self.world_size)
 
 
 def attacker(
@@ -334,20 +349,3 @@ def _prepared(model: nn.Module, device: torch.device) -> Iterator[None]:
                 p.data = data
                 p.requires_grad_(wanted)
             torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
-
-
-def _digest(tensors: Any) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy())
-    return digest.hexdigest()
-
-
-def _write(path: Path, arrays: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
-    try:
-        np.savez(temporary, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

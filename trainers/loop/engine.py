@@ -69,81 +69,98 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
     A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM and SIGINT.
     Raises Interrupted after a signal, RunError for a loss that is not finite.
     """
-    position = Position()
-    checkpoint = folder.load_checkpoint(report.warn)
-    if checkpoint is not None:
-        task.load_state_dict(checkpoint["task"])
-        position = Position(**checkpoint["position"])
-    mark = position.epoch << 32 | position.step
-    if agree(mark) != -agree(-mark):
-        raise RunError(
-            f"the processes of this run see different checkpoints in {folder.path}; outputs must lie on a file system that all "
-            "machines share: set GKL_OUTPUTS to one"
-        )
-    if rank() == 0:
-        folder.truncate_history(before_epoch=position.epoch)
+    loop = _Loop(task, epochs, folder, 60 * checkpoint_minutes, report)
+    first = loop.resume()
+    with signals() as signal_received:
+        for epoch in range(first.epoch, epochs + 1):
+            task.start_epoch(epoch)
+            begun = epoch == first.epoch
+            sums = dict(first.sums) if begun else {}
+            loop.steps(epoch, first.step if begun else 0, sums, signal_received)
+            row = {
+                "epoch": epoch,
+                **{name: value / task.steps_per_epoch for name, value in sums.items()},
+                **task.end_epoch(epoch),
+                "seconds": round(time.monotonic() - loop.started, 3),
+            }
+            if rank() == 0:
+                folder.append_history(row)
+            report.epoch(row)
+            loop.save(Position(epoch + 1))
+            if (signum := agree(signal_received())) and epoch < epochs:
+                raise Interrupted(_how_to_go_on(epoch + 1, 0, signum), signum)
+    return time.monotonic() - loop.started
 
-    started = time.monotonic() - position.seconds
-    saved = time.monotonic()
 
-    def save(epoch: int, step: int, sums: dict[str, float]) -> None:
-        nonlocal saved
-        position = Position(epoch, step, time.monotonic() - started, sums)
-        state = {"task": task.state_dict(), "position": vars(position)}
+class _Loop:
+    """A training on its way: its steps, what of them is not yet read back, and when it was saved."""
+
+    def __init__(self, task: Task, epochs: int, folder: RunFolder, every: float, report: Report) -> None:
+        """every: seconds between checkpoints."""
+        self.task, self.epochs, self.folder, self.every, self.report = task, epochs, folder, every, report
+        self.unread = deque[tuple[int, Callable[[], tuple[dict[str, float], int]]]]()
+
+    def resume(self) -> "Position":
+        """Where to begin: at the last whole checkpoint, which is loaded, or at the start."""
+        position = Position()
+        checkpoint = self.folder.load_checkpoint(self.report.warn)
+        if checkpoint is not None:
+            self.task.load_state_dict(checkpoint["task"])
+            position = Position(**checkpoint["position"])
+        mark = position.epoch << 32 | position.step
+        if agree(mark) != -agree(-mark):
+            raise RunError(
+                f"the processes of this run see different checkpoints in {self.folder.path}; outputs must lie on a file system "
+                "that all machines share: set GKL_OUTPUTS to one"
+            )
         if rank() == 0:
-            folder.save_checkpoint(state)
-        saved = time.monotonic()
+            self.folder.truncate_history(before_epoch=position.epoch)
+        self.saved = time.monotonic()
+        self.started = self.saved - position.seconds
+        return position
 
-    unread = deque[tuple[int, Callable[[], tuple[dict[str, float], int]]]]()
+    def steps(
+        self, epoch: int, first: int, sums: dict[str, float], signal_received: Callable[[], int]
+    ) -> None:
+        """The steps of an epoch from `first` on, their values added to sums. Raises Interrupted after a signal."""
+        steps = self.task.steps_per_epoch
+        for step in range(first, steps):
+            scalars = self.task.train_step(epoch, step)
+            self.report.step(epoch, self.epochs, step + 1, steps)
+            due = time.monotonic() - self.saved > self.every
+            own = signal_received() or (SAVE if due else 0)
+            self.unread.append((step, gather(scalars, own)))
+            # A step behind, so that the device has work while its values are waited for.
+            common = self.read(epoch, sums, but=1)
+            request = own if world_size() == 1 else common
+            if request and step + 1 < steps:
+                # No checkpoint holds what a value that is not finite has come to.
+                request = max(request, self.read(epoch, sums))
+                self.save(Position(epoch, step + 1, sums=sums))
+                if request != SAVE:
+                    raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
+        self.read(epoch, sums)
 
-    def account(epoch: int, sums: dict[str, float], but: int = 0) -> int:
+    def read(self, epoch: int, sums: dict[str, float], but: int = 0) -> int:
         """Add the values of the steps taken to the sums, of all but the last `but`; returns what was asked for after them."""
         asked = 0
-        while len(unread) > but:
-            step, read = unread.popleft()
-            values, request = read()
+        while len(self.unread) > but:
+            step, arrived = self.unread.popleft()
+            values, request = arrived()
             for name, value in values.items():
                 if not math.isfinite(value):
-                    raise RunError(_not_finite(task, folder, epoch, step, name, value))
+                    raise RunError(_not_finite(self.task, self.folder, epoch, step, name, value))
                 sums[name] = sums.get(name, 0.0) + value
             asked = max(asked, request)
         return asked
 
-    steps = task.steps_per_epoch
-    with signals() as signal_received:
-        for epoch in range(position.epoch, epochs + 1):
-            task.start_epoch(epoch)
-            sums = dict(position.sums)
-            for step in range(position.step, steps):
-                scalars = task.train_step(epoch, step)
-                report.step(epoch, epochs, step + 1, steps)
-                due = time.monotonic() - saved > 60 * checkpoint_minutes
-                own = signal_received() or (SAVE if due else 0)
-                unread.append((step, gather(scalars, own)))
-                # A step behind, so that the device has work while its values are waited for.
-                common = account(epoch, sums, but=1)
-                request = own if world_size() == 1 else common
-                if request and step + 1 < steps:
-                    # No checkpoint holds what a value that is not finite has come to.
-                    request = max(request, account(epoch, sums))
-                    save(epoch, step + 1, sums)
-                    if request != SAVE:
-                        raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
-            account(epoch, sums)
-            row = {
-                "epoch": epoch,
-                **{name: value / steps for name, value in sums.items()},
-                **task.end_epoch(epoch),
-            }
-            row["seconds"] = round(time.monotonic() - started, 3)
-            if rank() == 0:
-                folder.append_history(row)
-            report.epoch(row)
-            save(epoch + 1, 0, {})
-            position = Position(epoch + 1)
-            if (signum := agree(signal_received())) and epoch < epochs:
-                raise Interrupted(_how_to_go_on(epoch + 1, 0, signum), signum)
-    return time.monotonic() - started
+    def save(self, position: "Position") -> None:
+        """Write a checkpoint to go on from."""
+        position.seconds = time.monotonic() - self.started
+        state = {"task": self.task.state_dict(), "position": vars(position)}
+        if rank() == 0:
+            self.folder.save_checkpoint(state)
+        self.saved = time.monotonic()
 
 
 class Position:
