@@ -14,6 +14,7 @@ import os
 import time
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def fingerprint(model: nn.Module) -> str:
     """
     said = [repr(model)]
     for name, module in model.named_modules():
-        said += [name, type(module).__qualname__, _source(type(module).forward)]
+        said += [name, type(module).__qualname__, _code(type(module).forward)]
         if not isinstance(module, _BatchNorm):  # of which repr says all that counts in eval mode
             said += [
-                f"{k}={v if _is_plain(v) else _source(v)}"
+                f"{k}={v if _is_plain(v) else _code(v)}"
                 for k, v in sorted(vars(module).items())
                 if _counts(k, v)
             ]
@@ -92,7 +93,11 @@ def fingerprint(model: nn.Module) -> str:
 
 def _counts(name: str, value: Any) -> bool:
     """Whether a module's attribute may change what it computes, as far as it can be told."""
-    return name != "training" and not name.startswith("_") and (_is_plain(value) or inspect.isroutine(value))
+    return (
+        name != "training"
+        and not name.startswith("_")
+        and (_is_plain(value) or inspect.isroutine(value) or isinstance(value, partial))
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -101,9 +106,13 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _source(function: Any) -> str:
-    """A function's source, or what stands for it where there is none."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
+def _code(function: Any) -> str:
+    """What a function does, as far as Python says: its instructions, the names and constants in it, what it holds."""
+    if isinstance(function, partial):
+        return repr((_code(function.func), function.args, sorted(function.keywords.items())))
+    code = getattr(function, "__code__", None)
+    if code is None:
         return getattr(function, "__qualname__", repr(type(function)))
+    constants = [c for c in code.co_consts if _is_plain(c)]
+    held = [cell.cell_contents for cell in function.__closure__ or () if _is_plain(cell.cell_contents)]
+    return repr((code.co_code, code.co_names, constants, function.__defaults__, held))
