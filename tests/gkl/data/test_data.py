@@ -23,13 +23,12 @@ from gkl.data.cifar import cifar10, cifar100
 from gkl.data.digits import digits
 from gkl.data.image_folder import image_folder
 from gkl.data.memory import ImageData
-from gkl.data.memory import memory as gkl_data
 from gkl.data.tiny_imagenet import tiny_imagenet
 from gkl.rng import integers, normal, sample_keys, uniform
 
 INDEX = torch.arange(20_000)
 
-# --- counter ----------------------------------------------------------------------------------------------------------
+# --- random numbers ---------------------------------------------------------------------------------------------------
 
 
 def splitmix64(x: int) -> int:
@@ -388,7 +387,7 @@ def test_extraction_cannot_leave_its_folder(tmp_path: Path, monkeypatch: pytest.
         tar.addfile(entry, io.BytesIO(b""))
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     with pytest.raises(tarfile.TarError):
-        gkl_data.cifar10(str(tmp_path), download=False)
+        cifar10(str(tmp_path), download=False)
     assert not (tmp_path.parent / "outside").exists()
 
 

@@ -5,7 +5,9 @@ import itertools
 import os
 import tarfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,17 +16,17 @@ import torchvision.transforms as T
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor
-from trainers.loop.batches import FileTrainingSet
 
+from gkl.data import imagenet_lt as long_tailed
 from gkl.data.crops import CentreCrop, ResizedCrop, drawing_from
 from gkl.data.digits import digits_files
-from gkl.data.files import ImageFiles, long_tail
+from gkl.data.files import FileBatches, ImageFiles, long_tail, other_pictures
 from gkl.data.image_folder import image_files
 from gkl.data.imagenet import imagenet
 from gkl.data.imagenet_lt import imagenet_lt, read_list
-from gkl.data.memory import files as module
 from gkl.data.stores import Shards, decode, open_store
 from gkl.data.tiny_imagenet import tiny_imagenet_files
+from gkl.distributed import Shard
 
 LISTS = os.environ.get("IMAGENET_LT")  # folder with the published lists
 DEVICE = torch.device("cpu")
@@ -184,8 +186,8 @@ def small_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Lists of ImageNet-LT in small, and its pictures, the validation ones without class folders."""
     profile = [3] * 1000
     write_lists(tmp_path / "lists", profile, 1)
-    monkeypatch.setattr(module, "LISTS", {"train": 3000, "val": 1000, "test": 1000})
-    monkeypatch.setattr(module, "PROFILE", (0, 0, 1000))
+    monkeypatch.setattr(long_tailed, "LISTS", {"train": 3000, "val": 1000, "test": 1000})
+    monkeypatch.setattr(long_tailed, "PROFILE", (0, 0, 1000))
     return tmp_path / "lists"
 
 
@@ -222,7 +224,7 @@ def test_other_lists_are_named(small_lists: Path, tmp_path: Path, monkeypatch: p
     ):
         imagenet_lt(str(tmp_path), str(small_lists))
     train.write_text(whole)
-    monkeypatch.setattr(module, "PROFILE", (385, 479, 136))
+    monkeypatch.setattr(long_tailed, "PROFILE", (385, 479, 136))
     with pytest.raises(
         ValueError, match=r"another list: needs 1000 classes, 385 many, 479 medium, 136 few; got 1000, 0 many"
     ):
@@ -237,7 +239,7 @@ def test_other_lists_are_named(small_lists: Path, tmp_path: Path, monkeypatch: p
 @pytest.mark.skipif(LISTS is None, reason="needs IMAGENET_LT, a folder with the published lists")
 def test_the_published_lists() -> None:
     assert LISTS is not None
-    found = {part: read_list(Path(LISTS) / f"ImageNet_LT_{part}.txt", lines) for part, lines in module.LISTS.items()
+    found = {part: read_list(Path(LISTS) / f"ImageNet_LT_{part}.txt", lines) for part, lines in long_tailed.LISTS.items()
              if (Path(LISTS) / f"ImageNet_LT_{part}.txt").stat().st_size}  # fmt: skip
     labels = torch.tensor([label for _, label in found["test"]])
     assert torch.bincount(labels).tolist() == [50] * 1000
@@ -287,19 +289,35 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> ImageFiles:
     return digits_files(str(tmp_path_factory.mktemp("files") / "digits"), 16, train_per_class=10)
 
 
-def stream(
-    data: ImageFiles, workers: int = 0, parts: int = 1, part: int = 0, **augment: object
-) -> FileTrainingSet:
-    training = FileTrainingSet(
-        data, DEVICE, batch_size=16, drop_last=False, seed=1, augment=ResizedCrop(**augment), workers=workers,  # type: ignore[arg-type]
-        mine=lambda items: torch.arange(items).tensor_split(parts)[part],
+@dataclass(frozen=True)
+class Part(Shard):
+    """What a process has that is alone: the `part`-th of so many."""
+
+    part: int = 0
+
+    def mine(self, items: int) -> Tensor:
+        return torch.arange(items).tensor_split(self.groups)[self.part]
+
+
+def stream(data: ImageFiles, workers: int = 0, parts: int = 1, part: int = 0, **augment: Any) -> FileBatches:
+    batches = data.batches(
+        augment=ResizedCrop(**augment), device=DEVICE, shard=Part(parts, part), workers=workers, batch_size=16,
+        drop_last=False, seed=1,
     )  # fmt: skip
-    training.shuffle(3)
-    return training
+    batches.start_epoch(3)
+    return batches
 
 
-def epoch(training: FileTrainingSet, steps: range) -> list[tuple[Tensor, Tensor, Tensor]]:
-    return [training.views(3, step) for step in steps]
+def views(batches: FileBatches, epoch: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Views, labels and sample numbers of a step, whose batch holds views already: nothing is left to draw."""
+    batch = batches.batch(epoch, step)
+    assert not batch.draws.numel() and not batch.view.any()
+    assert torch.equal(batches.see(batch.images, batch.view, batch.draws), batch.images)
+    return batch.images, batch.labels, batch.sample
+
+
+def epoch(batches: FileBatches, steps: range) -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [views(batches, 3, step) for step in steps]
 
 
 def same(one: list[tuple[Tensor, ...]], other: list[tuple[Tensor, ...]]) -> bool:
@@ -318,9 +336,9 @@ def test_an_epoch_is_the_same_with_workers_without_and_from_its_middle(scans: Im
         assert torch.equal(y, scans.train_labels[index]) and x.dtype == torch.uint8, number
     again = stream(scans)
     epoch(again, range(5))
-    assert same([again.views(3, 2)], [plain[2]]), "a step may be asked for once more"
-    again.shuffle(4)
-    assert not torch.equal(again.views(4, 0)[2], plain[0][2])
+    assert same([views(again, 3, 2)], [plain[2]]), "a step may be asked for once more"
+    again.start_epoch(4)
+    assert not torch.equal(views(again, 4, 0)[2], plain[0][2])
 
 
 def test_processes_share_a_batch(scans: ImageFiles) -> None:
@@ -333,7 +351,7 @@ def test_processes_share_a_batch(scans: ImageFiles) -> None:
 
 
 def test_repeated_augmentation_shows_a_picture_in_different_views(scans: ImageFiles) -> None:
-    x, _, index = stream(scans, repeats=3).views(3, 0)
+    x, _, index = views(stream(scans, repeats=3), 3, 0)
     assert index[:3].unique().numel() == 1 and index.unique().numel() == 6
     assert not torch.equal(x[0], x[1])
 
@@ -347,14 +365,14 @@ def test_digits_are_written_once_and_have_their_stand_ins(scans: ImageFiles) -> 
         100,
         20,
     )
-    pictures, among = module.other_pictures(root / "renditions", tailed.class_names, 5)
+    pictures, among = other_pictures(root / "renditions", tailed.class_names, 5)
     assert among.tolist() == [True] * 5 + [False] * 5 and pictures.labels.max() == 4
     with pytest.raises(ValueError, match="needs pictures of 200 classes, got 10"):
-        module.other_pictures(root / "sketch", tailed.class_names, 200)
+        other_pictures(root / "sketch", tailed.class_names, 200)
     with pytest.raises(FileNotFoundError, match="no pictures at"):
-        module.other_pictures(root / "none", tailed.class_names)
+        other_pictures(root / "none", tailed.class_names)
     with pytest.raises(ValueError, match="5 classes that the data set has not, the first is 0"):
-        module.other_pictures(root / "renditions", ("a", "b"))
+        other_pictures(root / "renditions", ("a", "b"))
 
 
 def test_open_store_names_what_is_missing(tmp_path: Path) -> None:

@@ -4,10 +4,6 @@ Triton reads TRITON_INTERPRET when it is imported, so both happen in a process o
 """
 
 import inspect
-import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
@@ -21,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gkl import losses
+from gkl.losses import closed_form
 from gkl.losses.objectives import GKL
 from gkl.losses.prior import ClassPrior
+from tests.gkl.triton_process import answer, in_a_process, of_each_capability
 
 pytest.importorskip("triton")
 
@@ -131,7 +128,7 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     pair_weight = case.get("pair_weight")
     if isinstance(pair_weight, list):
         pair_weight = torch.tensor(pair_weight)
-    options = {name: case[name] for name in case if name in inspect.signature(losses.gkl).parameters}
+    options = {name: case[name] for name in case if name in inspect.signature(closed_form.gkl).parameters}
     options = {"reduction": "none", **options, "pair_weight": pair_weight}
     found, kept = [], []
     for fused, precise in ((True, lambda x: x.detach()), (False, lambda x: x.detach().double())):
@@ -140,10 +137,10 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
             options["weights"] = (prior if fused else deepcopy(prior).double()).at(labels)
         wanted = [x.requires_grad_() for name, x in inputs.items() if case.get("wanted", name) == name]
         with (
-            mock.patch.object(losses, "_fused", return_value=fused),
+            mock.patch.object(closed_form, "_fused", return_value=fused),
             torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
         ):
-            value = losses.gkl(*inputs.values(), **{"weights": precise(weights), **options})
+            value = closed_form.gkl(*inputs.values(), **{"weights": precise(weights), **options})
         found.append((value.detach(), *torch.autograd.grad(value, wanted, precise(upstream))))
         if fused:
             given = [x.data_ptr() for x in (student, teacher, weights, prior.table(case["gamma"])[0])]
@@ -172,7 +169,7 @@ def compiled_sizes(capability: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from gkl.losses.closed_form import triton_kernels as triton_losses
+    from gkl.losses import triton_kernels as kernels
 
     sizes = {}
     types = dict.fromkeys(("weights", "statistics", "value", "pair_weight", "grad"), "*fp32")
@@ -189,7 +186,7 @@ def compiled_sizes(capability: int) -> dict[str, int]:
         types |= dict.fromkeys(scalars, real)
         logits = dict.fromkeys(("student", "teacher", "to_student", "to_teacher"), f"*{dtype}")
         for (kernel, common), variant in product(
-            ((triton_losses._forward, forward), (triton_losses._backward, backward)), variants
+            ((kernels._forward, forward), (kernels._backward, backward)), variants
         ):
             constants = {name: x for name, x in (common | variant).items() if name in kernel.arg_names}
             signature = {name: (types | logits).get(name, integer) for name in kernel.arg_names}
@@ -221,7 +218,7 @@ def loss_of(weights: str, prior: ClassPrior) -> Any:
     objective = GKL(20.0, 4.0, 0.4, weights="sample" if weights == "sample" else "class")
 
     def of_rows(student: Tensor, teacher: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        return losses.gkl(student, teacher, rows, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
+        return closed_form.gkl(student, teacher, rows, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
 
     def chosen(student: Tensor, teacher: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         return objective(student, teacher, labels, prior).sum()
@@ -273,24 +270,9 @@ def traced() -> dict[str, list[int]]:
 # --- in the process of the tests --------------------------------------------------------------------------------------
 
 
-def child(mode: str, **environment: str) -> Any:
-    """What this file prints as a script."""
-    root = Path(__file__).parents[3]
-    outer = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, __file__, mode],
-        env=outer | {"PYTHONPATH": str(root)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, Any]]:
-    return child("interpret", TRITON_INTERPRET="1")
+    return in_a_process(__file__, "interpret", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -315,13 +297,13 @@ def test_nothing_of_the_logits_size_is_copied(interpreted: dict[str, dict[str, A
 
 
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
-    for sizes in child("compile", TRITON_CACHE_DIR=str(tmp_path)).values():
+    for sizes in in_a_process(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 18 and min(sizes.values()) > 0
 
 
 def test_torch_compile_traces_them_whole_and_once_for_all_batches() -> None:
     """Forward's and backward's kernel in one graph; with dynamic shapes one graph for every batch size."""
-    for name, kernels in child("trace", CUDA_VISIBLE_DEVICES="").items():
+    for name, kernels in in_a_process(__file__, "trace", CUDA_VISIBLE_DEVICES="").items():
         assert kernels == ([2] if "dynamic" in name else [2, 2]), (name, kernels)
 
 
@@ -334,12 +316,16 @@ def test_the_kernels_take_what_they_can_compute(monkeypatch: pytest.MonkeyPatch)
             torch.empty(2, 3, device="cuda", dtype=dtype)
             for dtype in (torch.float32, torch.bfloat16, torch.float64)
         )
-        assert losses._fused(single, single, single) and losses._fused(half, single, single)
-        assert losses._fused(half, half, double)
-        assert not losses._fused(double, double, double) and not losses._fused(single, double, single)
-        assert not losses._fused(single, single, single.cpu()) and not losses._fused(*[single.cpu()] * 3)
+        assert closed_form._fused(single, single, single) and closed_form._fused(half, single, single)
+        assert closed_form._fused(half, half, double)
+        assert not closed_form._fused(double, double, double) and not closed_form._fused(
+            single, double, single
+        )
+        assert not closed_form._fused(single, single, single.cpu()) and not closed_form._fused(
+            *[single.cpu()] * 3
+        )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: pascal)
-        assert not losses._fused(single, single, single)
+        assert not closed_form._fused(single, single, single)
 
 
 def test_the_choice_breaks_no_graph_of_torch_compile() -> None:
@@ -347,16 +333,15 @@ def test_the_choice_breaks_no_graph_of_torch_compile() -> None:
     weights = F.softmax(teacher, -1)
 
     def loss(student: Tensor) -> Tensor:
-        return losses.gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
+        return closed_form.gkl(student, teacher, weights, alpha=20.0, beta=4.0, gamma=0.4, validate=False)
 
     compiled = torch.compile(loss, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(student), loss(student))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        print(json.dumps({f"sm_{capability}": compiled_sizes(capability) for capability in (86, 90)}))
-    elif sys.argv[1] == "trace":
-        print(json.dumps(traced()))
-    else:
-        print(json.dumps({name: errors(case) for name, case in CASES.items()}))
+    answer(
+        interpret=lambda: {name: errors(case) for name, case in CASES.items()},
+        compile=lambda: of_each_capability(compiled_sizes),
+        trace=traced,
+    )

@@ -1,13 +1,9 @@
 """Batch norm's Triton kernels without a GPU: run by Triton's interpreter against float64, and compiled for GPUs that are not there.
 
-As in test_triton.py both happen in a process of their own: this file, run as a script.
+As in test_triton_kernels.py both happen in a process of their own: this file, run as a script.
 """
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gkl.models import batch_norm
 from gkl.models.batch_norm import GhostBatchNorm2d, activated, ghost_batch_norm, split_batch_norm
+from tests.gkl.triton_process import answer, in_a_process, of_each_capability
 
 pytest.importorskip("triton")
 
@@ -209,24 +206,9 @@ def traced_calls() -> dict[str, int]:
 # --- in the process of the tests --------------------------------------------------------------------------------------
 
 
-def child(mode: str, **environment: str) -> Any:
-    """What this file prints as a script."""
-    root = Path(__file__).parents[3]
-    outer = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, __file__, mode],
-        env=outer | {"PYTHONPATH": str(root)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout)
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, dict[str, Any]]:
-    return child("interpret", TRITON_INTERPRET="1")
+    return in_a_process(__file__, "interpret", TRITON_INTERPRET="1")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -240,12 +222,12 @@ def test_kernels_are_torch_s_in_float64(interpreted: dict[str, dict[str, Any]], 
 
 
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
-    for sizes in child("compile", TRITON_CACHE_DIR=str(tmp_path)).values():
+    for sizes in in_a_process(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 56 and min(sizes.values()) > 0
 
 
 def test_torch_compile_traces_a_network_whole_and_makes_its_own_kernels() -> None:
-    assert child("trace", CUDA_VISIBLE_DEVICES="") == {"train": 0, "frozen": 0, "eval": 0}
+    assert in_a_process(__file__, "trace", CUDA_VISIBLE_DEVICES="") == {"train": 0, "frozen": 0, "eval": 0}
 
 
 def grouped(device: str = "cuda", **options: Any) -> GhostBatchNorm2d:
@@ -288,9 +270,8 @@ def test_without_the_kernels_an_activation_is_torch_s_own(split: bool) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        print(json.dumps({f"sm_{capability}": compiled_sizes(capability) for capability in (86, 90)}))
-    elif sys.argv[1] == "trace":
-        print(json.dumps(traced_calls()))
-    else:
-        print(json.dumps({name: errors(case) for name, case in CASES.items()}))
+    answer(
+        interpret=lambda: {name: errors(case) for name, case in CASES.items()},
+        compile=lambda: of_each_capability(compiled_sizes),
+        trace=traced_calls,
+    )
