@@ -16,6 +16,8 @@ On a GPU the attacks' loops are those of `gkl.evaluation.recorded`, whose iterat
 A batch is written when it is finished, so that processes share an attack's batches through the folder, wait there for
 each other before the next attack, and a killed evaluation goes on with the next batch. (The package's own state file
 cannot be resumed from, see README.) Source: Croce & Hein 2020.
+
+One file, since what the package is made to do and the checks of what it returns belong together.
 """
 
 import logging

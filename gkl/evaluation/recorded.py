@@ -7,6 +7,8 @@
 An iteration is the package's arithmetic on the package's batch, forward and backward pass of the network included, so that
 the outcome has the same bits: the batch is never padded, since a network's kernels, and with them its rounding, depend on the
 size of the batch. What the package decides by reading values back is decided by masks on the device.
+
+One file, since the steps of APGD, FAB and Square share what is recorded and how it is replayed.
 """
 
 import math

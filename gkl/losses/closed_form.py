@@ -10,6 +10,8 @@ On a GPU with Triton, `gkl_loss` and what is made of it run as two kernels (`gkl
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
+
+One file, since the divergences and the autograd function that computes them are checked and read together.
 """
 
 from collections.abc import Callable, Sequence

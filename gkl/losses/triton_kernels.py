@@ -8,6 +8,8 @@ mean pair weight and the mean loss are the last program's to finish, so forward 
 The forward kernel sweeps its rows block by block and keeps running sums relative to the running maxima, as the online
 softmax does; when a maximum moves, the sums move with it. Source of the merge of weighted means and squared
 deviations: Chan, Golub and LeVeque, 1979.
+
+One file, since the kernels of the two directions and what launches them must agree line by line.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
+
+One file, since the kernels of the two directions and what launches them must agree line by line.
 """Batch norm and the activation behind it as Triton kernels, for channels_last maps in groups along the batch.
 
 `gkl.models.batch_norm.GhostBatchNorm2d` comes here by itself with maps on a GPU. All groups share a launch. Counted in

@@ -82,8 +82,7 @@ def run_all(
                     for job in started:
                         board.started(job)
                 elif not running:  # what they wait for has failed
-                    for cell in waiting:
-                        failures.append(f"{name(cell)} was not started: its teacher failed")
+                    failures += [f"{name(cell)} was not started: its teacher failed" for cell in waiting]
                     break
                 board.show(running, len(waiting))
                 time.sleep(launcher.poll_seconds)
@@ -92,33 +91,34 @@ def run_all(
                     if job.poll() == 0:
                         more = then(job.cell)
                         waiting += more
-                        board.total += len(more)
-                        board.ended(job)
+                        board.ended(job, len(more))
                         continue
                     if stopped():  # a Ctrl-C reached it, too
                         break
-                    row, seed = job.cell.row, job.cell.config["seed"]
-                    failures.append(
-                        f"row {row}, seed {seed} failed: {_last_line(job.log)} (whole log: {job.log})"
-                    )
+                    failures.append(_failure(job))
                     if not keep_going:
-                        _stop(running)
                         raise RunError(failures[0])
                     board.line(failures[-1])
             if signum := stopped():
-                if not launcher.outlive:
-                    _stop(running)
-                kept = "goes on in the queue" if launcher.outlive else "saved where it was"
-                raise Interrupted(
-                    f"stopped by {signal.Signals(signum).name} with {board.done} of {board.total} runs done; each of the others "
-                    f"that had begun {kept}. The same command goes on from there",
-                    signum,
-                )
+                raise Interrupted(_stopped(signum, board, launcher), signum)
         except BaseException:
             if not launcher.outlive:
                 _stop(running)
             raise
     return failures
+
+
+def _failure(job: Job) -> str:
+    row, seed = job.cell.row, job.cell.config["seed"]
+    return f"row {row}, seed {seed} failed: {_last_line(job.log)} (whole log: {job.log})"
+
+
+def _stopped(signum: int, board: "Board", launcher: Launcher) -> str:
+    kept = "goes on in the queue" if launcher.outlive else "saved where it was"
+    return (
+        f"stopped by {signal.Signals(signum).name} with {board.done} of {board.total} runs done; each of the others that had begun "
+        f"{kept}. The same command goes on from there"
+    )
 
 
 def _stop(running: Sequence[Job]) -> None:
@@ -155,9 +155,9 @@ class Board:
         self.began[job.log] = time.monotonic()
         self.line(f"[{self.done}/{self.total}] started {name(job.cell)}; log {job.log}")
 
-    def ended(self, job: Job) -> None:
-        """A run is done."""
-        self.done += 1
+    def ended(self, job: Job, more: int) -> None:
+        """A run is done, and so many more follow from it."""
+        self.done, self.total = self.done + 1, self.total + more
         self.took.append(time.monotonic() - self.began[job.log])
         took = duration(self.took[-1])
         self.line(f"[{self.done}/{self.total}] done {name(job.cell)} in {took}: {_last_line(job.log)}")
