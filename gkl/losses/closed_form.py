@@ -6,7 +6,7 @@
 `student` is the paper's n (adversarial view, or student network), `teacher` its m (clean view, or teacher network).
 `alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
 cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
-On a GPU with Triton, `gkl_loss` and what is made of it run as two kernels (`gkl.triton_losses`); float64 stays as it is.
+On a GPU with Triton, `gkl_loss` and what is made of it run as two kernels (`gkl.losses.triton_kernels`); float64 stays as it is.
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.

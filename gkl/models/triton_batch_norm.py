@@ -1,6 +1,4 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-
-One file, since the kernels of the two directions and what launches them must agree line by line.
 """Batch norm and the activation behind it as Triton kernels, for channels_last maps in groups along the batch.
 
 `gkl.models.batch_norm.GhostBatchNorm2d` comes here by itself with maps on a GPU. All groups share a launch. Counted in
@@ -14,6 +12,8 @@ is merged by a kernel of its own, in one order whatever runs first: the same bit
 Moments are those of values relative to the group's first row, and a mean is two floats, what the first cannot hold in the
 second: no digit is lost where the mean is large beside the deviation. Each lane keeps a running mean and squared deviations.
 Source of their merge: Chan, Golub and LeVeque, 1979.
+
+One file, since the kernels of the two directions and what launches them must agree line by line.
 """
 
 from typing import Any
