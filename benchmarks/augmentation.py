@@ -42,10 +42,10 @@ def main() -> None:
         task = build(config, data=data, model=instantiate(config["model"], num_classes=100), device=device)
         task.start_epoch(20)
         index = torch.arange(arguments.batch)  # on the CPU, where a batch's places are
-        batch = task.training.images[index.to(device)]
+        batch = task.batches.images[index.to(device)]
         pictures = batch.cpu()
         variants = {
-            "ours": lambda task=task, index=index, batch=batch: task.augment(
+            "ours": lambda augment=task.batches.augment, index=index, batch=batch: augment(
                 batch, seed=0, epoch=20, index=index
             ),
             "torchvision": lambda batch=pictures, made=made: [
@@ -53,7 +53,7 @@ def main() -> None:
             ],
             "step": lambda task=task: task.train_step(20, 0),
         }
-        times, name = interleaved(variants, device, arguments.rounds), " + ".join(task.augment.views)
+        times, name = interleaved(variants, device, arguments.rounds), " + ".join(task.batches.augment.views)
         row = Row(f"{name}: throughput", ratios(times, "torchvision", "ours"), at_least=AT_LEAST.get(name))
         rows.append(explained(row, variants["ours"], device))
         share = [100 * ratio for ratio in ratios(times, "ours", "step")]

@@ -36,7 +36,7 @@ from timing import (
 )
 
 from gkl.data.memory import ImageData
-from trainers.methods.distillation import Distillation
+from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
 from trainers.runs.targets import instantiate
@@ -63,30 +63,30 @@ class Untrained(Teacher):
 
 def made(
     method: str, pair: str, device: torch.device, data: ImageData, *overrides: str, cache: str | None = None
-) -> Distillation:
+) -> Training:
     """A training of the pair, always from the same weights; with a cache, its views of the first epoch are in it."""
     config = compose("train", [f"experiment=kd/c100_{method}/{pair}", *overrides])
     teacher = instantiate({**config["teacher"], "cache": cache})
     torch.manual_seed(0)
     given = {"data": data, "model": instantiate(config["model"], num_classes=100), "device": device}
-    task: Distillation = build(config, **given, teacher=Untrained(**vars(teacher)))
+    task = build(config, **given, teacher=Untrained(**vars(teacher)))
     task.start_epoch(EPOCH)
-    if task.cache is not None:
+    if cache is not None:
         for step in range(task.steps_per_epoch):
-            task.inputs(EPOCH, step)
+            task.method.inputs(task.batch(EPOCH, step), EPOCH, step)
     return task
 
 
 class Published:
     """The same training as the authors' code takes a step of it."""
 
-    def __init__(self, task: Distillation, pair: str) -> None:
+    def __init__(self, task: Training, pair: str) -> None:
         """task: whose batches and first weights it takes, in contiguous tensors."""
         self.task, self.settings = task, compose("train", [f"experiment=kd/c100_gkl/{pair}"])
         plain = torch.contiguous_format
         self.student = copy.deepcopy(task.model).to(memory_format=plain)
-        self.teacher = copy.deepcopy(task.teacher).to(memory_format=plain).eval()
-        self.prior = torch.full((100, 100), 0.01, dtype=task.dtype, device=task.device)
+        self.teacher = copy.deepcopy(task.method.taught_by).to(memory_format=plain).eval()
+        self.prior = torch.full((100, 100), 0.01, dtype=task.compute.dtype, device=task.device)
         groups = task.optimizer.param_groups[0]
         chosen = {name: float(groups[name]) for name in ("lr", "momentum", "weight_decay")}
         self.optimizer = torch.optim.SGD(self.student.parameters(), **chosen)
@@ -94,7 +94,8 @@ class Published:
     def step(self, number: int) -> None:
         """One update."""
         loss = self.settings["distiller"]
-        x, y, _, _ = self.task.batch(EPOCH, number)
+        images, draws, y, view, _ = self.task.batch(EPOCH, number)
+        x = self.task.see(images, view, draws)
         self.student.train()
         s = self.student(x)
         with torch.no_grad():
@@ -117,9 +118,7 @@ class Way(NamedTuple):
     cached: bool = False  # the teacher's logits are read from where they are kept
     at_least: float | None = None  # times as fast as the published step
 
-    def task(
-        self, pair: str, device: torch.device, folder: str, precision: str | None = None
-    ) -> Distillation:
+    def task(self, pair: str, device: torch.device, folder: str, precision: str | None = None) -> Training:
         chosen = self.overrides if precision is None else (*self.overrides, f"precision={precision}")
         return made("gkl", pair, device, noise(), OURS, *chosen, cache=folder if self.cached else None)
 
@@ -141,7 +140,7 @@ def ways(device: torch.device) -> dict[str, Way]:
     }
 
 
-def difference(published: Published, task: Distillation, steps: int = 2) -> str:
+def difference(published: Published, task: Training, steps: int = 2) -> str:
     """Both after so many steps from the same weights."""
     for number in range(steps):
         published.step(number)
@@ -164,7 +163,7 @@ def measured(
         equal: dict[str, str] = {}
         steps: dict[str, Callable[[], object]] = {}
         known: dict[tuple[bool, bool], str] = {}
-        tasks: dict[str, Distillation] = {}
+        tasks: dict[str, Training] = {}
         for name, way in ways(device).items():
             kind = way.cached, "graph=false" in way.overrides
             if kind not in known:

@@ -3,7 +3,7 @@
     make gpu
     DKL_REF=<a checkout of the authors' code> python benchmarks/gpu.py [--only right fast hours memory]
 
-Right: tests/test_gpu*.py. Fast: the benchmarks of the loss, the step, distillation and AutoAttack, beside their targets and torch's own.
+Right: tests/system/test_gpu*.py. Fast: the benchmarks of the loss, the step, distillation and AutoAttack, beside their targets and torch's own.
 Hours: a step of each kind of training is timed with the settings its runs have, and the cost model (trainers/runs/cost.py) told what that
 makes in FLOP/s; reading and decoding ImageNet's pictures is not in it. Memory: the peak of such a step, and for each table's largest
 run that of two small batches, from which the paper's batch follows, as what a network keeps grows with the batch. Writes
@@ -39,7 +39,7 @@ RUN = {  # seconds that each may take
     # Most of both is the compilation of kernels: several processes, and time for what a first run has to make.
     "right: the tests": (
         140,
-        "-m pytest -q -n 8 --dist load -p no:cacheprovider --tb=short tests/test_gpu*.py",
+        "-m pytest -q -n 8 --dist load -p no:cacheprovider --tb=short tests/system/test_gpu*.py",
     ),
     "fast: the loss": (90, "benchmarks/loss.py"),
     "fast: a step": (110, "benchmarks/step.py --settings 2"),
@@ -70,7 +70,7 @@ LARGEST: dict[str, tuple[str, tuple[str, ...], tuple[int, int], int]] = {
 
 
 def size_of(config: Mapping[str, Any]) -> Size:
-    return SIZES[config["data"]["_target_"].rpartition(".")[2]]
+    return SIZES[config["data"]["_target_"].rpartition("/")[2]]
 
 
 def stepper(name: str, device: torch.device, own: Sequence[str], epoch: int) -> tuple[Step, dict[str, Any]]:

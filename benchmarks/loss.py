@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from timing import AS_PUBLISHED, Row, explained, interleaved, ratios, report, spread, switched
 from torch import Tensor
 
-from gkl import losses
+from gkl.losses import closed_form
 from gkl.losses.objectives import GKL
 from gkl.losses.prior import ClassPrior
 
@@ -97,17 +97,17 @@ class Case:
         if not self.student.is_cuda:
             return self.trained()
         rows = self.prior.at(self.labels) if self.objective.weights == "class" else None
-        value = losses.gkl(
+        value = closed_form.gkl(
             self.student, self.teacher, rows, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False
         )
         torch.autograd.grad(value, self.wanted)
 
     def eager(self) -> None:
-        there, losses.HAS_TRITON = losses.HAS_TRITON, False
+        there, closed_form.HAS_TRITON = closed_form.HAS_TRITON, False
         try:
             self.ours()
         finally:
-            losses.HAS_TRITON = there
+            closed_form.HAS_TRITON = there
 
     def added(self) -> float:
         """Peak of the memory that a call of ours adds on a GPU, in tensors of the logits' size."""
@@ -138,7 +138,9 @@ class Case:
         @torch.compile(fullgraph=True, dynamic=False)
         def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
             weights = probs[labels] if by_class else None
-            return losses.gkl(student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False)
+            return closed_form.gkl(
+                student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False
+            )
 
         return lambda: torch.autograd.grad(loss(self.student, self.teacher, self.labels), self.wanted)
 
@@ -149,7 +151,7 @@ def gradients(loss: Loss, student: Tensor, teacher: Tensor, weights: Tensor) -> 
 
 
 def ours(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
-    return losses.gkl(student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False)
+    return closed_form.gkl(student, teacher, weights, alpha=ALPHA, beta=BETA, gamma=GAMMA, validate=False)
 
 
 def differences(device: torch.device, theirs: Loss | None) -> str:
@@ -177,7 +179,7 @@ def offsets(device: torch.device) -> dict[str, float]:
         weights = (teacher - offset).softmax(-1)
 
         def wmse(s: Tensor, t: Tensor, w: Tensor) -> Tensor:
-            return losses.gkl(s, t, w, alpha=ALPHA, beta=0.0, gamma=GAMMA, validate=False)
+            return closed_form.gkl(s, t, w, alpha=ALPHA, beta=0.0, gamma=GAMMA, validate=False)
 
         single, double = (
             gradients(wmse, *(x.to(d) for x in (student, teacher, weights)))

@@ -5,7 +5,7 @@
 
 A step: attack of K steps, weight perturbation (AWP is on), both views forward, backward, update, class prior. The authors' `train`,
 `perturb_input`, `dkl_loss`, `TradesAWP` and WideResNet run as they are, on batches that lie ready on the device; only their progress
-bar is left out and, without a GPU, `.cuda()`. The restatement is the one that the tests hold the trainer to (tests/test_fidelity.py).
+bar is left out and, without a GPU, `.cuda()`. The restatement is the one that the tests hold the trainer to (tests/system/test_fidelity.py).
 Our step makes its batch, too. Without a GPU: float32, ours contiguous, channels_last, and compiled as well. With one: theirs in float32
 with the switches that their script leaves (TF32 in convolutions), ours channels_last in bfloat16 and in TF32, each step by step and,
 with `graph`, replayed as CUDA graphs; compiled only with --compile. Targets are against the authors' step, or its restatement where
@@ -51,13 +51,13 @@ from torch import Tensor, nn
 
 from gkl.rng import normal, sample_keys
 from trainers.loop.accuracy import clean_accuracy
-from trainers.methods.adversarial_training import AdversarialTraining
+from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
 from trainers.runs.targets import instantiate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from test_fidelity import RECIPES, Restatement
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tests.system.test_fidelity import RECIPES, Restatement
 
 EPOCH = 20  # AWP is on, averaging has not begun
 BASIC, AUTOAUG = "at/c100_basic_gkl", "at/c100_autoaug"
@@ -96,15 +96,15 @@ def our_config(setting: Setting, **settings: Any) -> dict[str, Any]:
                              f"attack.phases={setting.phases}", *(f"{k}={v}".lower() for k, v in given.items())])  # fmt: skip
 
 
-def our_task(setting: Setting, device: torch.device, **settings: Any) -> AdversarialTraining:
+def our_task(setting: Setting, device: torch.device, **settings: Any) -> Training:
     """Our training, at its first step of EPOCH. Equal settings begin at equal weights, and at one prior that is not uniform."""
     config = our_config(setting, **settings)
     torch.manual_seed(0)
     task = build(config, data=noise(), model=instantiate(config["model"], num_classes=CLASSES), device=device)
-    assert isinstance(task, AdversarialTraining)
+    prior = task.method.views.prior
     generator = torch.Generator().manual_seed(0)
     probs = (2.0 * torch.randn(CLASSES, CLASSES, generator=generator, dtype=torch.float64)).softmax(1)
-    task.prior.load_state_dict({**task.prior.state_dict(), "probs": probs})
+    prior.load_state_dict({**prior.state_dict(), "probs": probs})
     task.start_epoch(EPOCH)
     return task
 
@@ -112,30 +112,31 @@ def our_task(setting: Setting, device: torch.device, **settings: Any) -> Adversa
 Batch = tuple[Tensor, Tensor, Tensor]  # pictures, labels, normal numbers for the random start
 
 
-def batch_and_start(task: AdversarialTraining, step: int) -> Batch:
+def batch_and_start(task: Training, step: int) -> Batch:
     """The pictures and labels of a step, and the normal numbers its attack starts from; all on the task's device."""
-    x, y, view, index = task.batch(EPOCH, step)
-    keys = (sample_keys(0, EPOCH, index, "attack_start") + view).to(x.device)
+    images, draws, y, view, index = task.batch(EPOCH, step)
+    x = task.see(images, view, draws)
+    keys = sample_keys(0, EPOCH, index, "attack_start").to(x.device) + view
     return x, y, normal(keys, tuple(x.shape[1:]), x.dtype)
 
 
-def plain_network(task: AdversarialTraining, setting: Setting) -> nn.Module:
+def plain_network(task: Training, setting: Setting) -> nn.Module:
     """The task's network with torch's own batch norm, in contiguous tensors, at the task's weights."""
     network: nn.Module = instantiate(our_config(setting)["model"], num_classes=CLASSES)
     network.load_state_dict(task.model.state_dict())
-    return network.to(task.device, task.dtype)
+    return network.to(task.device, task.compute.dtype)
 
 
 class Restated:
     """The restatement, from a task's weights and prior."""
 
-    def __init__(self, task: AdversarialTraining, setting: Setting) -> None:
+    def __init__(self, task: Training, setting: Setting) -> None:
         self.model = plain_network(task, setting)
         self.inner = Restatement(
             self.model, "official", RECIPES[setting.experiment], classes=CLASSES, replicas=1
         )
-        self.inner.prior = task.prior.probs.clone()
-        self.lr, budget = float(task.optimizer.param_groups[0]["lr"]), task.budget
+        self.inner.prior = task.method.views.prior.probs.clone()
+        self.lr, budget = float(task.optimizer.param_groups[0]["lr"]), task.method.budget
         self.budget = (budget["epsilon"], budget["steps"], budget["step_size"])
 
     def run(self, batches: Sequence[Batch]) -> Tensor:
@@ -147,13 +148,13 @@ class Restated:
 class Published:
     """The authors' loop, from a task's weights and prior."""
 
-    def __init__(self, task: AdversarialTraining, setting: Setting, root: Path) -> None:
+    def __init__(self, task: Training, setting: Setting, root: Path) -> None:
         config, model = our_config(setting), setting.model
         script = root / "train_dkl_cifar100.py"
         wanted = {"dkl_loss", "perturb_input", "train", "test"}
         tree = ast.parse(script.read_text())
         tree.body = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in wanted]
-        self.device, self.dtype = task.device, task.dtype
+        self.device, self.dtype = task.device, task.compute.dtype
         if model in WIDE:
             depth, width = WIDE[model]
             made = module(root / "models/wideresnet.py").WideResNet(depth, 100, width)
@@ -178,14 +179,14 @@ class Published:
         self.names: dict[str, Any] = {
             "torch": torch, "nn": nn, "F": F, "time": time, "print": lambda *words: None, "best_acc": 0, "NUM_CLASSES": CLASSES, "device": self.device, "Bar": mock.MagicMock(),
             "AverageMeter": module(root / "utils/misc.py").AverageMeter, "accuracy": module(root / "utils/eval.py").accuracy,
-            "epsilon": task.attack.epsilon,
+            "epsilon": task.method.attack.epsilon,
             "args": SimpleNamespace(
                 epochs=config["epochs"], train_budget="low" if setting.phases == "low" else "high", norm="l_inf",
                 alpha=config["loss"]["beta"], beta=config["loss"]["alpha"], gamma=config["loss"]["gamma"],  # their names are the other way round
                 T=config["prior"]["temperature"], aug="basic" if len(weights) == 1 else "autoaug", aug_weight=weights[-1], awp_warmup=10,
             ),
         }  # fmt: skip
-        self.views, self.prior = len(weights), task.prior.probs.clone()
+        self.views, self.prior = len(weights), task.method.views.prior.probs.clone()
         exec(compile(tree, script.name, "exec"), self.names)
 
     def evaluate(self, batches: Sequence[Batch]) -> None:
@@ -253,7 +254,8 @@ def equality(setting: Setting, device: torch.device, root: Path | None, compile:
     for step in range(2):
         task.train_step(EPOCH, step)
     ours = {key: value.clone() for key, value in task.model.state_dict().items()}
-    ours["prior"] = task.prior.sums / task.prior.sums.sum(1, keepdim=True)
+    sums = task.method.views.prior.sums
+    ours["prior"] = sums / sums.sum(1, keepdim=True)
     found = {}
     for name, other in others.items():
         prior = other.run(batches, same_starts=True) if isinstance(other, Published) else other.run(batches)
@@ -327,7 +329,7 @@ def rows_of(
     equal = equality(few, device, root, compile)
     ours_equal = equal.pop("ours")
     variants: dict[str, Callable[[], object]] = {}
-    tasks: dict[str, AdversarialTraining] = {}
+    tasks: dict[str, Training] = {}
     for name, way in our_ways(device, compile).items():
         tasks[name] = task = our_task(setting, device, **way)
         variants[name] = under(arithmetic(), lambda task=task: task.train_step(EPOCH, 0))
@@ -347,7 +349,7 @@ def rows_of(
     times = interleaved(variants, device, rounds, seconds=seconds)
     fastest = min(ways, key=lambda name: statistics.median(times[name])) if on_card else ways[-1]
     views = "" if setting.experiment == BASIC else ", AutoAugment"
-    title = f"{setting.model}{views}, K = {plain.budget['steps']}"
+    title = f"{setting.model}{views}, K = {plain.method.budget['steps']}"
     rows = []
     for base in [name for name in equal if name in times]:
         for name in ways:

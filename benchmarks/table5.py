@@ -18,6 +18,7 @@ from distillation import Untrained
 from timing import Row, interleaved, ratios, report
 from torch import Tensor
 
+from gkl.data.batches import Batch
 from gkl.data.files import ImageFiles, Split
 from gkl.data.stores import Store
 from gkl.losses.closed_form import gkl
@@ -58,11 +59,12 @@ def stepper(
         given["teacher"] = Untrained(**vars(instantiate(config["teacher"])))
     task = build(config, **given)
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(batch, 3, side, side, generator=generator).to(device)
+    x = torch.rand(batch, 3, side, side, generator=generator).to(device)  # views already: nothing is drawn
     index = torch.arange(batch)  # on the CPU, where a batch's places are
-    y = data.train_labels[index].to(device)
-    task.share(batch)
-    task.drawn = lambda epoch, step: (x, y, torch.zeros_like(index), index, index.new_zeros(0, batch))
+    y, view, draws = (
+        t.to(device) for t in (data.train_labels[index], torch.zeros_like(index), index.new_zeros(0, batch))
+    )
+    task.batches.batch = lambda epoch, step: Batch(x, draws, y, view, index)
     task.start_epoch(10)
     return lambda: task.train_step(10, 0)
 
