@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainers.loop.training import Training
+from trainers.loop.compute import Compute
 
 DEVICE = torch.device("meta")
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,7 +115,7 @@ def where() -> str:
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
-    monkeypatch.setattr(Training, "autocast", lambda self: nullcontext())
+    monkeypatch.setattr(Compute, "autocast", lambda self: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # whose tensors no wrapper can hold
     tensor = torch.tensor

@@ -207,9 +207,9 @@ def test_steps_equal_the_recipe(experiment: str, protocol: str) -> None:
         task.start_epoch(epoch)
         batches = []
         for step in range(STEPS):
-            x, y, view, index = task.batch(epoch, step)
+            images, draws, y, view, index = task.batch(epoch, step)
             keys = sample_keys(config["seed"], epoch, index, "attack_start") + view
-            batches.append((x, y, normal(keys, (3, 8, 8), torch.float64)))
+            batches.append((task.see(images, view, draws), y, normal(keys, (3, 8, 8), torch.float64)))
             task.train_step(epoch, step)
         task.end_epoch(epoch)
         restated.epoch(epoch, batches)
@@ -220,15 +220,15 @@ def test_steps_equal_the_recipe(experiment: str, protocol: str) -> None:
             torch.testing.assert_close(
                 task.averages["swa"].state[name], restated.average[name], rtol=0, atol=1e-12, msg=name
             )
-    torch.testing.assert_close(task.prior.probs, restated.prior, rtol=0, atol=1e-12)
+    torch.testing.assert_close(task.method.views.prior.probs, restated.prior, rtol=0, atol=1e-12)
 
 
 def test_every_experiment_has_its_restatement() -> None:
-    """Here, or by name in test_methods.py; the experiments with generated pictures share one recipe on two data sets.
+    """Here, or by name in test_adversarial.py; the experiments with generated pictures share one recipe on two data sets.
 
-    Distillation's are in test_distillation.py and test_distillation_features.py, a method each.
+    Distillation's are in test_distillation.py and test_features.py, a method each.
     """
-    others = Path(__file__).with_name("test_methods.py").read_text()
+    others = (Path(__file__).parents[1] / "trainers/methods/test_adversarial.py").read_text()
     missing = {
         name
         for name in choices("experiment")
