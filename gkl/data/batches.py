@@ -114,4 +114,4 @@ def first_of_each_class(labels: Tensor, count: int | None) -> Tensor:
         members = (labels == label).nonzero().squeeze(1)
         turn[members] = torch.arange(len(members))
     order = sorted(range(len(labels)), key=lambda i: (int(turn[i]), int(labels[i])))
-    return torch.tensor(sorted(order[:count]))
+    return torch.tensor(sorted(order[:count]), dtype=torch.int64)

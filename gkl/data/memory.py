@@ -122,6 +122,10 @@ class MemoryBatches:
         self.batch_size, self.seed = batch_size, seed
         self.generated, self.generated_share = generated, generated_share
         labels = data.train_labels
+        if not 0.0 <= held_out < 1.0:
+            raise ValueError(
+                f"held_out is the share of training images not trained on, in [0, 1), got {held_out}"
+            )
         count = round(len(labels) * held_out)
         self.held_out = first_of_each_class(labels, count) if held_out_by_class else torch.arange(count)
         kept = torch.ones(len(labels), dtype=torch.bool)

@@ -26,7 +26,8 @@ class AdversarialTraining(RobustMethod):
 
     view_weights: weight of `loss` on each of augment's views. label_smoothing: of the step's CE, torch's convention.
     clean_first: whether the clean view goes forward first, and so reaches the running statistics first. first_statistics: the
-    first step's batch statistics become the running ones, whatever batch norm's momentum (DM-AT).
+    first step's batch statistics become the running ones, whatever batch norm's momentum (DM-AT). clean_twice: the clean view goes
+    forward once more, for batch norm's running statistics alone, as in a script that computes its logits anew for each term.
     """
 
     loss: Objective
@@ -36,6 +37,7 @@ class AdversarialTraining(RobustMethod):
     label_smoothing: float = 0.0
     clean_first: bool = False
     first_statistics: bool = False
+    clean_twice: bool = False
 
     def bind(self, training: Training) -> None:
         """The loss between the views, with its prior."""
@@ -69,6 +71,9 @@ class AdversarialTraining(RobustMethod):
                 clean, adversarial = self.logits(x), self.logits(x_adv)
             else:
                 adversarial, clean = self.logits(x_adv), self.logits(x)
+            if self.clean_twice:
+                with torch.no_grad():
+                    self.logits(x)
             natural = (
                 F.cross_entropy(clean, y, reduction="sum", label_smoothing=self.label_smoothing) / self.items
             )
@@ -82,8 +87,9 @@ class AdversarialTraining(RobustMethod):
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
-        """Attack 2K + 1, AWP 6, the step 6, for each view."""
-        return {"model": view_count(config) * (2 * steps + 1 + 6 * awp_share(config, epoch) + 6)}
+        """Attack 2K + 1, AWP 6, the step 6, for each view; where the clean view goes forward twice, 1."""
+        step = 6 + int(config["method"].get("clean_twice", False))
+        return {"model": view_count(config) * (2 * steps + 1 + 6 * awp_share(config, epoch) + step)}
 
     def parts(self) -> Sequence[TwoViews]:
         """The loss between the views, with its prior."""
