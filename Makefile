@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor bench gpu lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor speed5 bench gpu docs docs-serve lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -86,12 +86,18 @@ bench: $(STAMP) ## speed as ratios against targets, under half an hour on two id
 gpu: $(STAMP) ## whether this GPU computes right, how fast, and how long the paper's runs take on it; ten minutes (DKL_REF=folder as above)
 	@$(PY) benchmarks/gpu.py $(ARGS) && $(PY) benchmarks/table.py
 
+docs: $(STAMP) ## the documentation as a site in site/, every link and name checked
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "wrote site/index.html"
+
+docs-serve: $(STAMP) ## the same on a local port, renewed as files change
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs serve
+
 lock: ## renew requirements.lock from pyproject.toml (needs uv; keeps pins that still fit)
 	uv pip compile pyproject.toml --universal --extra dev --python-version 3.11 -o requirements.lock \
 	  --custom-compile-command "make lock" -q
 
 clean: ## remove .venv and caches; never outputs/, data/ or results/
-	rm -rf $(VENV) *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './outputs/*' -prune -exec rm -rf {} +
 
 help: ## this list
