@@ -268,7 +268,7 @@ def test_one_cycle_is_torchs() -> None:
     assert one_cycle(1, 10, start=0.1, peak=1.0, end=0.0) > 0.9  # too short to rise: it begins near the peak
 
 
-def test_piecewise_drops_where_the_recipes_do() -> None:
+def test_multi_step_drops_where_the_recipes_do() -> None:
     trades = [0.1 * multi_step(e, 200, drops=[100, 150], of=200) for e in (1, 99, 100, 149, 150, 200)]
     assert trades == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
     lbgat = [0.1 * multi_step(e, 100, drops=[76, 91], of=100, first=0.2) for e in (1, 2, 75, 76, 90, 91, 100)]

@@ -205,23 +205,26 @@ def test_choices_are_even(count: int) -> None:
     torch.testing.assert_close(frequency[allowed[0]], torch.ones(8), rtol=0, atol=0.06)
 
 
-def test_ofd(given: Any) -> None:
+LIKE = [(1, 1), (2, 2), (3, 3)]
+
+
+@pytest.mark.parametrize(("stages", "pairs"), [("all", LIKE), ([[2, 2], [3, 3]], LIKE[1:]), ([[2, 1], [3, 2]], [(2, 1), (3, 2)])])  # fmt: skip
+def test_ofd(given: Any, stages: Any, pairs: list[tuple[int, int]]) -> None:
     context, student, teacher, _, _ = given
     assert OFD.teacher_mode == "train"
-    method = OFD(context, kernel_size=1, weight=0.001).double()
+    method = OFD(context, kernel_size=1, weight=0.001, stages=stages).double()
     total = torch.zeros(()).double()
-    for number, (s, t) in enumerate(
-        zip(student.preact_features[1:], teacher.preact_features[1:], strict=True)
-    ):
-        mine = method.connectors[number](s)
-        target = F.adaptive_avg_pool2d(t, mine.shape[-2:])
-        lowest = getattr(method, f"margin{number}").flatten()
+    for number, (s, t) in enumerate(pairs):
+        mine = method.connectors[number](student.preact_features[s])
+        target = F.adaptive_avg_pool2d(teacher.preact_features[t], mine.shape[-2:])
+        lowest = margin(context.network.norms[t - 1])
         for place in torch.cartesian_prod(*(torch.arange(n) for n in mine.shape)).tolist():
             a, b, m = mine[tuple(place)], target[tuple(place)], lowest[place[1]]
+            share = 2.0 ** (number + 1 - len(pairs))
             if b > 0 or (m < b <= 0 and a > b):
-                total = total + (a - b) ** 2 / 2 ** (2 - number)
+                total = total + (a - b) ** 2 * share
             elif b <= m and a > m:
-                total = total + (a - m) ** 2 / 2 ** (2 - number)
+                total = total + (a - m) ** 2 * share
     same(method, given, 0.001 * total / B)
 
 
@@ -240,19 +243,46 @@ def test_ofds_margin_is_the_mean_of_the_negative_half() -> None:
         assert value == pytest.approx(expected, rel=1e-5)
 
 
-def test_attention_transfer(given: Any) -> None:
+@pytest.mark.parametrize(("stages", "pairs"), [("all", LIKE), ([[2, 1], [3, 2]], [(2, 1), (3, 2)])])
+def test_attention_transfer(given: Any, stages: Any, pairs: list[tuple[int, int]]) -> None:
     context, student, teacher, _, _ = given
     total = torch.zeros(()).double()
-    for s, t in zip(student.features[1:], teacher.features[1:], strict=True):
-        size = min(s.shape[-1], t.shape[-1])
-        maps = []
-        for x in (s, t):
+    for s, t in pairs:
+        maps, both = [], (student.features[s], teacher.features[t])
+        size = min(x.shape[-1] for x in both)
+        for x in both:
             cell = x.shape[-1] // size
             cells = x.unfold(2, cell, cell).unfold(3, cell, cell).mean((4, 5))
             attention = (cells**2).mean(1).reshape(len(x), -1)
             maps.append(attention / attention.pow(2).sum(1, keepdim=True).sqrt())
         total = total + ((maps[0] - maps[1]) ** 2).mean()
-    same(AttentionTransfer(context, weight=1000.0).double(), given, 1000.0 * total)
+    same(AttentionTransfer(context, weight=1000.0, stages=stages).double(), given, 1000.0 * total)
+
+
+@pytest.mark.parametrize("method", [AttentionTransfer, OFD])
+@pytest.mark.parametrize("stages", [[], [[0, 1]], [[1, 4]], [[1]], [[1, 2, 3]]])
+def test_stages_that_a_network_lacks_are_named(given: Any, method: Any, stages: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"distiller.stages .* student's stage in 1..3 and a teacher's in 1..3"
+    ):
+        method(given[0], weight=1.0, stages=stages)
+
+
+def test_networks_of_other_depths_are_told_what_to_set(given: Any) -> None:
+    """OFD aligns from the last stage, attention transfer asks."""
+    context, student, teacher, labels, index = given
+    shorter = student._replace(features=student.features[1:], preact_features=student.preact_features[1:])
+    context = Context(shorter, teacher, context.network, context.train_labels, C, 0)
+    with pytest.raises(ValueError, match="got 2 and 3; set distiller.stages"):
+        AttentionTransfer(context, weight=1.0)
+    torch.manual_seed(1)
+    aligned = OFD(context).double()
+    torch.manual_seed(1)
+    chosen = OFD(context, stages=[[1, 2], [2, 3]]).double()
+    one, other = (
+        m(shorter, teacher, labels, epoch=1, index=index)["distillation"] for m in (aligned, chosen)
+    )
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -298,7 +328,7 @@ def test_gradients_stop_at_the_teacher_and_every_pair_fits_every_method() -> Non
     """At 32x32, the published geometry, with two classes' worth of training labels."""
     networks: dict[str, Taps] = {}
     models: dict[str, TappedClassifier] = {}
-    for pair in choices("pair"):
+    for pair in choices("pair/cifar100"):
         config = compose("train", [f"experiment=kd/c100_kd/{pair}"])
         names = (config["model"]["name"], config["teacher"]["network"]["name"])
         for name in names:
@@ -373,7 +403,7 @@ def test_reviewkd_equals_the_reference(given: Any) -> None:
     context, student, teacher, labels, index = given
     module = reference("ReviewKD")
     method = ReviewKD(context, weight=5.0, warmup=0).double()
-    mine, targets = student_maps(student), teacher_maps(teacher)
+    mine, targets = student_maps(student, before=False), teacher_maps(teacher)
     results, residual = [], None
     for number in (3, 2, 1, 0):
         theirs = module.ABF(mine[number].shape[1], 6, targets[number].shape[1], number < 3).double()
