@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from gkl.data.content import check_content
 from gkl.data.files import ImageFiles, split
 from gkl.data.memory import ImageData, in_memory
 from gkl.data.stores import Decoder, Shards, Store, open_store, train_and_test
@@ -14,13 +15,16 @@ def image_folder(
     name: str | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
+    content: str | None = None,
 ) -> ImageData:
     """Any pictures laid out as train/<class>/* and test/<class>/* (or val/), in a folder or a zip archive of that.
 
     Pictures become RGB and, where they are not image_size squares already, are resized to them (bicubic, whole
     picture). train_per_class, test_per_class: only the first so many files of each class by name.
+    content: what gkl.data.content says of the pictures, if they must be those.
     Raises FileNotFoundError or ValueError naming what is missing, which picture is damaged, or which classes differ.
     """
+    check_content(root, content)
     store = open_store(Path(root))
     train, test = train_and_test(store)
     return in_memory(
@@ -43,6 +47,7 @@ def image_files(
     name: str | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
+    content: str | None = None,
 ) -> ImageFiles:
     """Any pictures laid out as train/<class>/* and val/<class>/* (or test/) in a folder or zip, or WebDataset shards.
 
@@ -50,6 +55,7 @@ def image_files(
     pillow what the published runs used; their views differ by a tenth of a grey level. train_per_class, test_per_class:
     only the first so many of each class by name. Raises FileNotFoundError or ValueError naming what is wrong.
     """
+    check_content(root, content)
     store = open_store(Path(root))
     names, parts = _labelled(store)
     limits = (train_per_class, test_per_class)

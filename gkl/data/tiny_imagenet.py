@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gkl.data.content import check_content
 from gkl.data.files import ImageFiles, first_of_classes, long_tail
 from gkl.data.memory import ImageData, in_memory
 from gkl.data.stores import Decoder, Store, open_store
@@ -13,12 +14,14 @@ def tiny_imagenet(
     classes: int | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
+    content: str | None = None,
 ) -> ImageData:
     """Tiny-ImageNet as it is distributed, unpacked or as the zip archive itself: 200 classes; its validation set is test.
 
     image_size, train_per_class, test_per_class and errors: as in `image_folder`; 64 leaves the pictures as they are.
     classes: only the first so many of them, in the order of their WordNet ids.
     """
+    check_content(root, content)
     names, train, test, store = tiny_imagenet_lists(Path(root))
     return in_memory(
         "tiny_imagenet", names[:classes], train, test, store, image_size, train_per_class, test_per_class
@@ -35,12 +38,14 @@ def tiny_imagenet_files(
     smallest: int | None = None,
     many: int = 100,
     few: int = 20,
+    content: str | None = None,
 ) -> ImageFiles:
     """Tiny-ImageNet from its files; with largest and smallest, long-tailed: so many pictures of the first and the last class.
 
     classes: only the first so many of them, in the order of their WordNet ids. resize: None is image_size. many, few: the
     bounds of the shots.
     """
+    check_content(root, content)
     names, train, test, store = tiny_imagenet_lists(Path(root))
     names = names[:classes]
     kept: list[int | None] = [None] * len(names)

@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -18,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gkl.data.content import content
 from trainers.errors import ConfigError
 from trainers.runs.settings import SETTINGS
 from trainers.runs.targets import CONFIGS, closest, fits, mistyped, named, unknown
@@ -38,6 +40,10 @@ def register_resolvers() -> None:
     def per_class(weight: float, *, _root_: DictConfig) -> float:
         return weight * (_root_.class_share or 1.0)
 
+    def content_at(root: str) -> str | None:
+        return content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
+
+    OmegaConf.register_new_resolver("content", content_at, replace=True)
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
     for resolver in (scaled, by_model, per_class):

@@ -1,0 +1,87 @@
+"""What pictures are, whatever their place: a digest of the files below a folder, of a zip archive, or of tar shards.
+
+    content("pictures.zip") == content("pictures/")        # the same files, packed and unpacked
+
+Names count from where the files' common folder ends, contents by size and CRC-32, which an archive has written down.
+"""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+CHUNK = 1 << 20
+
+
+def content(root: str | Path, kept: Path | None = None) -> str | None:
+    """16 hexadecimal digits, None where there is nothing at root. Raises OSError for files that cannot be read.
+
+    kept: a folder in which the digest of a folder's files is written down, under their names, sizes, times and inodes, so
+    that unchanged files are read once.
+    """
+    path = Path(root)
+    if path.is_dir():
+        return _of_folder(path, kept)
+    if not path.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _digest({i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()})
+    except zipfile.BadZipFile:
+        return _digest({path.name: (path.stat().st_size, _crc(path))})
+
+
+def _of_folder(path: Path, kept: Path | None) -> str:
+    files = dict(sorted(_below(path)))
+    state = hashlib.sha256()
+    for name, stat in files.items():
+        state.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{stat.st_dev}\n".encode())
+    note = kept / state.hexdigest()[:32] if kept else None
+    if note is not None and note.is_file() and len(text := note.read_text().strip()) == 16:
+        return text
+    found = _digest({name: (stat.st_size, _crc(path / name)) for name, stat in files.items()})
+    if note is not None and os.access(
+        note.parent.parent if not note.parent.exists() else note.parent, os.W_OK
+    ):
+        note.parent.mkdir(parents=True, exist_ok=True)
+        temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+        temporary.write_text(found)
+        os.replace(temporary, note)
+    return found
+
+
+def _below(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """Every file that is not hidden and not made by this package, by its path from `path` on."""
+    for folder, folders, names in os.walk(path, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and name != "gkl-shards.npz":
+                file = os.path.join(folder, name)
+                yield os.path.relpath(file, path), os.stat(file)
+
+
+def _digest(files: dict[str, tuple[int, int]]) -> str:
+    shared = os.path.commonpath([os.path.dirname(name) for name in files]) if files else ""
+    lines = sorted(
+        f"{os.path.relpath(name, shared or '.')}\0{size}\0{crc}" for name, (size, crc) in files.items()
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _crc(path: Path) -> int:
+    found = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            found = zlib.crc32(chunk, found)
+    return found
+
+
+def check_content(root: str, expected: str | None, kept: Path | None = None) -> None:
+    """Raises ValueError where the pictures at root are others than a configuration was made for. expected: None: any."""
+    if expected is not None and (found := content(root, kept)) != expected:
+        raise ValueError(
+            f"the pictures at {root} have changed since this run was started (content {found}, was {expected}); bring those back, "
+            "or start anew with the same command"
+        )

@@ -1,0 +1,89 @@
+"""A run is known by its pictures and not by where they lie."""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from gkl.data.content import content
+from gkl.data.image_folder import image_folder
+from trainers.runs.compose import compose
+from trainers.runs.identity import config_hash
+
+
+def pictures(folder: Path, shade: int = 0) -> Path:
+    """Two classes of two pictures each, in BMP: as many bytes whatever they show."""
+    for number in range(8):
+        part, label = ("train", "test")[number % 2], "ab"[number // 4]
+        path = folder / part / label / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.full((4, 4, 3), 10 * number + shade, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    return folder
+
+
+def packed(folder: Path, archive: Path, top: str = "") -> Path:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        for path in sorted(folder.rglob("*.bmp")):
+            file.write(path, Path(top) / path.relative_to(folder))
+    return archive
+
+
+def test_content_is_of_files_wherever_they_lie(tmp_path: Path) -> None:
+    one, other = pictures(tmp_path / "one"), pictures(tmp_path / "other", shade=1)
+    copy = Path(shutil.copytree(one, tmp_path / "elsewhere" / "copy"))
+    found = content(one)
+    assert (
+        found
+        == content(copy)
+        == content(packed(one, tmp_path / "a.zip"))
+        == content(packed(one, tmp_path / "b.zip", "top"))
+    )
+    assert content(other) != found and content(tmp_path / "nothing") is None
+    (copy / "train" / "a" / "0.bmp").rename(copy / "train" / "b" / "0.bmp")
+    assert content(copy) != found
+
+
+def test_a_note_of_unchanged_files_is_used_and_of_changed_ones_is_not(tmp_path: Path) -> None:
+    folder, kept = pictures(tmp_path / "one"), tmp_path / "digests"
+    found = content(folder, kept)
+    (note,) = kept.iterdir()
+    assert note.read_text() == found == content(folder, kept)
+    note.write_text("0123456789abcdef")
+    assert content(folder, kept) == "0123456789abcdef"  # so it is read
+    file = folder / "train" / "a" / "0.bmp"
+    before = file.stat()
+    file.write_bytes(file.read_bytes()[::-1])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert content(folder, kept) not in (found, "0123456789abcdef")
+    note.write_text("cut")
+    assert len(content(folder, kept) or "") == 16
+
+
+def test_two_folders_are_two_runs_and_a_copy_is_the_same(tmp_path: Path) -> None:
+    """Once both were one run: the second said it was done, and showed the first's numbers."""
+    one, other = pictures(tmp_path / "one"), pictures(tmp_path / "other", shade=1)
+    copy = Path(shutil.copytree(one, tmp_path / "copy"))
+
+    def run(root: Path, data: str = "image_folder") -> str:
+        return config_hash(
+            compose("train", ["experiment=at/c100_basic_gkl", f"data={data}", f"data.root={root}"])
+        )
+
+    for data in ("image_folder", "image_files", "tiny_imagenet", "tiny_imagenet_files"):
+        assert run(one, data) == run(copy, data) != run(other, data)
+
+
+def test_pictures_that_changed_since_the_start_are_refused(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "one")
+    frozen = content(folder)
+    assert len(image_folder(str(folder), 4, content=frozen).train_labels) == 4
+    pictures(folder, shade=1)
+    with pytest.raises(
+        ValueError, match=r"the pictures at .*one have changed since this run was started \(content"
+    ):
+        image_folder(str(folder), 4, content=frozen)
