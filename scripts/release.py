@@ -1,6 +1,6 @@
 """Pack a finished run for others: safetensors, timm's config, model card, record, RobustBench's entry and issue text.
 
-    python scripts/release.py run=results/runs/at/c100_basic_gkl/paper/<identity>/seed0.json            # on disk alone
+    python scripts/release.py run=results/runs/at/c100_basic_gkl/paper/<hash>/seed0.json            # on disk alone
     python scripts/release.py run=... out=release/ upload=name/repository                               # and to the Hugging Face Hub
 
 Weights come from the outputs folder (GKL_OUTPUTS) and must be the very ones of the record.

@@ -108,7 +108,7 @@ def timm_config(record: Record, settings: Mapping[str, Any], model: Any) -> dict
         "num_features": model.num_features,
         "model_args": {**options, "num_classes": model.num_classes},
         "pretrained_cfg": {
-            "tag": f"gkl_{record['identity']}_seed{record['seed']}",
+            "tag": f"gkl_{record['config_hash']}_seed{record['seed']}",
             "num_classes": model.num_classes,
             "input_size": [3, size, size],
             "interpolation": "bilinear",
@@ -163,7 +163,7 @@ import timm
 ```
 
 Trained again by `{command(record)}`
-(code {record["code"].get("commit") or "unknown"}; identity {record["identity"]}). `record.json` holds the whole configuration,
+(code {record["code"].get("commit") or "unknown"}; configuration {record["config_hash"]}). `record.json` holds the whole configuration,
 versions, data checksums and cost.
 """
 

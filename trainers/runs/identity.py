@@ -90,9 +90,14 @@ def asked(overrides: list[str]) -> list[str]:
     """The overrides that a record keeps: those that change what is computed, a place on this machine as PATH."""
     kept = []
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key.split(".")[0].split("@")[0] not in EXCLUDED:
-            kept.append(f"{key}=PATH" if key.split(".")[-1] in EXCLUDED_ANYWHERE else override)
+        key, _, value = override.partition("=")
+        key = key.lstrip("+~")
+        if key.split(".")[0].split("@")[0] in EXCLUDED:
+            continue
+        if key.split(".")[-1] not in EXCLUDED_ANYWHERE:
+            kept.append(override)
+        elif value not in ("null", "true", "false"):  # data.download=false is no place
+            kept.append(f"{key}=PATH")
     return kept
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainers.errors import ConfigError
 from trainers.runs.identity import config_hash
 
 SCHEMA = 2
@@ -150,7 +151,7 @@ def _read(path: Path, check: Callable[[Any], None]) -> Record:
     try:
         record = json.loads(path.read_text())
         check(record)
-    except ValueError as error:  # json's error is one as well
+    except (ValueError, ConfigError) as error:  # json's error is a ValueError as well
         raise ValueError(f"record {path} is damaged: {error}") from error
     return dict(record)
 
