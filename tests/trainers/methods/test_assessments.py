@@ -14,7 +14,7 @@ from trainers.methods.assessments import Attacks, Epsilons, Structure, Subject, 
 from trainers.reports.figures import FORMATS, draw, save
 from trainers.reports.tables import build, markdown
 from trainers.runs.compose import compose
-from trainers.runs.plan import load_table, usual
+from trainers.runs.plan import load_table
 from trainers.runs.records import assessment_path, read_records, write_assessment
 
 
@@ -96,14 +96,14 @@ def test_structure_and_figure_4(trained: Subject, tmp_path: Path) -> None:
         moved = {**details, "margins": [m + shift for m in details["margins"]]}
         records.append({
             "experiment": row, "scale": "smoke", "protocol": "official", "seed": 0, "status": "done", "config": config,
+            "config_hash": "0", "changed": {}, "finished": "2026-01-31T12:00:00Z",
             "metrics": {"clean": 90.0, "aa": 50.0}, "departures": {}, "evaluation": {"n": 60},
             "data": {"name": "digits", "stand_in_for": "cifar100", "train": 1437, "test": 360},
             "assessments": {"structure": {"details": moved}},
         })  # fmt: skip
-    known = usual(figure, scale="smoke", protocol="official")
 
     def drawn(some: list[dict]) -> object:
-        built = build(figure, some, scale="smoke", protocol="official", usual=known, claims={})
+        built = build(figure, some, scale="smoke", protocol="official", claims={})
         return draw("structure", built)
 
     picture = drawn(records)
@@ -127,11 +127,11 @@ def test_figure_1_shows_the_papers_values_and_ours() -> None:
     config = compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke"])
     record = {
         "experiment": "at/c100_basic_gkl", "scale": "smoke", "protocol": "official", "seed": 0, "status": "done",
+        "config_hash": "0", "changed": {}, "finished": "2026-01-31T12:00:00Z",
         "config": config, "metrics": {"clean": 93.0, "aa": 41.0}, "departures": {}, "evaluation": {"n": 60},
         "data": {"name": "digits", "stand_in_for": "cifar100", "train": 1437, "test": 360}, "assessments": {},
     }  # fmt: skip
-    known = usual(figure, scale="smoke", protocol="official")
-    built = build(figure, [record], scale="smoke", protocol="official", usual=known, claims={})
+    built = build(figure, [record], scale="smoke", protocol="official", claims={})
     picture = draw("clean_against_aa", built)
     left, right, key = picture.axes
     assert {(float(p.get_xdata()[0]), float(p.get_ydata()[0])) for p in right.lines} == {(93.0, 41.0)}
@@ -139,12 +139,7 @@ def test_figure_1_shows_the_papers_values_and_ours() -> None:
     assert (65.76, 31.91) in printed and (72.58, 38.83) in printed and len(printed) == 10
     assert [text.get_text().split("  ", 1)[1] for text in key.texts][:2] == ["AWP", "LBGAT"]
     assert [text.get_text() for text in right.texts] == ["6"]  # GKL-AT is the sixth row
-    assert (
-        draw(
-            "clean_against_aa", build(figure, [], scale="smoke", protocol="official", usual=known, claims={})
-        )
-        is None
-    )
+    assert draw("clean_against_aa", build(figure, [], scale="smoke", protocol="official", claims={})) is None
 
 
 def test_an_assessment_lies_beside_its_record_and_belongs_to_its_weights(tmp_path: Path) -> None:
@@ -174,11 +169,11 @@ def test_table_15_shows_metrics_of_assessments() -> None:
     config = compose("train", ["experiment=at/c100_basic_kl", "scale=smoke"])
     made = {
         "experiment": "at/c100_basic_kl", "scale": "smoke", "protocol": "official", "seed": 0, "status": "done",
-        "identity": "0", "path": "x", "code": {}, "hardware": {"count": 1, "name": "cpu"}, "cost": {"device_hours": 1.0},
+        "config_hash": "0", "changed": {}, "finished": "2026-01-31T12:00:00Z", "path": "x", "code": {},
+        "hardware": {"count": 1, "name": "cpu"}, "cost": {"device_hours": 1.0},
         "config": config, "metrics": {"clean": 93.0, "aa": 41.0, "pgd10": 55.0}, "departures": {}, "evaluation": {"n": 60},
         "data": {"name": "digits", "stand_in_for": "cifar100", "train": 1437, "test": 360}, "assessments": {},
     }  # fmt: skip
-    known = usual(table, scale="smoke", protocol="official")
-    text = markdown(build(table, [made], scale="smoke", protocol="official", usual=known, claims={}))
+    text = markdown(build(table, [made], scale="smoke", protocol="official", claims={}))
     (line,) = [line for line in text.splitlines() if line.startswith("| TRADES+AWP |")]
     assert "| 36.01 / 55.00 (1) |" in line and "| 35.84 / – |" in line and "some columns missing" in line

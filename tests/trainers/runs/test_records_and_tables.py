@@ -7,22 +7,24 @@ from pathlib import Path
 import pytest
 
 from trainers.reports.render import render, sections
-from trainers.reports.tables import build, experiments, latex, markdown, paired_half_width, told
-from trainers.runs.compose import compose, published
+from trainers.reports.tables import build, latex, markdown, paired_half_width, place, settings, told
+from trainers.runs.compose import compose, published, usual
 from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
-from trainers.runs.identity import config_hash, differences, without_excluded
+from trainers.runs.identity import asked, config_hash, differences, without_excluded
 from trainers.runs.plan import (
     Cell,
     cells,
     claims,
     device_hours,
+    experiments,
     load_table,
     summary,
     tables,
-    usual,
 )
 from trainers.runs.records import read_record, read_records, record_path, validate, write_record
 from trainers.runs.settings import check
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def config(*overrides: str) -> dict:
@@ -37,13 +39,15 @@ def record(
     )
     stand_in = None if scale == "paper" else "cifar100"
     made = {
-        "schema": 1,
-        "experiment": "at/c100_basic_gkl",
+        "schema": 2,
+        "experiment": resolved["experiment"],
         "scale": scale,
         "protocol": "official",
         "seed": seed,
-        "identity": config_hash(resolved),
+        "config_hash": config_hash(resolved),
         "config": without_excluded(resolved),
+        "overrides": asked(resolved["overrides"]),
+        "changed": {key: value for key, (_, value) in differences(usual(resolved), resolved).items()},
         "departures": differences(published(resolved), resolved),
         "status": "done",
         "metrics": {"clean": 60.0, "aa": aa},
@@ -61,10 +65,10 @@ def record(
     return {**made, **change}
 
 
-# --- identity ---------------------------------------------------------------------------------------------------------
+# --- what makes a run the same run ------------------------------------------------------------------------------------
 
 
-def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
+def test_the_hash_is_of_what_is_computed_and_not_where_or_how() -> None:
     base = config_hash(config())
     for same in (
         "seed=3",
@@ -89,11 +93,30 @@ def test_identity_is_what_is_computed_and_not_where_or_how() -> None:
     assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
 
 
-def test_a_setting_that_is_null_leaves_earlier_runs_their_identity() -> None:
+def test_a_setting_that_is_null_leaves_earlier_runs_their_hash() -> None:
     base = config()
     later = copy.deepcopy(base)
     later["method"]["something_new"] = None
     assert config_hash(later) == config_hash(base)
+
+
+def test_a_record_keeps_the_words_that_change_what_is_computed() -> None:
+    """A folder of this machine stands as PATH; where, how often and how loudly a run is done is left out."""
+    assert asked(
+        ["data=image_folder", "data.root=/home/me/scans", "+data.root=/home/me/scans", "teacher.folder=/home/me/teachers",
+         "device=cpu", "devices=2", "workers=4", "accumulate=2", "graph=false", "checkpoint_minutes=1", "seed=3",
+         "logger=off", "logger.mode=online", "launcher=slurm", "+launcher.extra.qos=low", "paths.outputs=/scratch/me",
+         "assessment=attacks", "data.download=false", "teacher.cache=null", "loss=gkl", "~loss.weight", "loss.gamma=0.2",
+         "+generated.images=50", "optimizer@strategy_optimizer=sgd"]
+    ) == [
+        "data=image_folder", "data.root=PATH", "data.root=PATH", "teacher.folder=PATH", "loss=gkl", "~loss.weight",
+        "loss.gamma=0.2", "+generated.images=50", "optimizer@strategy_optimizer=sgd",
+    ]  # fmt: skip
+    typed = config(
+        "seed=3", "protocol=official", "device=cpu", "logger=off", "data=image_folder", "data.root=/home/me"
+    )
+    assert typed["overrides"] == ["device=cpu", "logger=off", "data=image_folder", "data.root=/home/me"]
+    assert asked(typed["overrides"]) == ["data=image_folder", "data.root=PATH"]
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -119,7 +142,7 @@ def test_a_record_is_written_once_and_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": 2}, "schema 2 is not 1"),
+        ({"schema": 1}, "schema 1 is not 2"),
         ({"seed": "0"}, r"needs seed \(int\), got '0'"),
         ({"status": "nearly"}, "done or failed, got 'nearly'"),
         ({"metrics": {"aa": 101.0}}, "metric aa must be a percentage, got 101.0"),
@@ -128,12 +151,14 @@ def test_a_record_is_written_once_and_read_back(tmp_path: Path) -> None:
         ({"finished": "yesterday"}, "finished must look like"),
         ({"history": "/tmp/h.jsonl"}, "relative path"),
         ({"data": {"name": "digits"}}, "name and stand_in_for"),
-        ({"identity": "0" * 12}, "is not that of the record's config"),
+        ({"config_hash": "0" * 12}, "config_hash 000000000000 is not that of the record's config"),
+        ({"overrides": None}, r"needs overrides \(list\), got None"),
+        ({"changed": None}, r"needs changed \(dict\), got None"),
     ],
 )
 def test_records_are_checked(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        validate(record(30.0, **change))
+        validate({**record(30.0), **change})
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -152,10 +177,10 @@ TABLE = {
 
 def drawn(records: list[dict], scale: str, setting: dict | None = None) -> list[str]:
     records = [
-        {**r, "path": f"{r['experiment']}/{r['scale']}/{r['identity']}/seed{r['seed']}.json"} for r in records
+        {**r, "path": f"{r['experiment']}/{r['scale']}/{r['config_hash']}/seed{r['seed']}.json"}
+        for r in records
     ]
-    known = {"at/c100_basic_gkl": compose("train", ["experiment=at/c100_basic_gkl", f"scale={scale}"])}
-    built = build(TABLE, records, scale=scale, protocol="official", usual=known, claims={}, setting=setting)
+    built = build(TABLE, records, scale=scale, protocol="official", claims={}, setting=setting)
     latex(built)
     return markdown(built).splitlines()
 
@@ -201,8 +226,72 @@ def test_different_runs_are_never_averaged() -> None:
     assert any("missing" in line for line in failed)
 
 
+def of_recipe(aa: float, gamma: float, finished: str, seed: int = 0, **change: object) -> dict:
+    """A run of the experiment when its own configuration had another gamma."""
+    made = record(aa, seed, finished=finished, **change)
+    made["config"]["loss"]["gamma"] = gamma
+    return {**made, "config_hash": config_hash(made["config"])}
+
+
+def test_two_recipes_of_one_experiment_stand_apart() -> None:
+    """Both changed nothing, each of the experiment as it then was: the older ones are a setting of their own."""
+    old = [of_recipe(20.0 + seed, 0.3, "2026-01-01T12:00:00Z", seed) for seed in (0, 1)]
+    new = [record(30.0 + seed, seed, finished="2026-02-01T12:00:00Z") for seed in (0, 1)]
+    both = {"changed": {"epochs": 3}}
+    short = [
+        of_recipe(10.0, 0.3, "2026-03-01T12:00:00Z", **both),
+        record(15.0, **both),
+    ]  # here the other is the later
+    (one,), (other,) = {r["config_hash"] for r in old}, {r["config_hash"] for r in new}
+    placed = place(TABLE, [*old, *new, *short], scale="smoke", protocol="official", claims={})
+    assert [own for _, own in placed["gkl"]] == [
+        {"recipe": one}, {"recipe": one}, {}, {}, {"epochs": 3}, {"epochs": 3, "recipe": other},
+    ]  # fmt: skip
+    assert settings(placed) == [{"epochs": 3, "recipe": other}, {"epochs": 3}, {"recipe": one}]
+    assert any("| 30.50 ± 0.71, se 0.50 (2) |" in line for line in drawn([*old, *new, *short], "smoke"))
+    lines = drawn([*old, *new, *short], "smoke", {"recipe": one})
+    assert f"recipe={one}" in lines[0] and any("| 20.50 ± 0.71, se 0.50 (2) |" in line for line in lines)
+    alone = place(TABLE, old, scale="smoke", protocol="official", claims={})
+    assert [own for _, own in alone["gkl"]] == [{}, {}]
+
+
+def test_placing_records_composes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every table and figure from the committed records alone; the committed tables are these, byte for byte."""
+
+    def refuse(*words: object) -> None:
+        raise AssertionError(f"composed {words}")
+
+    monkeypatch.setattr("trainers.runs.compose._composed", refuse)
+    monkeypatch.setattr("hydra.compose", refuse)
+    with pytest.raises(AssertionError, match="composed"):
+        config()
+    records = read_records(ROOT / "results/runs")
+    shown = set()
+    for number in tables():
+        table = load_table(number)
+        for path in render(table, records, tmp_path):
+            assert path.read_text() == (ROOT / "results" / path.relative_to(tmp_path)).read_text(), path.name
+        shown |= {r["path"] for built in sections(table, records) for row in built.rows for r in row.records}
+    for number in tables("figure"):
+        assert sections(load_table(number, "figure"), records)
+    assert len(shown) > len(records) / 2
+
+
+@pytest.mark.slow
+def test_every_committed_record_composes_to_its_hash_and_what_it_changed(tmp_path: Path) -> None:
+    """What was asked, at any place where the data may lie, is the run again: some hundred compositions."""
+    for made in read_records(ROOT / "results/runs"):
+        names = [f"{key}={made[key]}" for key in ("experiment", "scale", "protocol")]
+        words = [override.replace("=PATH", f"={tmp_path}") for override in made["overrides"]]
+        composed = compose("train", [*names, *words])
+        assert config_hash(composed) == made["config_hash"], made["path"]
+        found = {key: value for key, (_, value) in differences(usual(composed), composed).items()}
+        assert found == made["changed"], made["path"]
+        assert asked(composed["overrides"]) == made["overrides"], made["path"]
+
+
 def test_latex_is_escaped() -> None:
-    built = build(TABLE, [], scale="smoke", protocol="official", usual={}, claims={})
+    built = build(TABLE, [], scale="smoke", protocol="official", claims={})
     text = latex(built)
     assert "GKL\\_AT & 31.91 & -- & -- & missing: make table3 SCALE{=}smoke ROWS{=}gkl \\\\" in text
     assert text.count("\\toprule") == text.count("\\bottomrule") == 1
@@ -243,10 +332,7 @@ def test_a_sweeps_runs_stand_in_the_sweeps_table_alone(tmp_path: Path) -> None:
     """alpha = 12 belongs to Table X, not to Table III; a person's own gamma makes a section of its own."""
     experiment = "at/c100_basic_paper"
     made = [
-        {
-            **record(aa, overrides=(f"experiment={experiment}", *overrides)), "experiment": experiment,
-            "path": f"{aa}.json",
-        }
+        {**record(aa, overrides=(f"experiment={experiment}", *overrides)), "path": f"{aa}.json"}
         for aa, overrides in ((30.0, ()), (40.0, ("loss.alpha=12",)), (20.0, ("loss.gamma=0.9",)))
     ]  # fmt: skip
     titles = {}
@@ -311,21 +397,14 @@ def test_paired_comparison_is_students() -> None:
         **TABLE, "compare": [["gkl", "kl"]],
         "rows": [TABLE["rows"][1], {"id": "kl", "method": "KL", "experiment": "at/c100_basic_kl", "paper": {}}],
     }  # fmt: skip
-    kl_config = compose("train", ["experiment=at/c100_basic_kl", "scale=smoke"])
     runs = [record(30.0 + s, s) for s in (1, 2, 3, 9)]
-    runs += [
-        {**record(30.0, s), "experiment": "at/c100_basic_kl", "config": without_excluded(kl_config)}
-        for s in (1, 2, 3)
-    ]
-    usual_configs = {"at/c100_basic_gkl": config(), "at/c100_basic_kl": kl_config}
+    runs += [record(30.0, s, overrides=("experiment=at/c100_basic_kl",)) for s in (1, 2, 3)]
     runs = [{**r, "path": "p"} for r in runs]
-    built = build(table, runs, scale="smoke", protocol="official", usual=usual_configs, claims={})
+    built = build(table, runs, scale="smoke", protocol="official", claims={})
     (line,) = told(built.comparisons)
     assert line.startswith("GKL_AT minus KL, paired over 3 seeds") and "AA +2.00 ± 2.48 points" in line
     assert paired_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302652729911275 / 3**0.5)
-    alone = build(
-        table, runs[:1] + runs[4:5], scale="smoke", protocol="official", usual=usual_configs, claims={}
-    )
+    alone = build(table, runs[:1] + runs[4:5], scale="smoke", protocol="official", claims={})
     assert alone.comparisons == []  # one seed has no interval
 
 
@@ -348,8 +427,7 @@ def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> No
     assert "1 of 2 runs done" in text and "done: seed 0, missing: seed 1" in text
     for cell in cells(table, scale="paper", protocol="official"):
         check(cell.config, 1)
-    own = usual(table, scale="smoke", protocol="official")["at/c100_basic_gkl"]
-    assert config_hash(own) == record(30.0)["config_hash"]
+    assert config_hash(usual(plan[0].config)) == record(30.0)["config_hash"]
 
 
 def test_costs_are_counted() -> None:
