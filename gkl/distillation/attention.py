@@ -4,34 +4,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.distillation.base import Context, Distiller, Terms, teacher_taps
+from gkl.distillation.base import Context, Distiller, Stages, Terms, stage_pairs, teacher_taps
 from gkl.models.classifier import Taps
 
 
 class AttentionTransfer(Distiller):
-    """weight * sum over stages of the mean squared difference of normalised attention maps.
+    """weight * sum over pairs of stages of the mean squared difference of normalised attention maps.
 
     Source: Eq. 2 of the paper with the mean over positions, as mdistiller's AT (p = 2, weight 1000).
     """
 
     warmup = 0
 
-    def __init__(self, context: Context, *, weight: float, label_weight: float = 1.0) -> None:
-        """Raises ValueError for networks of different numbers of stages."""
+    def __init__(
+        self, context: Context, *, weight: float, stages: Stages = "all", label_weight: float = 1.0
+    ) -> None:
+        """stages: which are compared. Raises ValueError where they are `all`, and not as many in both networks."""
         super().__init__(context, label_weight=label_weight)
         self.weight = weight
-        stages = len(context.student.features), len(teacher_taps(context.teacher).features)
-        if stages[0] != stages[1]:
+        own, other = (len(taps.features) - 1 for taps in (context.student, teacher_taps(context.teacher)))
+        if stages == "all" and own != other:
             raise ValueError(
-                f"attention transfer needs as many stages in the student as in the teacher, got {stages[0]} and {stages[1]}"
+                f"attention transfer needs as many stages in the student as in the teacher, got {own} and {other}; "
+                "set distiller.stages to the pairs that are to be compared"
             )
+        self.pairs = stage_pairs(stages, context)
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
-        pairs = zip(student.features[1:], teacher_taps(teacher).features[1:], strict=True)
-        distances = torch.stack([attention_distance(s, t) for s, t in pairs])
+        targets = teacher_taps(teacher).features
+        distances = torch.stack([attention_distance(student.features[s], targets[t]) for s, t in self.pairs])
         return {"distillation": self.weight * distances.sum(0)}
 
 

@@ -1,5 +1,6 @@
 """What distillation methods share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, Taps
 
+Stages = Literal["all"] | Sequence[Sequence[int]]  # [student's, teacher's], from 1; all: each with its like
 Terms = dict[str, Tensor]  # name -> (b,) values whose mean over the global batch is the term
 
 
@@ -86,6 +88,26 @@ class Vanilla(Distiller):
 def warmed_up(epoch: int, warmup: int | None) -> float:
     """The share of its weight that a distillation term has in epoch 1, 2, ...: min(epoch / warmup, 1)."""
     return min(epoch / warmup, 1.0) if warmup else 1.0
+
+
+def stage_pairs(stages: Stages, context: Context) -> list[tuple[int, int]]:
+    """Which stage of the student stands beside which of the teacher's: (student's, teacher's), the stems being 0.
+
+    `all` leaves out the first stages of the network that has more. Raises ValueError for a stage that a network lacks.
+    """
+    counts = len(context.student.features) - 1, len(teacher_taps(context.teacher).features) - 1
+    if isinstance(stages, str):
+        fewer = min(counts)
+        return [(counts[0] - fewer + n, counts[1] - fewer + n) for n in range(1, fewer + 1)]
+    pairs = [tuple(pair) for pair in stages]
+    if not pairs or any(
+        len(pair) != 2 or not all(1 <= s <= n for s, n in zip(pair, counts, strict=True)) for pair in pairs
+    ):
+        raise ValueError(
+            f"distiller.stages must be all or pairs of a student's stage in 1..{counts[0]} and a teacher's in 1..{counts[1]}, "
+            f"such as [[1, 1], [2, 2]], got {[list(pair) for pair in pairs]}"
+        )
+    return [(own, other) for own, other in pairs]
 
 
 def teacher_taps(teacher: Taps | None) -> Taps:

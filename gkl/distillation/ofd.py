@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkl.distillation.base import Context, Distiller, Terms, teacher_taps
+from gkl.distillation.base import Context, Distiller, Stages, Terms, stage_pairs, teacher_taps
 from gkl.models.classifier import Taps
 
 
 class OFD(Distiller):
-    """weight * sum over stages of the partial squared distance before the ReLU, halved from stage to stage downwards.
+    """weight * sum over pairs of stages of the partial squared distance before the ReLU, halved from stage to stage downwards.
 
     The teacher's map is first raised to a margin, the mean of its channel's negative half. It is computed in training mode, as
     the method's own code and mdistiller's do. Source: Eq. 1 to 5 of the paper; mdistiller's OFD.
@@ -21,37 +21,41 @@ class OFD(Distiller):
     warmup = 0
 
     def __init__(
-        self, context: Context, *, kernel_size: int = 1, weight: float = 0.001, label_weight: float = 1.0
+        self,
+        context: Context,
+        *,
+        kernel_size: int = 1,
+        weight: float = 0.001,
+        stages: Stages = "all",
+        label_weight: float = 1.0,
     ) -> None:
-        """kernel_size: of the connectors, a convolution and batch norm each, from the student's channels to the teacher's."""
+        """kernel_size: of the connectors, a convolution and batch norm each, from the student's channels to the teacher's.
+
+        stages: which are compared, from the first to the last, which counts most.
+        """
         super().__init__(context, label_weight=label_weight)
         self.weight = weight
-        teacher = teacher_taps(context.teacher)
+        self.pairs = stage_pairs(stages, context)
         assert context.network is not None
-        stages = min(len(context.student.preact_features), len(teacher.preact_features)) - 1
+        mine, theirs = context.student.preact_features, teacher_taps(context.teacher).preact_features
         self.connectors = nn.ModuleList(
-            connector(s.shape[1], t.shape[1], kernel_size)
-            for s, t in zip(
-                context.student.preact_features[-stages:], teacher.preact_features[-stages:], strict=True
-            )
+            connector(mine[s].shape[1], theirs[t].shape[1], kernel_size) for s, t in self.pairs
         )
-        margins = [margin(norm) for norm in context.network.batch_norms()[-stages:]]
-        for number, values in enumerate(margins):
-            self.register_buffer(f"margin{number}", values.view(1, -1, 1, 1))
+        norms = context.network.batch_norms()  # of the stages, from the first
+        for number, (_, stage) in enumerate(self.pairs):
+            self.register_buffer(f"margin{number}", margin(norms[stage - 1]).view(1, -1, 1, 1))
 
     def forward(
         self, student: Taps, teacher: Taps | None, labels: Tensor, *, epoch: int, index: Tensor
     ) -> Terms:
         """The loss terms of this process's part of a batch."""
-        stages = len(self.connectors)
-        targets = teacher_taps(teacher).preact_features[-stages:]
+        targets = teacher_taps(teacher).preact_features
         total = torch.zeros(len(labels), dtype=student.logits.dtype, device=student.logits.device)
-        for number, (connect, mine, target) in enumerate(
-            zip(self.connectors, student.preact_features[-stages:], targets, strict=True)
-        ):
+        for number, (connect, (s, t)) in enumerate(zip(self.connectors, self.pairs, strict=True)):
             lowest = getattr(self, f"margin{number}")
-            mine, target = connect(mine), F.adaptive_avg_pool2d(target, mine.shape[-2:])
-            total = total + partial_distance(mine, target, lowest) / 2 ** (stages - number - 1)
+            mine = connect(student.preact_features[s])
+            target = F.adaptive_avg_pool2d(targets[t], mine.shape[-2:])
+            total = total + partial_distance(mine, target, lowest) / 2 ** (len(self.pairs) - number - 1)
         return {"distillation": self.weight * total}
 
 
