@@ -26,7 +26,8 @@ from trainers.loop.accuracy import autoattack, clean_accuracy
 from trainers.loop.console import Console
 from trainers.runs.compose import choices, compose
 from trainers.runs.processes import device_of, process_group
-from trainers.runs.targets import CONFIGS, check_values, instantiate, unknown
+from trainers.runs.settings import check_sections
+from trainers.runs.targets import CONFIGS, instantiate, unknown
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +35,7 @@ def main(arguments: list[str]) -> int:
     own = any(a.startswith("checkpoint=") for a in arguments)
     arguments, published = with_published(arguments)
     config = compose("evaluate", arguments)
-    check_values(config)
+    check_sections(config)
     path = Path(config["checkpoint"])
     if published and not own and not path.exists():
         fetch(published["url"], path)

@@ -50,6 +50,7 @@ FORWARDS = {"clean": 1, "apgd-ce": 204, "apgd-t": 1818, "fab-t": 2729, "square":
 # The layout of activations and weights while attacked, where it is not the model's own. On a GPU float32 without TF32 has no
 # tensor cores to gain from another one.
 LAYOUT = {"cpu": torch.channels_last}
+FEWEST_CLASSES = 4  # that the targeted DLR loss is defined for
 TOLERANCE = 1e-5  # of the independent check that adversarial images lie in the ball, in pixel units
 
 
@@ -121,12 +122,7 @@ def evaluate(
     share: dict[str, float] = {}
     with _prepared(model, device), recordings(device, graph) as replayed:
         adapted = _Adapter(model, device, replayed)
-        with torch.no_grad():
-            num_classes = adapted(_floats(images[:1])).shape[1]
-        if num_classes < 4:
-            raise ValueError(
-                f"AutoAttack's targeted DLR loss needs at least 4 classes, the model has {num_classes}"
-            )
+        num_classes = _classes(adapted, _floats(images[:64]))
         adversary = attacker(adapted, num_classes, epsilon=epsilon, norm=norm, seed=seed, device=device)
         if replayed is not None:
             Recorded(adapted.network, replayed).take_over(adversary)
@@ -155,6 +151,25 @@ def evaluate(
         seconds=float(sum(part["seconds"] for part in stages.found)),
         versions={"pyautoattack": package_version("pyautoattack"), "torch": torch.__version__},
     )
+
+
+def _classes(model: nn.Module, x: Tensor) -> int:
+    """How many classes a network tells apart. Raises ValueError for one that AutoAttack's numbers would be nonsense of."""
+    with torch.no_grad():
+        logits = model(x)
+    if logits.ndim != 2 or logits.shape[1] < FEWEST_CLASSES:
+        raise ValueError(
+            f"AutoAttack's targeted DLR loss needs logits (B, C) of at least {FEWEST_CLASSES} classes, got {tuple(logits.shape)}"
+        )
+    if not bool(logits.isfinite().all()):
+        raise ValueError(
+            "the network's logits are not finite numbers: its weights, or its normalisation, are broken"
+        )
+    if len(x) > 1 and bool((x != x[0]).any()) and bool((logits == logits[0]).all()):
+        raise ValueError(
+            "the network gives every image the same logits: its weights are not those of a trained one"
+        )
+    return int(logits.shape[1])
 
 
 class _Stages:

@@ -107,6 +107,10 @@ class Training:
             held_out=setup.held_out, held_out_by_class=setup.held_out_by_class,
         )  # fmt: skip
         self.steps_per_epoch = self.batches.steps_per_epoch
+        if self.steps_per_epoch < 1:
+            raise ValueError(
+                f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
+            )
         method.bind(self)
         self.optimizer = setup.optimizer(method.trained())
         self.base_lr = self.optimizer.param_groups[0]["lr"]

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from gkl.distributed import rank, world_size
+from gkl.evaluation.autoattack import FEWEST_CLASSES
 from trainers.errors import ConfigError, RunError
 from trainers.files import save_state, write_text
 from trainers.loop.console import Console
@@ -53,6 +54,11 @@ def run(config: dict[str, Any]) -> None:
         dist.barrier()  # none may write the record before all have looked for it
     with one_process_a_node_first():
         data = instantiate(config["data"])
+        if config.get("evaluation") and data.num_classes < FEWEST_CLASSES:
+            raise ConfigError(
+                f"{data.name} has {data.num_classes} classes, and AutoAttack's targeted DLR loss needs at least {FEWEST_CLASSES}: "
+                "adversarial training here ends with AutoAttack; take data of more classes"
+            )
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             task = build(config, device=device, data=data, model=model)

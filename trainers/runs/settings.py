@@ -12,13 +12,24 @@ from typing import Any
 
 import torch
 
+from gkl.attacks.pgd import Norm
+from gkl.evaluation.autoattack import Version
 from trainers.errors import ConfigError
 from trainers.loop.training import Setup, Training
-from trainers.runs.targets import check_values, instantiate, locate, parameters_of, unknown
+from trainers.runs.ranges import check_ranges
+from trainers.runs.targets import (
+    check_values,
+    fits,
+    instantiate,
+    locate,
+    mistyped,
+    parameters_of,
+    unknown,
+)
 
 SETUP = {field.name: field for field in dataclasses.fields(Setup)}
 # Sections of a configuration that describe the run around a training.
-AROUND = ("method", "assessment", "launcher", "evaluation")
+AROUND = ("method", "launcher", "assessment", "evaluation")
 # Plain settings at the top of a configuration and their types: a Setup's, and those of the run around it.
 SETTINGS: dict[str, Any] = {
     name: hint
@@ -30,31 +41,64 @@ SETTINGS: dict[str, Any] = {
     "devices": int,
     "device": typing.Literal["auto", "cpu", "cuda"],
 }
+EVALUATION: dict[str, Any] = {
+    "version": Version,
+    "norm": Norm,
+    "epsilon": float,
+    "images": int | None,
+    "batch_size": int,
+    "seed": int,
+}
 DEFAULTS = {name: field.default for name, field in SETUP.items() if field.default is not dataclasses.MISSING}
 
 
 def check(config: Mapping[str, Any], world_size: int) -> None:
     """Everything that can be known wrong before data is read or a network built. Raises ConfigError."""
-    check_values(config)
+    needed = [name for name, field in SETUP.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in (*needed, *AROUND[:-2], "paths", "logger") if name not in config]:
+        raise ConfigError(f"the configuration lacks {', '.join(missing)}; leave out ~{missing[0]}")
+    check_sections(config)
     _check_parts(config)
     _check_batch(config, world_size)
-    if config["workers"] != "auto" and config["workers"] < 0:
-        raise ConfigError(f"workers must be auto or a number from 0, got {config['workers']}")
     selection = config.get("selection")
     known = ["last", *config["averages"], *(["best"] if selection or "attack" not in config else [])]
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
+    average = config["averages"].get(config["evaluate"]) or {}
+    if (start := average.get("start_epoch", 1)) > config["epochs"]:
+        raise ConfigError(
+            f"evaluate={config['evaluate']}: averages.{config['evaluate']}.start_epoch={start} is past the last epoch, {config['epochs']}; "
+            "there would be no such weights"
+        )
     known = ["last", *config["averages"]]
     if selection and selection.get("weights", "last") not in known:
         raise ConfigError(unknown("selection.weights", selection["weights"], known))
 
 
+def check_sections(config: Mapping[str, Any]) -> None:
+    """Every part takes its settings, every number lies in its range. Raises ConfigError."""
+    check_values(config)
+    check_ranges(config)
+    _check_evaluation(config.get("evaluation") or {})
+
+
+def _check_evaluation(section: Mapping[str, Any]) -> None:
+    """That an evaluation's settings are AutoAttack's: they are read when the training is over."""
+    for name, value in section.items():
+        if name not in EVALUATION:
+            raise ConfigError(
+                unknown("setting", f"evaluation.{name}", [f"evaluation.{n}" for n in EVALUATION])
+            )
+        if not fits(value, EVALUATION[name]):
+            hint = "; a fraction is written ${px:8}" if name == "epsilon" and isinstance(value, str) else ""
+            raise ConfigError(mistyped(f"evaluation.{name}", EVALUATION[name], value) + hint)
+    if missing := [name for name in EVALUATION if section and name not in section]:
+        raise ConfigError(f"evaluation also needs {', '.join(missing)}: choose a file of configs/evaluation")
+
+
 def _check_batch(config: Mapping[str, Any], world_size: int) -> None:
     """That a batch can be shared by so many processes, in whole batch-norm groups."""
     batch_size, groups = config["batch_size"], config["bn_groups"]
-    for name in ("epochs", "batch_size", "bn_groups", "devices", "accumulate"):
-        if config[name] < 1:
-            raise ConfigError(f"{name} must be at least 1, got {config[name]}")
     if batch_size % world_size:
         raise ConfigError(
             f"batch_size={batch_size} cannot be shared by {world_size} processes; choose devices= a divisor of it"

@@ -20,6 +20,7 @@ from typing import Any
 
 from trainers.errors import ConfigError
 
+GIVEN = ("num_classes",)  # what is known when a part is made
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -129,6 +130,15 @@ def _check(node: Any, where: str) -> None:
                 )
             if not (isinstance(value, dict) and "_target_" in value) and not fits(value, hints.get(key, Any)):
                 raise ConfigError(mistyped(f"{where}.{key}", hints[key], value))
+        needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty and n not in GIVEN]
+        if (
+            not node.get("_partial_")
+            and where != "method"
+            and (missing := [n for n in needed if n not in node])
+        ):
+            raise ConfigError(
+                f"{where} needs {', '.join(f'{where}.{n}' for n in missing)}, which {node['_target_']} cannot do without"
+            )
     for key, child in node.items():
         _check(child, f"{where}.{key}")
 
@@ -160,6 +170,8 @@ def fits(value: Any, annotation: Any) -> bool:
 def mistyped(name: str, annotation: Any, value: Any) -> str:
     """One line for a value of another type."""
     wanted = annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
+    if typing.get_origin(annotation) is typing.Literal:
+        wanted = " or ".join(map(str, typing.get_args(annotation)))
     return f"{name} must be {wanted}, got {value!r} ({type(value).__name__})"
 
 

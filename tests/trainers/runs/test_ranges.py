@@ -1,0 +1,78 @@
+"""What is out of its range is refused before anything starts, with its name and what it may be."""
+
+from typing import Any
+
+import pytest
+
+from trainers.errors import ConfigError
+from trainers.runs.compose import choices, completed_by, compose
+from trainers.runs.ranges import RANGES, numbers
+from trainers.runs.settings import check, check_sections
+
+PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
+
+
+def composed(*words: str) -> dict[str, Any]:
+    return compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", *words])
+
+
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("evaluation.norm=Linf", "evaluation.norm must be linf or l2, got 'Linf'"),
+        ("evaluation.epsilon=8/255", r"evaluation.epsilon must be float, got '8/255' .* written \$\{px:8\}"),
+        ("evaluation.images=0", "evaluation.images must be at least 1, got 0"),
+        ("evaluation.images=-1", "evaluation.images must be at least 1, got -1"),
+        ("evaluation.version=plus", "evaluation.version must be standard or screen, got 'plus'"),
+        ("evaluation.epsilon=8", f"evaluation.epsilon {PIXELS}"),
+        ("+evaluation.limit=3", "unknown setting 'evaluation.limit'.*evaluation.version, evaluation.norm"),
+        ("~evaluation.norm", "evaluation also needs norm"),
+        ("attack.epsilon=-1", f"attack.epsilon {PIXELS}"),
+        ("attack.epsilon=8", f"attack.epsilon {PIXELS}"),
+        ("loss.alpha=-5", "loss.alpha must be at least 0, got -5"),
+        ("loss.gamma=nan", "loss.gamma must be a finite number, got nan"),
+        ("prior.temperature=0", "prior.temperature must be above 0, got 0"),
+        ("loss.temperature=-1", "loss.temperature must be above 0, got -1"),
+        ("optimizer.lr=-1", "optimizer.lr must be above 0, got -1"),
+        ("averages.swa.start_epoch=0", "averages.swa.start_epoch must be at least 1, got 0"),
+        ("averages.swa.start_epoch=50", "averages.swa.start_epoch=50 is past the last epoch, 10"),
+        ("augment.flip=2", r"augment.flip must be in \[0, 1\], got 2"),
+        ("held_out=1.0", r"held_out must be in \[0, 1\), got 1"),
+        ("held_out=-0.5", r"held_out must be in \[0, 1\), got -0.5"),
+        ("epochs=0", "epochs must be at least 1, got 0"),
+        ("seed=-1", r"seed must be in \[0, 262144\], got -1"),
+        ("seed=99999999", r"seed must be in \[0, 262144\]"),
+        ("workers=-1", "workers must be at least 0, got -1"),
+        ("method.view_weights=[-1.0]", "method.view_weights.0 must be at least 0, got -1"),
+        ("~loss.gamma", "loss needs loss.gamma, which loss/GKL cannot do without"),
+        ("~paths", "the configuration lacks paths; leave out ~paths"),
+    ],
+)
+def test_refused_in_one_line(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check(composed(word), 1)
+
+
+def test_a_fraction_of_255_is_written_so() -> None:
+    config = composed("evaluation.epsilon=${px:8}", "attack.epsilon=${px:16}")
+    check(config, 1)
+    assert (config["evaluation"]["epsilon"], config["attack"]["epsilon"]) == (8 / 255, 16 / 255)
+
+
+@pytest.mark.parametrize("word", ["evaluation.epsilon=8", "evaluation.norm=Linf", "evaluation.images=0"])
+def test_evaluation_alone_is_checked_as_well(word: str) -> None:
+    config = compose("evaluate", ["checkpoint=f.pt", "model=wrn_10_1", "data=digits", word])
+    with pytest.raises(ConfigError, match=word.partition("=")[0]):
+        check_sections(config)
+
+
+def test_every_number_of_every_experiment_has_a_range() -> None:
+    """A setting added without one would take anything."""
+    wholes = [e if not (group := completed_by(e)) else f"{e}/{'resnet_20' if group == 'model' else choices(group)[0]}"
+              for e in choices("experiment")]  # fmt: skip
+    for experiment in wholes:
+        config = compose("train", [f"experiment={experiment}", "scale=smoke"])
+        check(config, 1)
+        for where, _ in numbers(config):
+            name = next(part for part in reversed(where.split(".")) if not part.isdigit())
+            assert name in RANGES, where
