@@ -67,7 +67,7 @@ LT = {
 del LT["schedule.drops"], LT["schedule.factor"]
 STRONG = {
     "epochs": 300, "batch_size": 2048, "bn_groups": 8, "optimizer._target_": "gkl.optim.optimizers.lamb", "optimizer.lr": 5e-3,
-    "optimizer.weight_decay": 0.02, "schedule.warmup": 5, "schedule.start": 2e-4, "data.resize": 236, "data.interpolation": "bicubic",
+    "optimizer.weight_decay": 0.02, "schedule.warmup": 5, "schedule.start": 2e-4, "data.resize": 235, "data.interpolation": "bicubic",
     "augment.interpolation": "random", "augment.rand_augment": "rand-m7-mstd0.5", "augment.repeats": 3, "mixing.mixup": 0.1,
     "mixing.cutmix": 1.0, "mixing.smoothing": 0.0, "label_loss._target_": "gkl.losses.objectives.BinaryCrossEntropy", "precision": "fp16",
     "model.timm_options": {"drop_path_rate": 0.05}, "distiller.label_weight": 1.0, "evaluate": "last",
@@ -87,22 +87,23 @@ GKL = {
 RECIPES: dict[str, dict[str, Any]] = {
     f"kd/in_gkl/{R}": {**GKL, "alpha": 0.5, "beta": 1.0, "gamma": 0.6, "warmup": 5},
     f"kd/in_gkl/{M}": {**GKL, "alpha": 1.0, "beta": 4.0, "gamma": 0.5, "warmup": 5},
-    f"kd/in_ikl/{R}": {"alpha": 0.5, "beta": 1.0, "temperature": 1.0, "weights_temperature": 100.0, "warmup": 1},
-    f"kd/in_ikl/{M}": {"alpha": 1.0, "beta": 4.0, "temperature": 1.0, "weights_temperature": 100.0, "warmup": 1},
+    **{f"kd/in_ikl/{p}": {"alpha": a, "beta": b, "temperature": 1.0, "weights": "class", "weights_temperature": 1.0, "warmup": 1}
+       for p, a, b in ((R, 0.5, 1.0), (M, 1.0, 4.0))},
     f"kd/in_dkd/{R}": {"alpha": 1.0, "beta": 0.5, "temperature": 1.0, "warmup": 1},
     f"kd/in_dkd/{M}": {"alpha": 1.0, "beta": 2.0, "temperature": 1.0, "warmup": 1},
     f"kd/in_reviewkd/{R}": {"weight": 1.0, "warmup": 1, "max_width": 512, "student_before": True},
-    f"kd/in_reviewkd/{M}": {"weight": 8.0, "warmup": 1, "max_width": 256, "student_before": True},
+    f"kd/in_reviewkd/{M}": {"weight": 8.0, "warmup": 1, "max_width": 512, "student_before": True},
     **{f"kd/in_kd/{p}": {"temperature": 1.0, "weight": 0.5, "label_weight": 0.5} for p in (R, M)},
-    **{f"kd/in_at/{p}": {"weight": 1000.0} for p in (R, M)},
-    **{f"kd/in_ofd/{p}": {"weight": 1e-4, "kernel_size": 1} for p in (R, M)},
+    **{f"kd/in_at/{p}": {"weight": 1000.0, "stages": s} for p, s in ((R, "all"), (M, [[2, 1], [3, 2], [4, 3]]))},
+    **{f"kd/in_ofd/{p}": {"weight": 1e-4, "kernel_size": 1, "stages": s}
+       for p, s in ((R, "all"), (M, [[2, 2], [3, 3], [4, 4]]))},
     **{f"kd/in_crd/{p}": {"negatives": 16384, "weight": 0.8, "temperature": 0.07, "momentum": 0.5} for p in (R, M)},
     f"kd/lt_gkl/{X18}": {**GKL, "alpha": 4.0, "beta": 4.0},
     f"kd/lt_gkl/{X50}": {**GKL, "alpha": 4.0, "beta": 3.0},
     f"kd/lt_gkl/{S50}": {**GKL, "alpha": 1.0, "beta": 1.0},
     **{f"kd/lt_{m}/{p}": {"weight": w, "label_weight": 1.0, **({"temperature": 1.0} if m == "kl" else {})}
        for m in ("kl", "jsd") for p, w in ((X18, 4.0), (X50, 3.0), (S50, 1.0))},
-    **{f"kd/lt_ikl/{p}": {"alpha": a, "beta": b, "temperature": 1.0, "weights_temperature": 100.0, "warmup": 0}
+    **{f"kd/lt_ikl/{p}": {"alpha": a, "beta": b, "temperature": 1.0, "weights": "sample", "weights_temperature": 100.0, "warmup": 0}
        for p, a, b in ((X18, 4.0, 4.0), (X50, 4.0, 3.0), (S50, 1.0, 1.0))},
     "kd/strong_kd/beitv2_resnet50": {"temperature": 1.0, "weight": 1.0},
     "kd/strong_dkd/beitv2_resnet50": {"alpha": 1.0, "beta": 2.0, "temperature": 1.0, "warmup": 0},
