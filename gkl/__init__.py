@@ -26,7 +26,6 @@ HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses.close
     "ClassPrior": "gkl.losses.prior",
 }
 NEEDS = {  # what a module imports beyond torch, and the extra that brings it
-    "gkl.data.augment": ("data", ("torchvision",)),
     "gkl.data.cifar": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
     "gkl.data.digits": ("data", ("PIL", "numpy", "sklearn")),

@@ -12,10 +12,9 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 
+from gkl.data.autoaugment import autoaugment
 from gkl.rng import integers, sample_keys, uniform
 
 
@@ -148,67 +147,6 @@ def rotate15(images: Tensor, keys: Tensor) -> Tensor:
     return turned.to(images.dtype)
 
 
-def autoaugment(images: Tensor, keys: Tensor) -> Tensor:
-    """AutoAugment's CIFAR-10 policy (Cubuk et al. 2019). images: (B, 3, H, W) uint8; keys: (B,).
-
-    Each sample draws one of 25 sub-policies, whether each of its two operations happens, and its sign. Borders that
-    geometric operations bring in are grey (128), as in the authors' policy; they work on Pillow images, whose
-    nearest-neighbour rotation and integer rounding differ from torchvision's by single pixels and grey levels.
-    """
-    policy = integers(keys, 1, len(CIFAR10_POLICY)).squeeze(1)
-    chance, sign = uniform(keys + 1, 2), integers(keys + 2, 2, 2)
-    drawn = []  # operation, level, sign, and the pictures that take it
-    for number, sub_policy in enumerate(CIFAR10_POLICY):
-        for place, (operation, probability, level) in enumerate(sub_policy):
-            for negative in (False, True):
-                takes = (policy == number) & (chance[:, place] < probability) & (sign[:, place] == negative)
-                if len(who := takes.nonzero().squeeze(1)):
-                    drawn.append((operation, level, negative, who))
-    out = images.clone()
-    if drawn:
-        everyone = torch.cat([who for *_, who in drawn]).to(images.device, non_blocking=True)
-        for (operation, level, negative, _), who in zip(
-            drawn, everyone.split([len(d[-1]) for d in drawn]), strict=True
-        ):
-            out[who] = apply(operation, out[who], level, negative)
-    return out
-
-
-def apply(operation: str, images: Tensor, level: int, negative: bool) -> Tensor:
-    """One AutoAugment operation at level 0..9 on images (B, 3, H, W) uint8. `negative`: which sign a signed one takes."""
-    height, width = images.shape[-2:]
-    sign = -1.0 if negative else 1.0
-    amount = level / 9
-    grey = [128.0, 128.0, 128.0]
-    if operation == "shear_y":
-        degrees = math.degrees(math.atan(sign * 0.3 * amount))
-        return TF.affine(images, 0.0, [0, 0], 1.0, [0.0, degrees], InterpolationMode.NEAREST, grey, [0, 0])
-    if operation == "translate_x" or operation == "translate_y":
-        by = int(sign * 150 / 331 * amount * (width if operation == "translate_x" else height))
-        shift = [by, 0] if operation == "translate_x" else [0, by]
-        return TF.affine(images, 0.0, shift, 1.0, [0.0, 0.0], InterpolationMode.NEAREST, grey)
-    if operation == "rotate":
-        return TF.rotate(images, sign * 30 * amount, InterpolationMode.NEAREST, fill=grey)
-    if operation in ENHANCE:
-        return ENHANCE[operation](images, 1.0 + sign * 0.9 * amount)
-    if operation == "posterize":
-        return TF.posterize(images, 8 - round(4 * amount))
-    if operation == "solarize":
-        return TF.solarize(images, 255.0 * (1 - amount))
-    return PLAIN[operation](images)
-
-
-ENHANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "brightness": TF.adjust_brightness,
-    "color": TF.adjust_saturation,
-    "contrast": TF.adjust_contrast,
-    "sharpness": TF.adjust_sharpness,
-}
-PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "autocontrast": TF.autocontrast,
-    "equalize": TF.equalize,
-    "invert": TF.invert,
-}
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"autoaugment": autoaugment, "rotate15": rotate15}
 # A view is these operations in turn.
 VIEWS: dict[str, tuple[str, ...]] = {
@@ -217,32 +155,3 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "autoaugment": ("crop_flip", "autoaugment"),
     "autoaugment_first": ("autoaugment", "crop_flip"),
 }
-
-# (operation, probability, level) twice per sub-policy; Cubuk et al. 2019, Table 7.
-CIFAR10_POLICY: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
-    (("invert", 0.1, 7), ("contrast", 0.2, 6)),
-    (("rotate", 0.7, 2), ("translate_x", 0.3, 9)),
-    (("sharpness", 0.8, 1), ("sharpness", 0.9, 3)),
-    (("shear_y", 0.5, 8), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.5, 8), ("equalize", 0.9, 2)),
-    (("shear_y", 0.2, 7), ("posterize", 0.3, 7)),
-    (("color", 0.4, 3), ("brightness", 0.6, 7)),
-    (("sharpness", 0.3, 9), ("brightness", 0.7, 9)),
-    (("equalize", 0.6, 5), ("equalize", 0.5, 1)),
-    (("contrast", 0.6, 7), ("sharpness", 0.6, 5)),
-    (("color", 0.7, 7), ("translate_x", 0.5, 8)),
-    (("equalize", 0.3, 7), ("autocontrast", 0.4, 8)),
-    (("translate_y", 0.4, 3), ("sharpness", 0.2, 6)),
-    (("brightness", 0.9, 6), ("color", 0.2, 8)),
-    (("solarize", 0.5, 2), ("invert", 0.0, 3)),
-    (("equalize", 0.2, 0), ("autocontrast", 0.6, 0)),
-    (("equalize", 0.2, 8), ("equalize", 0.6, 4)),
-    (("color", 0.9, 9), ("equalize", 0.6, 6)),
-    (("autocontrast", 0.8, 4), ("solarize", 0.2, 8)),
-    (("brightness", 0.1, 3), ("color", 0.7, 0)),
-    (("solarize", 0.4, 5), ("autocontrast", 0.9, 3)),
-    (("translate_y", 0.9, 9), ("translate_y", 0.7, 9)),
-    (("autocontrast", 0.9, 2), ("solarize", 0.8, 3)),
-    (("equalize", 0.8, 8), ("invert", 0.1, 3)),
-    (("translate_y", 0.7, 9), ("autocontrast", 0.9, 1)),
-)
