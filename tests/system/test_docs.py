@@ -69,7 +69,7 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 
 def commands(page: Path) -> list[list[str]]:
     """The words of each line that a page shows to be typed."""
-    text = "".join(block.text for block in blocks(page, "sh"))
+    text = "".join(block.text for block in blocks(page, "sh")).replace("\\\n", " ")
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
 
 
@@ -214,9 +214,12 @@ def evaluate(arguments: list[str]) -> None:
     check_values(compose("evaluate", loaded("evaluate").with_published(arguments)[0]))
 
 
-def settings_of(script: str, known: Sequence[str]) -> Callable[[list[str]], None]:
+def settings_of(script: str, *known: str) -> Callable[[list[str]], None]:
+    """Those of a script, by default its SETTINGS."""
+
     def look(arguments: list[str]) -> None:
-        assert {argument.partition("=")[0] for argument in arguments} <= {*known}, (script, arguments)
+        taken = known or tuple(loaded(script).SETTINGS)
+        assert {argument.partition("=")[0] for argument in arguments} <= {*taken}, (script, arguments)
 
     return look
 
@@ -226,11 +229,11 @@ KNOWN: dict[str, Callable[[list[str]], None]] = {
     "reproduce": reproduce,
     "sweep": sweep,
     "evaluate": evaluate,
-    "prepare": settings_of("prepare", ("generated", "parts", "verify")),
-    "release": settings_of("release", loaded("release").SETTINGS),
-    "dashboard": settings_of("dashboard", list(loaded("dashboard").SETTINGS)),
-    "report": settings_of("report", ("page",)),
-    "doctor": settings_of("doctor", ()),
+    "prepare": settings_of("prepare", "generated", "parts", "verify"),
+    "release": settings_of("release"),
+    "dashboard": settings_of("dashboard"),
+    "report": settings_of("report", "page"),
+    "doctor": settings_of("doctor", "-"),
 }
 
 
