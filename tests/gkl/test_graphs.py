@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves_with_path
 
-from gkl import losses
+from gkl.losses import closed_form
 from gkl.losses.prior import ClassPrior
 from tests.tape import Taped
 from tests.trainers.methods.test_adversarial import task_of
@@ -98,7 +98,7 @@ def trained(task: Training, epochs: range) -> list[dict[str, float]]:
         task.start_epoch(epoch)
         for step in (0, 1, 2, 3, task.steps_per_epoch - 1):
             logged.append({name: value.item() for name, value in task.train_step(epoch, step).items()})
-        task.end_of_method_epoch()
+        task.method.end_epoch()
         for average in task.averages.values():
             average.after_epoch(task.model, epoch)
     return logged
@@ -108,7 +108,7 @@ def trained(task: Training, epochs: range) -> list[dict[str, float]]:
 def nothing_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where neither labels nor the logits' offsets are read back."""
     monkeypatch.setattr(ClassPrior, "_check", lambda self, labels: None)
-    monkeypatch.setattr(losses, "_far", lambda offsets: True)
+    monkeypatch.setattr(closed_form, "_far", lambda offsets: True)
 
 
 def assert_alike(one: Any, other: Any) -> None:

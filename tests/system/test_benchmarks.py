@@ -54,7 +54,7 @@ def test_a_step_s_benchmark(results: Path, capsys: pytest.CaptureFixture[str]) -
 )  # of a wrn_16_2 the authors' network, too
 def test_a_step_is_the_others(experiment: str, model: str) -> None:
     """From a prior that is not uniform, so that gamma counts."""
-    assert step.our_task(TINY, CPU).prior.probs.std(1).min() > 0.005
+    assert step.our_task(TINY, CPU).method.views.prior.probs.std(1).min() > 0.005
     found = step.equality(step.Setting(experiment, model, 4, "low", None), CPU, DKL, compile=False)
     assert set(found) == {"restatement", "ours"} | ({"authors'"} if DKL else set())
     for name in set(found) - {"ours"}:
@@ -71,7 +71,7 @@ def test_a_step_s_tensors_are_on_the_device(pretended: Pretended) -> None:
 
 
 def test_a_distillation_step_is_the_published_one(tmp_path: Path) -> None:
-    """With the teacher's logits kept; tests/test_distillation.py has the live teacher."""
+    """With the teacher's logits kept; test_distillation.py has the live teacher."""
     pair = "resnet56_resnet20"
     plain = distillation.made("gkl", pair, CPU, timing.noise(), "precision=float64")
     exact = distillation.ways(CPU)["kept logits"].task(pair, CPU, str(tmp_path), "float64")

@@ -1,6 +1,6 @@
 """The same numbers on a GPU as on the CPU: integers to the bit, float32 (without TF32) to its rounding.
 
-What the kernels, the recorded steps and the attacks' recorded passes are alone stands in the other tests/test_gpu_*.py.
+What the kernels, the recorded steps and the attacks' recorded passes are alone stands in the other test_gpu_*.py.
 """
 
 import copy
@@ -33,7 +33,7 @@ from trainers.errors import Interrupted
 from trainers.loop.engine import fit, gather
 from trainers.loop.folder import RunFolder
 from trainers.loop.training import Training
-from trainers.runs.teacher import LogitsCache
+from trainers.methods.teacher_logits import LogitsCache
 
 pytestmark = pytest.mark.gpu
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

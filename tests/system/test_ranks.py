@@ -13,7 +13,7 @@ from torch import Tensor
 from gkl.data.digits import digits
 from gkl.data.memory import ImageData
 from tests.system.test_fidelity import TinyNet
-from trainers.methods.robust import RobustTraining
+from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build
 
@@ -36,7 +36,7 @@ def scans() -> ImageData:
 
 def make_task(
     experiment: str, root: Path, *own: str, precision: str = "float64", device: str = "cpu"
-) -> RobustTraining:
+) -> Training:
     overrides = [
         f"precision={precision}",
         "batch_size=32",
@@ -50,9 +50,9 @@ def make_task(
     if experiment == "at/c100_awp":
         overrides += ["model.normalisation=null"]
     config = compose("train", [f"experiment={experiment}", "scale=smoke", *overrides])
-    if config["selection"]:
+    if "selection" in config:
         config["selection"]["steps"] = 3
-    if config["generated"]:
+    if "generated" in config:
         config["generated"] |= {"images": 100, "root": str(root)}
         config["held_out"] = 0.1
     torch.manual_seed(5)
@@ -60,18 +60,18 @@ def make_task(
     return build(config, data=scans(), model=model, device=torch.device(device))
 
 
-def train(task: RobustTraining, epoch: int, steps: range) -> None:
+def train(task: Training, epoch: int, steps: range) -> None:
     task.start_epoch(epoch)
     for step in steps:
         task.train_step(epoch, step)
 
 
-def ended(task: RobustTraining) -> dict[str, Any]:
+def ended(task: Training) -> dict[str, Any]:
     row = task.end_epoch(2)
     return copy.deepcopy({"row": row, **task.state_dict()})
 
 
-def twice(task: RobustTraining) -> list[dict[str, Any]]:
+def twice(task: Training) -> list[dict[str, Any]]:
     """The whole state within the epoch, as a checkpoint takes it, and after its end."""
     train(task, 2, range(2))
     within = copy.deepcopy(task.state_dict())

@@ -64,7 +64,8 @@ def test_a_step_takes_2k_plus_13_forwards(loss: str, phases: str, attack_steps: 
     Gradients to the picture are needed in the attack alone: the first convolution is spared those of AWP and the update.
     """
     _, task = task_of(f"at/c100_{loss}", "epochs=200", f"attack.phases={phases}")
-    epoch = task.awp_start_epoch if awp else task.awp_start_epoch - 1
+    start = task.method.awp_start_epoch
+    epoch = start if awp else start - 1
     counts = passes(task, {"model": task.model}, epoch).counts
     updates = (
         4 if awp else 2
@@ -93,13 +94,13 @@ def test_the_plan_counts_what_a_step_takes(experiment: str, epoch: int, tmp_path
         own = ["method.steps=[3]", "method.interval=2"]
     config, task = task_of(f"at/{experiment}", "epochs=200", *own)
     networks = {"model": task.model}
-    for name, attribute in (("natural_model", "natural_model"), ("strategy_model", "strategy")):
-        if hasattr(task, attribute):
-            networks[name] = getattr(task, attribute)
+    for name, attribute in (("natural_model", "guide"), ("strategy_model", "strategy")):
+        if hasattr(task.method, attribute):
+            networks[name] = getattr(task.method, attribute)
     steps = 2
     counts = passes(task, networks, epoch, steps).counts
-    pictures = sum(task.training.samples(step) for step in range(steps))
-    expected = locate(config["method"]["_target_"]).forwards(config, epoch, task.budget["steps"])
+    pictures = sum(task.batches.samples(step) for step in range(steps))
+    expected = locate(config["method"]["_target_"]).forwards(config, epoch, task.method.budget["steps"])
     for network, each in expected.items():
         last = max(place for name, place in counts if name == network)
         total = sum(counts[network, last])
@@ -123,11 +124,11 @@ def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: 
     )
     task.train_step(60, 0)
     attack = [weight for grad, images, weight in needed if grad and images and not weight]
-    assert len(attack) >= task.budget["steps"]
+    assert len(attack) >= task.method.budget["steps"]
     assert all(p.requires_grad for p in task.model.parameters())
 
-    x, y, view, index = task.batch(60, 0)
-    keys = task.start_keys(60, index) + view
+    images, draws, y, view, index = task.batch(60, 0)
+    x, keys = task.see(images, view, draws), task.method.start_keys(60, index) + view
 
     def loss(logits: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, y, reduction="none")
@@ -137,12 +138,12 @@ def test_the_attack_needs_no_gradient_of_the_weights(experiment: str, tmp_path: 
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        task.attacked(x, failing, keys)
+        task.method.perturb(x, failing, keys)
     assert all(p.requires_grad for p in task.model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainers.methods.robust.frozen_parameters", nullcontext)
-        kept = task.attacked(x, loss, keys)
-    assert task.attacked(x, loss, keys).equal(kept)
+        kept = task.method.perturb(x, loss, keys)
+    assert task.method.perturb(x, loss, keys).equal(kept)
 
 
 def test_compiled_with_frozen_parameters_less_is_kept_for_the_backward_pass() -> None:

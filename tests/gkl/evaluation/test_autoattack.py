@@ -325,8 +325,8 @@ def test_each_attack_has_the_package_s_standard_settings() -> None:
 def attacker(folder: Path, **options: object) -> subprocess.Popen[bytes]:
     """A process of its own that screens 30 scans in batches of 6."""
     code = (
-        f"import sys, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from test_evaluation import SCREEN, Classifier, scans\nfrom gkl.evaluation import evaluate\n"
+        f"import sys, torch\nfrom pathlib import Path\nsys.path.insert(0, {str(Path(__file__).parents[3])!r})\n"
+        f"from {__name__} import SCREEN, Classifier, scans\nfrom gkl.evaluation import evaluate\n"
         f"torch.set_num_threads(1)\nevaluate(Classifier().eval(), *scans(30), folder=Path({str(folder)!r}), **SCREEN, **{options})"
     )
     return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -25,7 +25,7 @@ from gkl.models.normalise import STATISTICS
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 from tests.gkl.models.test_distillation_models import NETWORKS
 from tests.gkl.models.test_imagenet_models import NETWORKS as IMAGENET_NETWORKS
-from trainers.runs.compose import compose
+from trainers.runs.compose import compose, families
 
 MODELS = Path(__file__).parents[3] / "configs" / "model"
 TIMM = {
@@ -73,28 +73,36 @@ def test_parameter_counts(name: str, num_classes: int) -> None:
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name, num_classes]
 
 
-@pytest.mark.parametrize("path", sorted(MODELS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_names_a_network(path: Path) -> None:
+KNOWN = {name for name, _ in PARAMETERS} | NETWORKS.keys() | IMAGENET_NETWORKS.keys()
+FAMILIES = {  # MobileNetV1 is a student on ImageNet; WRN-16-2 is adversarial training's at scale=small, too, which sees images as they are
+    "cifar100_kd": NETWORKS.keys() - {"mobilenet_v1", "wrn_16_2"},
+    "imagenet": IMAGENET_NETWORKS.keys() | {"mobilenet_v1"},
+    "plain": set(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN | TIMM.keys()))
+def test_every_network_is_composed_by_its_name(name: str) -> None:
+    """With the statistics that its data is normalised by, whichever file makes it."""
+    statistics = next(
+        (kind for kind, names in FAMILIES.items() if name in names), "imagenet" if name in TIMM else None
+    )
     for scale in ("paper", "small", "smoke"):
-        config = compose("train", ["experiment=at/c100_basic_gkl", f"model={path.stem}", f"scale={scale}"])[
-            "model"
-        ]
-        assert config.pop("_target_") == "gkl.models.create"
+        given = ["experiment=at/c100_basic_gkl", f"model={name}", f"scale={scale}"]
+        config = compose("train", given)["model"]
+        assert config.pop("_target_") == "model/create"
         with torch.device("meta"):
             model = gkl.models.create(**config, num_classes=10)
-            side = 32 if scale == "smoke" or path.stem != "beitv2_large" else 224
+            side = 32 if scale == "smoke" or name != "beitv2_large" else 224
             assert model(torch.empty(2, 3, side, side)).shape == (2, 10)
-        assert scale != "paper" or config["name"] == TIMM.get(path.stem, path.stem)
-        assert ("swish" in config["name"]) == (
-            "swish" in path.stem
-        )  # a network of the same family at every scale
+        assert scale != "paper" or config["name"] == TIMM.get(name, name)
+        assert config.get("normalisation") == statistics
+        assert ("swish" in config["name"]) == ("swish" in name)  # a network of the same family at every scale
 
 
-def test_there_is_a_config_for_every_network() -> None:
-    """The companions of LBGAT and LAS-AT stand in their experiments."""
-    companions = {"resnet_18", "resnet_18_fine"}
-    known = {name for name, _ in PARAMETERS} | NETWORKS.keys() | IMAGENET_NETWORKS.keys()
-    assert {path.stem for path in MODELS.glob("*.yaml")} == (known | TIMM.keys()) - companions
+def test_a_config_has_a_network_of_its_own_or_names_those_it_makes() -> None:
+    assert {file: {*names} for file, names in families().items()} == FAMILIES
+    assert {path.stem for path in MODELS.glob("*.yaml")} - FAMILIES.keys() <= KNOWN | TIMM.keys()
 
 
 def small_networks() -> list[nn.Module]:
