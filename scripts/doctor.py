@@ -131,7 +131,10 @@ def report_renditions() -> None:
 
 def report_teachers() -> None:
     """Published teachers that distillation can start from instead of training its own."""
-    for data, group, experiment in (("CIFAR-100", "pair", "c100_kd"), ("ImageNet", "imagenet_pair", "in_kd")):
+    for data, group, experiment in (
+        ("CIFAR-100", "pair/cifar100", "c100_kd"),
+        ("ImageNet", "pair/imagenet", "in_kd"),
+    ):
         pairs = [
             compose("train", [f"experiment=kd/{experiment}/{pair}"])["teacher"] for pair in choices(group)
         ]
@@ -139,7 +142,7 @@ def report_teachers() -> None:
         missing = sorted(file.name for file in files if not file.is_file())
         print(
             f"published teachers, {data}: {len(files) - len(missing)} of {len(files)} files in {pairs[0]['folder']} "
-            f"(move it with GKL_TEACHERS){'; missing: ' + ', '.join(missing) if missing and group != 'pair' else ''}"
+            f"(move it with GKL_TEACHERS){'; missing: ' + ', '.join(missing) if missing and data != 'CIFAR-100' else ''}"
         )
 
 
