@@ -21,11 +21,12 @@ from gkl.models import create
 from gkl.models.classifier import Taps
 from tests.system.test_ranks import assert_equal, scans
 from trainers.errors import ConfigError
-from trainers.methods.distillation import Distillation
+from trainers.loop.training import Training
+from trainers.methods.teacher_logits import LogitsCache
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
-from trainers.runs.teacher import LogitsCache, teacher_config
+from trainers.runs.teacher import teacher_config
 
 METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 B, C = 7, 5
@@ -277,7 +278,7 @@ def configured(method: str, folder: Path, *overrides: str) -> dict[str, Any]:
     return config
 
 
-def make_task(method: str, folder: Path, *overrides: str, device: str = "cpu") -> Distillation:
+def make_task(method: str, folder: Path, *overrides: str, device: str = "cpu") -> Training:
     config = configured(method, folder, *overrides)
     torch.manual_seed(5)
     model = instantiate(config["model"], num_classes=10)
@@ -286,13 +287,13 @@ def make_task(method: str, folder: Path, *overrides: str, device: str = "cpu") -
     return build(config, data=scans(), model=model, device=torch.device(device))
 
 
-def train(task: Distillation, epoch: int, steps: range) -> None:
+def train(task: Training, epoch: int, steps: range) -> None:
     task.start_epoch(epoch)
     for step in steps:
         task.train_step(epoch, step)
 
 
-def ended(task: Distillation, epoch: int) -> dict[str, Any]:
+def ended(task: Training, epoch: int) -> dict[str, Any]:
     row = task.end_epoch(epoch)
     return copy.deepcopy({"row": row, **task.state_dict()})
 
@@ -301,8 +302,8 @@ def test_gkl_kd_equals_the_published_loop(tmp_path: Path) -> None:
     """Two epochs of two whole steps in float64: network, class prior, warm-up, weight decay, learning rate."""
     task = make_task("gkl", tmp_path, "distiller.weights=class", "distiller.gamma=0.2", "epochs=240",
                      "optimizer.lr=0.05", "distiller.warmup=20")  # fmt: skip
-    assert task.teacher is not None
-    student, teacher = copy.deepcopy(task.model), copy.deepcopy(task.teacher).eval()
+    assert task.method.taught_by is not None
+    student, teacher = copy.deepcopy(task.model), copy.deepcopy(task.method.taught_by).eval()
     settings = configured("gkl", tmp_path)["distiller"]
     assert (settings["alpha"], settings["beta"]) == (12, 1)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
@@ -311,7 +312,8 @@ def test_gkl_kd_equals_the_published_loop(tmp_path: Path) -> None:
         task.start_epoch(epoch)
         sums = torch.zeros(10, 10, dtype=torch.float64)
         for step in range(2):
-            x, y, _, _ = task.batch(epoch, step)
+            images, draws, y, view, _ = task.batch(epoch, step)
+            x = task.see(images, view, draws)
             task.train_step(epoch, step)
             with torch.no_grad():
                 t = teacher(x)
@@ -352,12 +354,12 @@ def test_stopped_within_an_epoch_and_gone_on(method: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("method", ["vanilla", "fitnet", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl"])
-def test_a_batch_in_turns_is_the_batch_at_once(method: str, tmp_path: Path) -> None:
-    """Four batch-norm groups in one, two and four turns: weights, running statistics, prior; the last batch has 8 pictures."""
+def test_a_batch_in_micro_batches_is_the_batch_at_once(method: str, tmp_path: Path) -> None:
+    """Four batch-norm groups in one, two and four micro-batches: weights, running statistics, prior; the last batch has 8 pictures."""
     group = ["distiller.normaliser=group"] if method == "gkl" else []
     states = []
-    for turns in (1, 2, 4):
-        task = make_task(method, tmp_path, "bn_groups=4", f"accumulate={turns}", *group)
+    for parts in (1, 2, 4):
+        task = make_task(method, tmp_path, "bn_groups=4", f"accumulate={parts}", *group)
         train(task, 2, range(task.steps_per_epoch))
         states.append(ended(task, 2))
     for other in states[1:]:
@@ -365,8 +367,8 @@ def test_a_batch_in_turns_is_the_batch_at_once(method: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", ["rkd", "crd", "gkl"])
-def test_what_needs_the_whole_batch_takes_no_turns(method: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="accumulate=2 cannot split the batch of .*use more devices"):
+def test_what_needs_the_whole_batch_takes_no_micro_batches(method: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="accumulate=2 cannot split the batch of .*use more devices"):
         make_task(method, tmp_path, "bn_groups=2", "accumulate=2")
 
 
@@ -386,7 +388,7 @@ def test_half_precision_scales_its_loss_and_the_checkpoint_knows_the_scale(tmp_p
     assert resumed.scaler.state_dict() == task.scaler.state_dict() and resumed.scaler.get_scale() == 1024.0
 
 
-def twice(task: Distillation) -> list[dict[str, Any]]:
+def twice(task: Training) -> list[dict[str, Any]]:
     train(task, 2, range(2))
     within = copy.deepcopy(task.state_dict())
     train(task, 2, range(2, 3))
@@ -417,18 +419,19 @@ def test_kept_logits_change_no_bit_and_save_the_teachers_work(precision: str, tm
     """Students and seeds share what is kept of one teacher; the last batch of an epoch is smaller than the others."""
     cache = f"teacher.cache={tmp_path}/logits"
 
-    def ends(method: str, *overrides: str) -> tuple[int, Distillation]:
+    def ends(method: str, *overrides: str) -> tuple[int, Training]:
         """How many images the teacher was shown in two epochs, and the task after them."""
         task = make_task(method, tmp_path, f"precision={precision}", *overrides)
-        assert task.teacher is not None and len(task.training.labels) % 32
-        shown, forward = 0, task.taught_logits
+        teacher = task.method.teacher_logits
+        assert teacher is not None and len(task.batches.labels) % 32
+        shown, forward = 0, teacher.of
 
         def counted(x: Tensor) -> Tensor:
             nonlocal shown
             shown += len(x)
             return forward(x)
 
-        task.taught_logits = counted  # type: ignore[method-assign]
+        teacher.of = counted  # type: ignore[method-assign]
         for epoch in (1, 2):
             train(task, epoch, range(task.steps_per_epoch))
         return shown, task
@@ -446,8 +449,9 @@ def test_kept_logits_change_no_bit_and_save_the_teachers_work(precision: str, tm
     for other in ("augment.padding=2", "batch_size=16"):
         assert ends("kd", cache, other)[0] > 0
     assert len(list((tmp_path / "logits").iterdir())) == 3
-    assert make_task("fitnet", tmp_path, cache).cache is None  # sees more than logits
-    with pytest.raises(ConfigError, match="more than can be counted .* set teacher.cache=null"):
+    fitnet = make_task("fitnet", tmp_path, cache).method
+    assert fitnet.teacher_logits is not None and fitnet.teacher_logits.cache is None  # sees more than logits
+    with pytest.raises(ValueError, match="more than can be counted .* set teacher.cache=null"):
         make_task("kd", tmp_path, cache, "augment.views=[autoaugment]")
 
 
@@ -497,12 +501,12 @@ def test_the_best_epoch_and_the_last_are_both_told(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         train(task, epoch, range(3))
         rows.append(task.end_epoch(epoch)["test/top1"])
-    metrics, details = task.evaluate(headline="last", settings={}, folder=tmp_path, console=None)  # type: ignore[arg-type]
+    metrics, details = task.method.evaluate(headline="last", settings={}, folder=tmp_path, console=None)  # type: ignore[arg-type]
     assert metrics == {"top1": rows[-1], "top1_best": max(rows)}
     assert details["best_epoch"] == rows.index(max(rows)) + 1
     assert set(task.weights()) == {"last", "best"}
-    assert task.origins()["teacher"]["published"] == "wrn_40_2_vanilla"
-    assert 0 <= task.origins()["teacher"]["top1"] <= 100
+    assert task.method.origins()["teacher"]["published"] == "wrn_40_2_vanilla"
+    assert 0 <= task.method.origins()["teacher"]["top1"] <= 100
 
 
 def test_a_checkpoint_of_another_teacher_is_refused(tmp_path: Path) -> None:
@@ -537,14 +541,16 @@ def test_a_teacher_shares_its_students_data_and_schedule() -> None:
                                 "distiller.gamma=0.9", "data=cifar10"])  # fmt: skip
     teacher = teacher_config(student)
     usual = compose("train", ["experiment=kd/c100_vanilla/vgg_13", "scale=smoke"])
-    assert teacher == {**usual, "epochs": 3, "data": student["data"]}
+    assert teacher == {
+        **usual, "epochs": 3, "data": student["data"], "overrides": ["epochs=3", "data=cifar10"],
+    }  # fmt: skip
     assert teacher_config({**student, "teacher": {**student["teacher"], "weights": "published"}}) is None
     assert teacher_config(usual) is None
 
 
 def test_networks_without_taps_are_refused(tmp_path: Path) -> None:
     config = configured("vanilla", tmp_path)
-    with pytest.raises(ConfigError, match="needs a network with taps"):
+    with pytest.raises(ValueError, match="needs a network with taps"):
         build(config, data=scans(), model=create("preact_resnet_18", 10).double(), device=torch.device("cpu"))
 
 

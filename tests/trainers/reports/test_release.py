@@ -43,7 +43,7 @@ def finished(
     weights.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), weights)
     made = record(31.0, **change)
-    made["config"]["model"] = {"_target_": "gkl.models.create", "name": name, **options}
+    made["config"]["model"] = {"_target_": "model/create", "name": name, **options}
     made["config_hash"] = config_hash(made["config"])
     made["checkpoint"] = {"path": "swa.pt", "sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
     path = folder / "seed0.json"
@@ -84,6 +84,10 @@ def test_the_card_has_the_record_s_numbers_and_says_stand_in(tmp_path: Path) -> 
     assert "| aa | 31.00 |" in card and "| clean | 60.00 |" in card
     assert "digits (a stand-in for cifar100: its numbers compare with no published ones)" in card
     assert "python scripts/train.py experiment=at/c100_basic_gkl scale=smoke seed=0" in card
+    made = json.loads(path.read_text())
+    assert f"configuration {made['config_hash']}" in card
+    tag = json.loads((tmp_path / "release/config.json").read_text())["pretrained_cfg"]["tag"]
+    assert tag == f"gkl_{made['config_hash']}_seed0"
     why = (tmp_path / "release/robustbench/NOT_WRITTEN.md").read_text()
     assert why == "RobustBench would not take this run: it takes cifar10 and cifar100, this is digits.\n"
 
