@@ -161,6 +161,7 @@ def run_main_of_a_run(path: Path) -> int:
         (["method.view_weights=[1.0,0.5]"], "needs one weight per view"),
         (["model.name=wrn_34_11"], "no network is called 'wrn_34_11'; the closest names are"),
         (["attack.norm=l1"], r"attack\.norm must be.*'l1'"),
+        (["graph=true"], "graph=true records a GPU's work, and this run is on cpu; use graph=auto"),
         (["device=cuda"], "device=cuda needs a GPU that torch can see, there is none"),
     ],
 )
