@@ -100,7 +100,11 @@ def families() -> dict[str, list[str]]:
 def network(key: str, name: str) -> list[str]:
     """What Hydra understands of model=resnet_20, a network by its own name. key: model, or model@teacher.network."""
     if name in choices("model"):
-        return [f"{key}={name}"]
+        made = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml"))
+        assert isinstance(made, dict)
+        # An experiment that names its network would have its own, made as this one is.
+        own = [] if made["name"] == "???" else [f'{key.rpartition("@")[2]}.name="{made["name"]}"']
+        return [f"{key}={name}", *own]
     family = next((family for family, names in families().items() if name in names), "plain")
     if family == "plain" and re.fullmatch(r"[\w.-]+", name):
         import timm
@@ -108,12 +112,12 @@ def network(key: str, name: str) -> list[str]:
         import gkl.models  # makes its networks known to timm
 
         if not timm.is_model(name):
-            own = [
+            ours = [
                 n
                 for n in timm.list_models()
                 if timm.model_entrypoint(n).__module__.startswith(gkl.models.__name__)
             ]
-            known = sorted({*choices("model"), *own} - {*families()})
+            known = sorted({*choices("model"), *ours} - {*families()})
             raise ConfigError(f"{unknown('model', name, known)}, and every name that timm knows")
     return [f"{key}={family}", f"{key.rpartition('@')[2]}.name={name}"]
 
