@@ -21,13 +21,13 @@ COMMON = {
     "channels_last": True,
     "evaluate": "swa",
     "model.name": "wrn_34_10",
-    "optimizer._target_": "gkl.optim.optimizers.sgd",
+    "optimizer._target_": "optimizer/sgd",
     "optimizer.lr": 0.2,
     "optimizer.momentum": 0.9,
     "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False,
-    "schedule._target_": "gkl.optim.schedules.cosine",
-    "attack._target_": "gkl.attacks.pgd.PGD",
+    "schedule._target_": "schedule/cosine",
+    "attack._target_": "attack/PGD",
     "attack.norm": "linf",
     "attack.epsilon": 8 / 255,
     "attack.ramp": True,
@@ -57,8 +57,8 @@ AUTOAUG = {"augment.views": ["crop_flip", "autoaugment"], "method.view_weights":
 
 def gkl(data: str, beta: float, gamma: float, tau: float, attack: dict, augment: dict) -> dict:
     return {
-        "data._target_": f"gkl.data.memory.{data}",
-        "loss._target_": "gkl.losses.objectives.GKL",
+        "data._target_": f"data/{data}",
+        "loss._target_": "loss/GKL",
         "loss.alpha": 20.0,
         "loss.beta": beta,
         "loss.gamma": gamma,
@@ -74,11 +74,11 @@ def gkl(data: str, beta: float, gamma: float, tau: float, attack: dict, augment:
 
 def kl(data: str, schedule: dict) -> dict:
     return {
-        "data._target_": f"gkl.data.memory.{data}",
-        "loss._target_": "gkl.losses.objectives.KL",
+        "data._target_": f"data/{data}",
+        "loss._target_": "loss/KL",
         "loss.weight": 9.0,
         "loss.temperature": 1.0,
-        "attack_loss._target_": "gkl.losses.objectives.KL",
+        "attack_loss._target_": "loss/KL",
         **schedule,
         **BASIC,
     }
@@ -105,7 +105,7 @@ RECIPES = {
 
 DKL = {**{k: v for k, v in gkl("cifar100", 9.0, 1.0, 1.0, {}, BASIC).items() if not k.startswith(("schedule", "drop"))},
        "loss.alpha": 9.0, "loss.weights": "sample", "loss.break_asymmetry": False,
-       "attack_loss._target_": "gkl.losses.objectives.KL"}  # fmt: skip
+       "attack_loss._target_": "loss/KL"}  # fmt: skip
 RECIPES["at/c100_dkl"] = ({**DKL, **KL_SCHEDULE}, {**DKL, **GKL_SCHEDULE})
 
 # The other methods, each from its paper and released code; every value that its recipe states.
@@ -114,7 +114,7 @@ EVALUATION = {k: v for k, v in COMMON.items() if k.startswith("evaluation")}
 PGD10 = {"attack.norm": "linf", "attack.epsilon": 8 / 255, "attack.ramp": False, "attack.start_std": None,
          "attack.phases": "ten"}  # fmt: skip
 TRADES10 = {**PGD10, "attack.start_std": 0.001}
-RESTS = {"schedule._target_": "gkl.optim.schedules.multi_step", "schedule.factor": 0.1, "averages": {}, "bn_groups": 1,
+RESTS = {"schedule._target_": "schedule/multi_step", "schedule.factor": 0.1, "averages": {}, "bn_groups": 1,
          "batch_size": 128, "drop_last": False, **EVALUATION, **SGD}  # fmt: skip
 CHOSEN_ON_TEST = {
     "selection.images": "test",
@@ -123,57 +123,57 @@ CHOSEN_ON_TEST = {
     "evaluate": "best",
 }
 AT_AWP = {
-    **RESTS, **PGD10, **CHOSEN_ON_TEST, "method._target_": "trainers.methods.pgd_at.PGDTraining", "data._target_": "gkl.data.memory.cifar100",
+    **RESTS, **PGD10, **CHOSEN_ON_TEST, "method._target_": "method/PGDTraining", "data._target_": "data/cifar100",
     "model.name": "wrn_34_10", "model.normalisation": "cifar100", "attack.mode": "train", "epochs": 200, "optimizer.lr": 0.1,
     "optimizer.weight_decay": 5e-4, "schedule.drops": [101, 151], "schedule.of": 200, "method.awp_gamma": 0.01,
     "method.awp_start_epoch": 1, "augment.views": ["crop_flip_rotate"], "augment.padding": 4, "selection.steps": 20,
 }  # fmt: skip
 LBGAT = {
-    **RESTS, **TRADES10, "method._target_": "trainers.methods.lbgat.LBGAT", "data._target_": "gkl.data.memory.cifar100", "epochs": 100,
-    "model.name": "wrn_34_10", "natural_model.name": "resnet_18_fine", "loss._target_": "gkl.losses.objectives.KL", "loss.weight": 6.0,
+    **RESTS, **TRADES10, "method._target_": "method/LBGAT", "data._target_": "data/cifar100", "epochs": 100,
+    "model.name": "wrn_34_10", "natural_model.name": "resnet_18_fine", "loss._target_": "loss/KL", "loss.weight": 6.0,
     "attack.epsilon": 0.031, "attack.phases": "lbgat", "optimizer.lr": 0.1, "optimizer.weight_decay": 2e-4,
     "schedule.drops": [76, 91], "schedule.of": 100, "schedule.first": 0.2, "method.awp_gamma": 0.0, "evaluate": "last",
 }  # fmt: skip
 LAS_AT = {
-    **AT_AWP, "method._target_": "trainers.methods.las_at.LASAT", "model.normalisation": None, "attack.mode": "eval",
+    **AT_AWP, "method._target_": "method/LASAT", "model.normalisation": None, "attack.mode": "eval",
     "augment.views": ["crop_flip"], "method.epsilons": list(range(7, 16)), "method.steps": list(range(8, 16)),
     "method.step_sizes": [2, 3, 4, 5], "method.interval": 10, "method.robust_reward": 4.0, "method.clean_reward": 2.0,
     "method.clip_gradient": 1.0, "strategy_model.name": "resnet_18", "strategy_optimizer.lr": 1e-4,
     "strategy_optimizer.momentum": 0.9, "strategy_optimizer.weight_decay": 5e-4,
 }  # fmt: skip
 ACAT = {
-    **EVALUATION, **SGD, "method._target_": "trainers.methods.adversarial_training.AdversarialTraining", "data._target_": "gkl.data.memory.cifar100",
+    **EVALUATION, **SGD, "method._target_": "method/AdversarialTraining", "data._target_": "data/cifar100",
     "model.name": "wrn_34_10", "epochs": 110, "batch_size": 128, "drop_last": False, "bn_groups": 1, "optimizer.lr": 0.2,
-    "optimizer.weight_decay": 5e-4, "schedule._target_": "gkl.optim.schedules.cosine", "schedule.offset": 1, "schedule.length": 0,
+    "optimizer.weight_decay": 5e-4, "schedule._target_": "schedule/cosine", "schedule.offset": 1, "schedule.length": 0,
     "attack.epsilon": 8 / 255, "attack.ramp": True, "attack.start_std": 0.001, "attack.phases": "low",
-    "loss._target_": "gkl.losses.objectives.KL", "loss.weight": 9.0, "attack_loss._target_": "gkl.losses.objectives.KL",
+    "loss._target_": "loss/KL", "loss.weight": 9.0, "attack_loss._target_": "loss/KL",
     "method.awp_gamma": 0.005, "method.awp_start_epoch": 10, "method.label_smoothing": 0.1 * 100 / 99,
     "held_out": 0.02, "held_out_by_class": True, "averages.ema.decay": 0.9996, "averages.ema.start_epoch": 82,
     "evaluate": "ema", "method.clean_first": True,
 }  # fmt: skip
 DAJAT = {
-    **{k: v for k, v in ACAT.items() if k != "method.clean_first"}, "method._target_": "trainers.methods.dajat.DAJAT",
+    **{k: v for k, v in ACAT.items() if k != "method.clean_first"}, "method._target_": "method/DAJAT",
     "augment.views": ["crop_flip", "autoaugment_first", "autoaugment_first"], "method.js_weight": 2.0,
 }  # fmt: skip
 DM = {
-    **PGD10, **SGD, "method._target_": "trainers.methods.adversarial_training.AdversarialTraining", "data._target_": "gkl.data.memory.cifar100",
+    **PGD10, **SGD, "method._target_": "method/AdversarialTraining", "data._target_": "data/cifar100",
     "model.name": "wrn_28_10_swish", "epochs": 1600, "batch_size": 2048, "bn_groups": 1, "drop_last": False,
     "generated.source": "edm", "generated.name": "cifar100_50m", "generated_share": 0.7, "held_out": 1024 / 50_000,
-    "held_out_by_class": None, "augment.views": ["crop_flip_rotate"], "attack.mode": "frozen", "optimizer.lr": 0.2,
+    "held_out_by_class": False, "augment.views": ["crop_flip_rotate"], "attack.mode": "frozen", "optimizer.lr": 0.2,
     "optimizer.weight_decay": 5e-4, "optimizer.nesterov": True, "optimizer.decay_batch_norm": False,
-    "schedule._target_": "gkl.optim.schedules.one_cycle", "schedule.start": 1 / 25, "schedule.peak": 1.0, "schedule.end": 4e-6,
+    "schedule._target_": "schedule/one_cycle", "schedule.start": 1 / 25, "schedule.peak": 1.0, "schedule.end": 4e-6,
     "schedule.rise": 0.025, "momentum.start": 0.95, "momentum.peak": 0.85, "momentum.end": 0.95, "momentum.rise": 0.025,
-    "loss._target_": "gkl.losses.objectives.KL", "loss.weight": 5.0, "attack_loss._target_": "gkl.losses.objectives.KL",
+    "loss._target_": "loss/KL", "loss.weight": 5.0, "attack_loss._target_": "loss/KL",
     "method.awp_gamma": 0.0, "method.label_smoothing": 0.1, "method.clean_first": True, "method.first_statistics": True,
-    "averages.ema._target_": "gkl.optim.averaging.RampedAverage", "averages.ema.decay": 0.995, "averages.ema.warmup": 0.025,
+    "averages.ema._target_": "averages/RampedAverage", "averages.ema.decay": 0.995, "averages.ema.warmup": 0.025,
     "selection.images": "held_out", "selection.loss": "cw", "selection.steps": 40, "selection.weights": "ema",
     "selection.ties": "last", "evaluate": "best", "evaluation.batch_size": 128, "evaluation.seed": 1,
     "evaluation.version": "standard", "evaluation.epsilon": 8 / 255, "evaluation.images": None,
 }  # fmt: skip
-CIFAR10 = {"data._target_": "gkl.data.memory.cifar10"}
+CIFAR10 = {"data._target_": "data/cifar10"}
 DM_10 = {**DM, **CIFAR10, "epochs": 2400, "generated.name": "cifar10_20m", "augment.views": ["crop_flip"]}
 GKL_LOSS = {
-    "loss._target_": "gkl.losses.objectives.GKL",
+    "loss._target_": "loss/GKL",
     "loss.weight": None,
     "loss.weights": "class",
     "loss.break_asymmetry": True,
@@ -184,8 +184,8 @@ OTHERS = {
     "at/c10_rice": {**AT_AWP, **WIDE_10, "model.normalisation": "cifar10", "augment.views": ["crop_flip"],
                     "augment.border": "reflect", "method.awp_gamma": 0.0, "selection.steps": 10},
     "at/c10_trades_awp": {
-        **RESTS, **TRADES10, **CIFAR10, "method._target_": "trainers.methods.adversarial_training.AdversarialTraining", "epochs": 200,
-        "model.name": "wrn_34_10", "loss._target_": "gkl.losses.objectives.KL", "loss.weight": 6.0, "optimizer.lr": 0.1,
+        **RESTS, **TRADES10, **CIFAR10, "method._target_": "method/AdversarialTraining", "epochs": 200,
+        "model.name": "wrn_34_10", "loss._target_": "loss/KL", "loss.weight": 6.0, "optimizer.lr": 0.1,
         "optimizer.weight_decay": 5e-4, "schedule.drops": [100, 150], "schedule.of": 200, "method.awp_gamma": 0.005,
         "method.awp_start_epoch": 10, "augment.views": ["crop_flip"], "evaluate": "last",
     },
@@ -199,11 +199,11 @@ OTHERS = {
                       "method.clean_reward": 1.0, "method.label_smoothing": 0.3 * 10 / 9,
                       "strategy_optimizer.momentum": 0.0, "strategy_optimizer.weight_decay": 0.0},
     "at/c100_acat": ACAT,
-    "at/c10_acat": {**ACAT, **CIFAR10, "loss.weight": 10.0, "method.label_smoothing": None, "held_out": 0.002},
+    "at/c10_acat": {**ACAT, **CIFAR10, "loss.weight": 10.0, "method.label_smoothing": 0.0, "held_out": 0.002},
     "at/c100_dajat": DAJAT,
     "at/c100_dajat_200": {**DAJAT, "epochs": 200, "attack.phases": "executed", "averages.ema.start_epoch": 150},
     "at/c10_dajat": {**DAJAT, **CIFAR10, "augment.views": ["crop_flip", *["autoaugment_first"] * 3], "loss.weight": 10.0,
-                     "method.js_weight": 3.0, "method.label_smoothing": None, "held_out": 0.002},
+                     "method.js_weight": 3.0, "method.label_smoothing": 0.0, "held_out": 0.002},
     "at/c100_dm": DM,
     "at/c100_dm_gkl": {**DM, **GKL_LOSS, "loss.alpha": 12.0, "loss.beta": 5.0, "loss.gamma": 0.4, "prior.temperature": 1.0},
     "at/c10_dm": DM_10,
@@ -250,6 +250,29 @@ def test_every_experiment_checks_at_every_scale(experiment: str, scale: str) -> 
     assert bool(changed) == (scale != "paper")
 
 
+@pytest.mark.parametrize(
+    ("words", "section", "wanted"),
+    [
+        (["kd/c100_gkl/vgg13_vgg8", "model=wrn_10_1"], "model", ("wrn_10_1", "cifar100_kd")),
+        (["kd/c100_gkl/vgg13_vgg8", "model=wrn_34_20"], "model", ("wrn_34_20", "cifar100_kd")),
+        (["kd/c100_gkl/vgg13_vgg8", "model@teacher.network=wrn_34_20"], "teacher.network", ("wrn_34_20", None)),
+        (["kd/c100_vanilla/vgg_8", "model=wrn_28_10_swish"], "model", ("wrn_28_10_swish", "cifar100_kd")),
+        (["kd/in_kd/resnet34_resnet18", "model=timm_resnet_50"], "model", ("resnet50", "imagenet")),
+        (["at/c100_lbgat", "model@natural_model=wrn_34_20"], "natural_model", ("wrn_34_20", None)),
+        (["at/c100_lbgat", "model=resnet_20"], "model", ("resnet_20", "cifar100_kd")),
+        (["at/c100_awp", "model=wrn_16_4"], "model", ("wrn_16_4", "cifar100")),
+        (["kd/strong_vanilla/timm_resnet_50", "model.name=resnet10t"], "model", ("resnet10t", "imagenet")),
+    ],
+)  # fmt: skip
+def test_the_network_that_is_named_is_the_one_trained(
+    words: list[str], section: str, wanted: tuple[str, str | None]
+) -> None:
+    """Also where the experiment names its own, and whether or not the network has a file in configs/model."""
+    config = compose("train", [f"experiment={words[0]}", *words[1:]])
+    check(config, 1)
+    assert (value(config, f"{section}.name"), value(config, f"{section}.normalisation")) == wanted
+
+
 def test_a_departure_is_named() -> None:
     config = compose("train", ["experiment=at/c100_basic_gkl", "scale=paper", "loss.gamma=0.3", "seed=2"])
     assert differences(published(config), config) == {"loss.gamma": [0.4, 0.3]}
@@ -275,14 +298,14 @@ def test_a_departure_is_named() -> None:
             ["experiment=at/c100_basic_gkl", "accumulate=3"],
             "accumulate=3 must divide the 4 batch-norm groups of a process",
         ),
-        (["experiment=at/c100_basic_gkl", "workers=-1"], "workers must be auto or a number from 0, got -1"),
+        (["experiment=at/c100_basic_gkl", "workers=-1"], "workers must be at least 0, got -1"),
         (["experiment=at/c100_basic_gkl", "workers=some"], "workers must be .*, got 'some'"),
         (["experiment=at/c100_basic_gkl", "devices=3"], "batch_size=128 cannot be shared by 3 processes"),
         (["experiment=at/c100_basic_gkl", "devices=8"], "bn_groups=4 must be a multiple of devices=8"),
         (["experiment=at/c100_basic_gkl", "+loss.delta=1"], "takes no loss.delta"),
         (
             ["experiment=at/c100_basic_gkl", "loss._target_=os.system"],
-            "only name objects of gkl and trainers",
+            "_target_ names 'os.system'; a configuration builds only what a file of configs/ names",
         ),
         (["experiment=at/c100_basic_gkl", "evaluate=swaa"], "unknown evaluate 'swaa'; did you mean 'swa'"),
         ([], "experiment=... is missing"),
