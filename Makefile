@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test check eval doctor speed5 bench gpu docs docs-serve lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test test-all check eval doctor speed5 bench gpu docs docs-serve lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -62,8 +62,11 @@ dashboard-sync: $(STAMP) ## send the runs that wandb wrote offline, and the work
 release: $(STAMP) ## pack a run for the Hugging Face Hub and RobustBench: make release RUN=results/runs/.../seed0.json ARGS="upload=name/repository"
 	@$(PY) scripts/release.py run=$(RUN) $(ARGS)
 
-test: $(STAMP) ## the tests: no network, no GPU, no downloads
-	@$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+test: $(STAMP) ## the tests but the long ones: no network, no GPU, no downloads
+	@$(PY) -m pytest -n auto --dist worksteal -m "not long" $(ARGS)
+
+test-all: $(STAMP) ## every test
+	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(STAMP) ## linter, formatter and type checker
 	@$(PY) -m ruff check .
