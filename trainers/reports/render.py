@@ -1,12 +1,11 @@
 """Files of tables and figures from their configuration and the records: a section per scale and setting that has any."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainers.files import write_atomically, write_text
-from trainers.reports.figures import FORMATS, draw, save
+from trainers.files import write_text
+from trainers.reports.figures import write
 from trainers.reports.tables import Table, build, latex, markdown, place, settings
 from trainers.runs.plan import Overrides, claims, experiments
 from trainers.runs.records import Record
@@ -50,20 +49,17 @@ def sections(table: Mapping[str, Any], records: Sequence[Record]) -> list[Table]
 
 def render_figure(figure: Mapping[str, Any], records: Sequence[Record], results: Path) -> list[Path]:
     """Write <results>/figures/<name>-<scale>.png and .pdf for every section that can be drawn; returns their paths."""
-    paths = []
+    paths: list[Path] = []
     count: dict[str, int] = {}
     for built in sections(figure, records):
-        drawn = draw(figure["draw"], built)
-        if drawn is None:
-            continue
         stem = f"{figure['name']}-{built.scale}" + (
             "" if built.protocol == "official" else f"-{built.protocol}"
         )
-        count[stem] = count.get(stem, 0) + 1
-        for kind in FORMATS:
-            path = results / "figures" / (stem + ("" if count[stem] == 1 else f"-{count[stem]}") + f".{kind}")
-            write_atomically(path, partial(save, drawn, kind=kind))
-            paths.append(path)
+        number = count.get(stem, 0) + 1
+        named = stem if number == 1 else f"{stem}-{number}"
+        if written := write(figure["draw"], built, results / "figures" / named):
+            count[stem] = number
+            paths += written
     return paths
 
 
