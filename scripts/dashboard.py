@@ -24,7 +24,8 @@ from trainers.reports.dashboard import compared, preview, runs_of, spec, workspa
 from trainers.reports.figures import save
 from trainers.reports.render import sections
 from trainers.reports.tables import Table
-from trainers.runs.compose import choices, compose
+from trainers.runs.compose import choices
+from trainers.runs.paths import folders
 from trainers.runs.plan import load_table, tables
 from trainers.runs.records import read_records
 from trainers.runs.targets import unknown
@@ -40,8 +41,7 @@ def main(arguments: list[str]) -> int:
     settings = {**SETTINGS, **OmegaConf.to_container(OmegaConf.from_dotlist(arguments))}  # type: ignore[dict-item]
     if settings["scale"] not in (None, *choices("scale")):
         raise ConfigError(unknown("scale", str(settings["scale"]), choices("scale")))
-    paths = compose("train", ["experiment=at/c100_basic_gkl"])["paths"]
-    results, outputs = Path(paths["results"]), Path(paths["outputs"])
+    results, outputs = (Path(folders()[name]) for name in ("results", "outputs"))
     if settings["sync"]:
         check_login()
         send_runs(outputs)

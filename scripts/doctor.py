@@ -5,24 +5,31 @@
 Changes nothing and downloads nothing. Exit code 0, or 2 when an installed version is not one that pyproject.toml takes.
 """
 
+import json
 import os
 import platform
 import shutil
 import sys
 import tomllib
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from packaging.requirements import Requirement
 
 from gkl.data.generated import open_shards
 from trainers.command import run_main
 from trainers.errors import RunError
+from trainers.reports.tables import place
 from trainers.runs.compose import choices, compose
 from trainers.runs.launchers.local import Local
-from trainers.runs.plan import cells, load_table, tables
-from trainers.runs.targets import instantiate
+from trainers.runs.paths import folders
+from trainers.runs.plan import SEEDS, claims, experiments, load_table, tables
+from trainers.runs.records import Record, read_records
+from trainers.runs.targets import CONFIGS, instantiate
 
 
 def main(arguments: list[str]) -> int:
@@ -81,8 +88,7 @@ def report_devices() -> None:
 
 def report_folders() -> None:
     """Where things go and the room there."""
-    config = compose("train", ["experiment=at/c100_basic_gkl"])
-    for name, folder in config["paths"].items():
+    for name, folder in folders().items():
         path = Path(folder).resolve()
         existing = next(p for p in (path, *path.parents) if p.exists())
         state = "writable" if os.access(existing, os.W_OK) else "NOT WRITABLE"
@@ -131,30 +137,66 @@ def report_renditions() -> None:
 
 def report_teachers() -> None:
     """Published teachers that distillation can start from instead of training its own."""
-    for data, group, experiment in (
-        ("CIFAR-100", "pair/cifar100", "c100_kd"),
-        ("ImageNet", "pair/imagenet", "in_kd"),
-    ):
-        pairs = [
-            compose("train", [f"experiment=kd/{experiment}/{pair}"])["teacher"] for pair in choices(group)
-        ]
-        files = {instantiate({**teacher, "weights": "published"}).file for teacher in pairs}
+    for data, pairs, experiment in (("CIFAR-100", "cifar100", "c100_kd"), ("ImageNet", "imagenet", "in_kd")):
+        names = choices(f"pair/{pairs}")
+        teacher = compose("train", [f"experiment=kd/{experiment}/{names[0]}"])["teacher"]
+        rows = [OmegaConf.load(CONFIGS / "pair" / pairs / f"{name}.yaml") for name in names]
+        nodes = [{**teacher, "weights": "published", "published": row.published} for row in rows]
+        files = {instantiate(node).file for node in nodes}
         missing = sorted(file.name for file in files if not file.is_file())
         print(
-            f"published teachers, {data}: {len(files) - len(missing)} of {len(files)} files in {pairs[0]['folder']} "
-            f"(move it with GKL_TEACHERS){'; missing: ' + ', '.join(missing) if missing and data != 'CIFAR-100' else ''}"
+            f"published teachers, {data}: {len(files) - len(missing)} of {len(files)} files in {teacher['folder']} "
+            f"(move it with GKL_TEACHERS){'; missing: ' + ', '.join(missing) if missing and data == 'ImageNet' else ''}"
         )
 
 
 def report_tables() -> None:
-    """Runs done and missing of each table at each scale."""
+    """Of each table's rows, the runs that have records and all there are to be, at each scale."""
+    try:
+        records = read_records(Path(folders()["results"]) / "runs")
+    except ValueError as error:  # damaged
+        print(f"records: {error}")
+        return
     for number in tables():
         table = load_table(number)
         states = []
         for scale in choices("scale"):
-            plan = cells(table, scale=scale, protocol="official")
-            states.append(f"{scale} {sum(cell.status == 'done' for cell in plan)}/{len(plan)} runs")
+            wanted = runs(table, scale)
+            done = wanted & done_of(table, records, scale)
+            states.append(f"{scale} {len(done)}/{len(wanted)} runs")
         print(f"table {number}: {', '.join(states)}")
+
+
+Run = tuple[str, str, int]  # experiment, what it changes, seed
+
+
+def runs(table: Mapping[str, Any], scale: str) -> set[Run]:
+    """The runs of a table's rows, each once."""
+    return {
+        (experiment, _text(row), seed)
+        for row in table["rows"]
+        for experiment in experiments(table, row).values()
+        for seed in SEEDS[scale]
+    }
+
+
+def done_of(table: Mapping[str, Any], records: Sequence[Record], scale: str) -> set[Run]:
+    """The runs that the table shows in this scale's own setting.
+
+    Not composed, which would take minutes: a recipe that has changed since a run was recorded is seen by its table's plan=true.
+    """
+    placed = place(table, records, scale=scale, protocol="official", claims=claims())
+    needed = table.get("assessment")
+    return {
+        (record["experiment"], _text(row), record["seed"])
+        for row in table["rows"]
+        for record, setting in placed.get(row["id"], ())
+        if not setting and (needed is None or needed in record["assessments"])
+    }
+
+
+def _text(row: Mapping[str, Any]) -> str:
+    return json.dumps(row.get("overrides") or {}, sort_keys=True)
 
 
 if __name__ == "__main__":

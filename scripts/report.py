@@ -14,7 +14,7 @@ from trainers.errors import ConfigError
 from trainers.files import write_text
 from trainers.reports.page import page
 from trainers.reports.render import render, render_figure
-from trainers.runs.compose import compose
+from trainers.runs.paths import folders
 from trainers.runs.plan import load_table, tables
 from trainers.runs.records import read_records
 
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     """Read, render, write. Returns the exit code."""
     if arguments not in ([], ["page"]):
         raise ConfigError(f"a report takes no settings but `page`, got {' '.join(arguments)}")
-    results = Path(compose("train", ["experiment=at/c100_basic_gkl"])["paths"]["results"])
+    results = Path(folders()["results"])
     records = read_records(results / "runs")
     if not records:
         raise ConfigError(

@@ -8,15 +8,16 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from trainers.errors import ConfigError
 from trainers.reports.figures import BLACK, BLUE, RED, provenance
 from trainers.reports.tables import Row, Table
 from trainers.runs.plan import experiments
 from trainers.runs.records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Runs = Mapping[str, Sequence[Record]]  # what wandb groups by -> its runs
 COLOURS = (RED, BLUE, BLACK, "#009E73", "#CC79A7", "#E69F00")
@@ -131,8 +132,10 @@ def _sections(text: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(text["spec"]["section"]["panelBankConfig"]["sections"])
 
 
-def preview(text: Mapping[str, Any], config: Mapping[str, Any], table: Table, runs: Path) -> Figure:
+def preview(text: Mapping[str, Any], config: Mapping[str, Any], table: Table, runs: Path) -> "Figure":
     """The workspace's panels drawn from the records: what the service shows of the same runs, in our own hand."""
+    from matplotlib.figure import Figure
+
     _, groups = runs_of(config, compared(config, table))
     colours = dict(zip(groups, COLOURS * (1 + len(groups) // len(COLOURS)), strict=False))
     shown = [

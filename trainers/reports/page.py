@@ -6,17 +6,19 @@ Tables are plain HTML, filled when the page is built; the filters hide what they
 come into view. A number opens the runs behind it: their records, what they change, their command and configuration.
 """
 
+import hashlib
 import json
+import re
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainers.errors import ConfigError
-from trainers.reports import charts
 from trainers.reports.dashboard import compared, runs_of
 from trainers.reports.render import sections
 from trainers.reports.tables import Comparison, Row, Table
@@ -24,8 +26,12 @@ from trainers.runs.compose import completed
 from trainers.runs.plan import load_table, tables
 from trainers.runs.records import Record
 
+if TYPE_CHECKING:
+    from trainers.reports.chart_forms import Chart
+
 TEMPLATE = Path(__file__).with_name("page.html")
 LIMIT_BYTES = 5_000_000
+SNIPPET = "Object.assign(window, { vegaEmbed });"  # what the page takes of the bundled JavaScript
 HEADINGS = {
     "differences": "GKL against the others, paired",
     "figure1": "Figure 1: clean accuracy against AutoAttack",
@@ -51,39 +57,24 @@ class Part:
 
 
 def page(records: Sequence[Record], results: Path) -> str:
-    """The page's HTML. Raises ConfigError without the report extra's packages."""
-    try:
-        import jinja2
-        import vl_convert
-    except ImportError:
-        raise ConfigError(
-            "the report page needs Altair and its JavaScript: pip install 'gkl[report]'"
-        ) from None
+    """The page's HTML. Raises ConfigError without the report extra's packages.
+
+    results: the folder that the page will lie in, with the runs' histories, and the page that was there before.
+    """
+    if any(find_spec(name) is None for name in ("altair", "jinja2", "vl_convert")):
+        raise ConfigError("the report page needs Altair and its JavaScript: pip install 'gkl[report]'")
+    import jinja2
+
     numbers = {record["path"]: number for number, record in enumerate(records)}
     parts = {kind: _parts(kind, records) for kind in ("table", "figure")}
-    drawn: list[charts.Chart] = []
-
-    def place(made: Sequence[charts.Chart]) -> list[int]:
-        drawn.extend(made)
-        return list(range(len(drawn) - len(made), len(drawn)))
-
-    shown = {
-        "learning": [
-            (part, place(charts.learning_curves(_compared_runs(part, rows), results / "runs")))
-            for part in parts["table"]
-            if len(rows := compared(part.config, part.table)) > 1
-        ],
-        "figure1": [
-            (p, place(charts.clean_against_aa(p.table))) for p in _named(parts["figure"], "clean_against_aa")
-        ],
-        "ablation": [(p, place(charts.ablation(p.table))) for p in _named(parts["table"], "ablation")],
-        "margins": [(p, place(charts.margins(p.table))) for p in _named(parts["figure"], "structure")],
-        "scores": [(p, place(charts.class_scores(p.table))) for p in _named(parts["figure"], "class_scores")],
-        "cost": [(p, place(charts.cost(p.table))) for p in parts["table"] if _has_records(p)],
-        "differences": [
-            (p, place(_differences(p.table.comparisons))) for p in parts["table"] if p.table.comparisons
-        ],
-    }
+    made = _charts(parts, results / "runs")
+    drawn: list[Chart] = []
+    shown: dict[str, list[tuple[Part, list[int]]]] = {name: [] for name in made}
+    for name, found in made.items():
+        for part, some in found:
+            if some:
+                shown[name].append((part, list(range(len(drawn), len(drawn) + len(some)))))
+                drawn.extend(some)
     data = {
         "runs": [_run(record) for record in records],
         "configs": {record["config_hash"]: record["config"] for record in records},
@@ -91,20 +82,20 @@ def page(records: Sequence[Record], results: Path) -> str:
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    javascript, digest = _javascript(results / "report.html")
     text = template.render(
         parts=parts["table"],
         titles=dict.fromkeys((p.config["name"], p.table.title) for p in parts["table"]),
         scales=list(dict.fromkeys(p.table.scale for p in parts["table"])),
         protocols=list(dict.fromkeys(p.table.protocol for p in parts["table"])),
-        shown={name: [(part, ids) for part, ids in found if ids] for name, found in shown.items()},
+        shown=shown,
         cells=lambda part: [(row, _cells(part.table, row, numbers)) for row in part.table.rows],
         headings=HEADINGS,
         count=len(records),
         latest=max(record["finished"] for record in records)[:10] if records else "none",
         data=_script(data),
-        javascript=vl_convert.javascript_bundle("Object.assign(window, { vegaEmbed });").replace(
-            "</script", "<\\/script"
-        ),
+        javascript=javascript,
+        digest=digest,
         vega=version("altair"),
     )
     if len(text.encode()) > LIMIT_BYTES:
@@ -112,6 +103,45 @@ def page(records: Sequence[Record], results: Path) -> str:
             f"the report page has {len(text.encode()):,} bytes, more than the {LIMIT_BYTES:,} it may"
         )
     return text
+
+
+def _charts(parts: Mapping[str, Sequence[Part]], runs: Path) -> dict[str, list[tuple[Part, list["Chart"]]]]:
+    """The charts of each section of HEADINGS by table or figure, in the order in which the page numbers them."""
+    from trainers.reports import charts
+
+    tables, figures = parts["table"], parts["figure"]
+    compares = [(p, rows) for p in tables if len(rows := compared(p.config, p.table)) > 1]
+    return {
+        "learning": [(p, charts.learning_curves(_compared_runs(p, rows), runs)) for p, rows in compares],
+        "figure1": [(p, charts.clean_against_aa(p.table)) for p in _named(figures, "clean_against_aa")],
+        "ablation": [(p, charts.ablation(p.table)) for p in _named(tables, "ablation")],
+        "margins": [(p, charts.margins(p.table)) for p in _named(figures, "structure")],
+        "scores": [(p, charts.class_scores(p.table)) for p in _named(figures, "class_scores")],
+        "cost": [(p, charts.cost(p.table)) for p in tables if _has_records(p)],
+        "differences": [
+            (p, charts.differences(_intervals(p.table.comparisons))) for p in tables if p.table.comparisons
+        ],
+    }
+
+
+def _javascript(before: Path) -> tuple[str, str]:
+    """What draws the charts in a browser, and the digest that names it.
+
+    Bundling takes seconds: the page that was there before has the same script, where the digest in it says so.
+    """
+
+    import vl_convert
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(f"{version('vl-convert-python')} {SNIPPET} {text}".encode()).hexdigest()
+
+    if before.is_file():
+        page = before.read_text(encoding="utf-8", errors="replace")
+        found = re.search(r'<script id="vega" data-digest="(\w+)">(.*?)</script>', page, re.DOTALL)
+        if found and found[1] == digest(found[2]):
+            return found[2], found[1]
+    made = vl_convert.javascript_bundle(SNIPPET).replace("</script", "<\\/script")
+    return made, digest(made)
 
 
 def _script(data: Any) -> str:
@@ -147,14 +177,13 @@ def _compared_runs(part: Part, rows: Sequence[Row]) -> Mapping[str, Sequence[Rec
     return {names.get(name, name): found for name, found in runs_of(part.config, rows)[1].items()}
 
 
-def _differences(comparisons: Sequence[Comparison]) -> list[charts.Chart]:
-    return charts.differences(
-        [
-            {"name": f"{c.ours} minus {c.other}", "metric": c.metric, "mean": round(c.mean, 3), "seeds": c.seeds,
-             "low": round(c.mean - c.half_width, 3), "high": round(c.mean + c.half_width, 3)}
-            for c in comparisons
-        ]
-    )  # fmt: skip
+def _intervals(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+    """Comparisons as trainers.reports.charts.differences takes them."""
+    return [
+        {"name": f"{c.ours} minus {c.other}", "metric": c.metric, "mean": round(c.mean, 3), "seeds": c.seeds,
+         "low": round(c.mean - c.half_width, 3), "high": round(c.mean + c.half_width, 3)}
+        for c in comparisons
+    ]  # fmt: skip
 
 
 def _cells(table: Table, row: Row, numbers: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scipy.stats import t as student_t
+from scipy.special import stdtrit  # the quantiles of scipy.stats.t, which takes a second to load
 
 from trainers.runs.plan import Overrides, experiments
 from trainers.runs.records import Record
@@ -239,7 +239,7 @@ def told(comparisons: Sequence[Comparison]) -> list[str]:
 def paired_half_width(values: Sequence[float]) -> float:
     """Half-width of the Student interval of the mean of at least two paired differences."""
     error = statistics.stdev(values) / math.sqrt(len(values))
-    return float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
 
 
 def _row(

@@ -9,8 +9,14 @@ from trainers.files import write_atomically
 from trainers.loop.folder import RunFolder
 from trainers.runs import records
 from trainers.runs.identity import config_hash
-from trainers.runs.targets import instantiate
+from trainers.runs.targets import CONFIGS, instantiate
 from trainers.runs.teacher import teacher_config
+
+
+def folders() -> dict[str, str]:
+    """The folders of runs that are told nothing else, by name: outputs, results."""
+    paths = OmegaConf.load(CONFIGS / "train.yaml").paths
+    return {str(name): str(path) for name, path in paths.items()}
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:

@@ -148,13 +148,19 @@ def cells(
 
 def claims() -> dict[str, list[Overrides]]:
     """For each experiment, the overrides of every row of every table and figure."""
+    return _claims((*tables("table").values(), *tables("figure").values()))
+
+
+@cache
+def _claims(paths: tuple[Path, ...]) -> dict[str, list[Overrides]]:
+    """claims, once for all sections of all tables."""
     found: dict[str, list[Overrides]] = {}
-    for kind in ("table", "figure"):
-        for number in tables(kind):
-            table = load_table(number, kind)
-            for row in table["rows"]:
-                for experiment in experiments(table, row).values():
-                    found.setdefault(experiment, []).append(row.get("overrides") or {})
+    for path in paths:
+        kind = path.parent.name
+        table = load_table(path.stem.removeprefix(kind).lstrip("0"), kind)
+        for row in table["rows"]:
+            for experiment in experiments(table, row).values():
+                found.setdefault(experiment, []).append(row.get("overrides") or {})
     return found
 
 
