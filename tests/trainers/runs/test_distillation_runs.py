@@ -11,10 +11,10 @@ import pytest
 
 from tests.gkl.models.test_distillation_models import NETWORKS as ALL_NETWORKS
 from trainers.errors import ConfigError
-from trainers.reports.tables import build, experiments, markdown
+from trainers.reports.tables import build, markdown
 from trainers.runs.compose import choices, completed_by, compose, published
-from trainers.runs.identity import differences
-from trainers.runs.plan import cells, claims, load_table, usual
+from trainers.runs.identity import config_hash, differences
+from trainers.runs.plan import cells, claims, experiments, load_table
 from trainers.runs.records import read_records
 from trainers.runs.settings import check
 
@@ -37,7 +37,7 @@ NETWORKS = [name for name, (_, origin, *_) in ALL_NETWORKS.items() if origin.sta
 METHODS = ("fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 COMMON = {
     "epochs": 240, "batch_size": 64, "drop_last": False, "bn_groups": 1, "precision": "tf32", "evaluate": "last",
-    "data._target_": "gkl.data.memory.cifar100", "augment.views": ["crop_flip"], "augment.padding": 4, "augment.flip": 0.5,
+    "data._target_": "data/cifar100", "augment.views": ["crop_flip"], "augment.padding": 4, "augment.flip": 0.5,
     "model.normalisation": "cifar100_kd", "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4,
     "optimizer.nesterov": False, "schedule.drops": [151, 181, 211], "schedule.of": 240, "schedule.factor": 0.1,
     "schedule.first": 1.0, "averages": {},
@@ -51,8 +51,8 @@ def flat(config: dict[str, Any], dotted: str) -> Any:
 
 
 def test_every_pair_has_its_recipe() -> None:
-    assert set(RECIPES) == set(choices("pair"))
-    kinds = {name for name in choices("experiment") if completed_by(name) == "pair"}
+    assert set(RECIPES) == set(choices("pair/cifar100"))
+    kinds = {name for name in choices("experiment") if completed_by(name) == "pair/cifar100"}
     assert kinds == {f"kd/c100_{method}" for method in METHODS}
 
 
@@ -120,7 +120,7 @@ def test_scales_shrink_the_recipe(method: str, scale: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["experiment=kd/c100_gkl"], "pair=... is missing; one of: resnet110_resnet32"),
+        (["experiment=kd/c100_gkl"], "pair=cifar100/... is missing; one of: resnet110_resnet32"),
         (["experiment=kd/c100_gkl/vgg13_vgg9"], "unknown pair 'vgg13_vgg9'; did you mean 'vgg13_vgg8'"),
         (["experiment=kd/c100_vanilla/resnet_57"], "unknown model 'resnet_57'"),
         (
@@ -169,7 +169,8 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
         config = compose("train", [f"experiment={experiment}", "scale=paper", f"seed={seed}"])
         return {
             "experiment": experiment, "scale": "paper", "protocol": "official", "seed": seed, "status": "done",
-            "config": config, "metrics": {"top1": last, "top1_best": best}, "path": "p.json",
+            "config": config, "config_hash": config_hash(config), "changed": {}, "finished": "2026-01-31T12:00:00Z",
+            "metrics": {"top1": last, "top1_best": best}, "path": "p.json",
             "departures": {"teacher.weights": ["own", "published"]},
             "data": {"name": "cifar100", "stand_in_for": None, "train": 50000, "test": 10000},
             "teacher": {"run": "kd/c100_vanilla/vgg_13", "top1": 74.5, "sha256": "0" * 64},
@@ -179,8 +180,7 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
 
     records = [record("kd/c100_gkl/vgg13_vgg8", s, 75.0 + s, 74.0 + s) for s in (0, 1)]
     records += [record("kd/c100_kd/vgg13_vgg8", s, 73.0, 72.0) for s in (0, 1)]
-    built = build(table, records, scale="paper", protocol="official",
-                  usual=usual(table, scale="paper", protocol="official"), claims=claims())  # fmt: skip
+    built = build(table, records, scale="paper", protocol="official", claims=claims())
     rows = {row.id: row for row in built.rows}
     assert rows["gkl"].ours["vgg13_vgg8"] == [75.0, 76.0] and rows["gkl"].beside["vgg13_vgg8"] == [74.0, 75.0]
     assert not rows["gkl"].ours["resnet56_resnet20"] and "some columns missing" in rows["gkl"].status

@@ -26,7 +26,7 @@ from gkl.optim.schedules import timm_cosine, warmup_cosine
 from tests.system.test_ranks import assert_equal
 from tests.trainers.methods.test_distillation import ended, train
 from trainers.errors import ConfigError
-from trainers.methods.distillation import Distillation
+from trainers.loop.training import Training
 from trainers.runs.compose import choices, compose
 from trainers.runs.paths import record_path
 from trainers.runs.settings import build, check
@@ -42,7 +42,7 @@ IN = {
     "optimizer.weight_decay": 1e-4,
     "schedule.drops": [31, 61, 91],
     "schedule.factor": 0.1,
-    "data._target_": "gkl.data.files.imagenet",
+    "data._target_": "data/imagenet",
     "data.image_size": 224,
     "data.resize": 256,
     "augment.scale": [0.08, 1.0],
@@ -61,15 +61,15 @@ LT = {
     "optimizer.lr": 0.05,
     "optimizer.weight_decay": 5e-4,
     "schedule.warmup": 10,
-    "data._target_": "gkl.data.files.imagenet_lt",
+    "data._target_": "data/imagenet_lt",
     "evaluate": "best",
 }
 del LT["schedule.drops"], LT["schedule.factor"]
 STRONG = {
-    "epochs": 300, "batch_size": 2048, "bn_groups": 8, "optimizer._target_": "gkl.optim.optimizers.lamb", "optimizer.lr": 5e-3,
+    "epochs": 300, "batch_size": 2048, "bn_groups": 8, "optimizer._target_": "optimizer/lamb", "optimizer.lr": 5e-3,
     "optimizer.weight_decay": 0.02, "schedule.warmup": 5, "schedule.start": 2e-4, "data.resize": 235, "data.interpolation": "bicubic",
     "augment.interpolation": "random", "augment.rand_augment": "rand-m7-mstd0.5", "augment.repeats": 3, "mixing.mixup": 0.1,
-    "mixing.cutmix": 1.0, "mixing.smoothing": 0.0, "label_loss._target_": "gkl.losses.objectives.BinaryCrossEntropy", "precision": "fp16",
+    "mixing.cutmix": 1.0, "mixing.smoothing": 0.0, "label_loss._target_": "label_loss/BinaryCrossEntropy", "precision": "fp16",
     "model.timm_options": {"drop_path_rate": 0.05}, "distiller.label_weight": 1.0, "evaluate": "last",
 }  # fmt: skip
 R, M = "resnet34_resnet18", "resnet50_mobilenetv1"
@@ -130,7 +130,9 @@ def test_every_experiment_has_its_recipe() -> None:
         "kd/lt_vanilla",
         "kd/strong_vanilla",
     }
-    assert set(NETWORKS) == {*choices("imagenet_pair"), *choices("lt_pair")}
+    assert set(NETWORKS) == {
+        name for group in ("imagenet", "imagenet_lt", "strong") for name in choices(f"pair/{group}")
+    }
 
 
 @pytest.mark.parametrize("experiment", RECIPES)
@@ -245,12 +247,12 @@ def test_timms_networks_are_normalised_and_drop_by_key() -> None:
 
 
 def test_features_are_refused_where_there_are_none(tmp_path: Path) -> None:
-    words = ["experiment=kd/in_at/beitv2_resnet50", "scale=smoke", "teacher.weights=published", f"teacher.folder={tmp_path}",
-             "teacher.published=beit.safetensors"]  # fmt: skip
+    words = [f"experiment=kd/in_at/{R}", "model=timm_resnet_50", "model@teacher.network=beitv2_large", "scale=smoke",
+             "teacher.weights=published", f"teacher.folder={tmp_path}", "teacher.published=beit.safetensors"]  # fmt: skip
     config = compose("train", words)
     save_file(create("beitv2_large_patch16_224", 10, "imagenet", config["teacher"]["network"]["timm_options"]).model.state_dict(),
               tmp_path / "beit.safetensors")  # fmt: skip
-    with pytest.raises(ConfigError, match="AttentionTransfer needs the stages of both networks"):
+    with pytest.raises(ValueError, match="AttentionTransfer needs the stages of both networks"):
         made(config, tmp_path, image_size=32)
 
 
@@ -329,7 +331,7 @@ def words(kind: str, folder: Path, *more: str) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def made(config: dict[str, Any], folder: Path, image_size: int = 16) -> Distillation:
+def made(config: dict[str, Any], folder: Path, image_size: int = 16) -> Training:
     check(config, 1)
     torch.manual_seed(5)
     data = digits_files(str(folder / "digits"), image_size, largest=20, smallest=4)
@@ -353,7 +355,7 @@ def test_stopped_within_an_epoch_and_gone_on(kind: str, tmp_path: Path) -> None:
     assert_equal(ended(task, 2), ended(resumed, 2), kind, rtol=0, atol=0)
 
 
-def twice(task: Distillation) -> dict[str, Any]:
+def twice(task: Training) -> dict[str, Any]:
     train(task, 2, range(task.steps_per_epoch))
     return copy.deepcopy(ended(task, 2))
 
@@ -369,7 +371,7 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_and_turns_equal_one(tmp_path: Path) -> None:
+def test_two_processes_and_micro_batches_equal_one(tmp_path: Path) -> None:
     """Streams, validation, prior, mixing, stochastic depth; the last batch of `lt` is dropped, others' is short."""
     made(words("lt", tmp_path), tmp_path)  # writes teacher and digits
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
@@ -377,8 +379,8 @@ def test_two_processes_and_turns_equal_one(tmp_path: Path) -> None:
         shared = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         one = twice(made(words(kind, tmp_path), tmp_path))
         assert_equal(one, shared, kind, rtol=1e-8, atol=1e-10)
-        turns = twice(made(words(kind, tmp_path, "accumulate=4"), tmp_path))
-        assert_equal(one, turns, kind, rtol=1e-8, atol=1e-10)
+        parts = twice(made(words(kind, tmp_path, "accumulate=4"), tmp_path))
+        assert_equal(one, parts, kind, rtol=1e-8, atol=1e-10)
 
 
 def test_long_tailed_accuracies_stand_in_history_and_metrics(tmp_path: Path) -> None:
@@ -390,7 +392,7 @@ def test_long_tailed_accuracies_stand_in_history_and_metrics(tmp_path: Path) -> 
     assert {"test/top1", "test/medium", "test/few", "test/all"} <= rows[0].keys() and "test/many" not in rows[
         0
     ]
-    metrics, details = task.evaluate(headline="best", settings={}, folder=tmp_path, console=None)  # type: ignore[arg-type]
+    metrics, details = task.method.evaluate(headline="best", settings={}, folder=tmp_path, console=None)  # type: ignore[arg-type]
     best = max(rows, key=lambda row: row["test/top1"])
     for name in ("top1", "medium", "few", "all"):
         assert metrics[f"{name}_best"] == metrics[name] == best[f"test/{name}"], name
