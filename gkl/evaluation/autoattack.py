@@ -100,14 +100,7 @@ def evaluate(
     Raises ValueError for a model in training mode or with too few classes, RuntimeError if AutoAttack returns an image
     outside the ball or one it calls misclassified that is not.
     """
-    if model.training:
-        raise ValueError(
-            "AutoAttack needs a model in eval mode, it is in training mode; call model.eval() first"
-        )
-    if version not in ATTACKS or norm not in ("linf", "l2"):
-        raise ValueError(
-            f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}"
-        )
+    _check_call(model, version, norm)
     kept = Kept(
         folder,
         {
@@ -138,6 +131,11 @@ def evaluate(
             )
             clean = robust if attack == "clean" else clean
             share[attack] = robust.double().mean().item()
+    return _result(stages, clean, robust, share)
+
+
+def _result(stages: "_Stages", clean: Tensor, robust: Tensor, share: dict[str, float]) -> AutoAttackResult:
+    """share: of the images that stand after each stage."""
     with _listening() as heard:
         check_square_sr(share, logger=logging.getLogger("auto-attack"))
     after = {attack: 100.0 * part for attack, part in share.items()}
@@ -170,6 +168,17 @@ def _classes(model: nn.Module, x: Tensor) -> int:
             "the network gives every image the same logits: its weights are not those of a trained one"
         )
     return int(logits.shape[1])
+
+
+def _check_call(model: nn.Module, version: str, norm: str) -> None:
+    if model.training:
+        raise ValueError(
+            "AutoAttack needs a model in eval mode, it is in training mode; call model.eval() first"
+        )
+    if version not in ATTACKS or norm not in ("linf", "l2"):
+        raise ValueError(
+            f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}"
+        )
 
 
 class _Stages:

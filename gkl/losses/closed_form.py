@@ -160,16 +160,7 @@ def gkl_loss(
     """
     _check_logits(student_logits, teacher_logits)
     _check_gamma(gamma)
-    if isinstance(weights, ClassRows):
-        _check_labels(weights.labels, student_logits)
-    elif weights is not None:
-        if weights.shape != student_logits.shape:
-            raise ValueError(
-                f"gkl needs weights of the logits' shape {tuple(student_logits.shape)}, got {tuple(weights.shape)}; "
-                "pass prior[labels], or None for softmax(teacher)"
-            )
-        if validate:
-            _check_probabilities(weights)
+    _check_weights(weights, student_logits, validate)
     device = student_logits.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
     with torch.autocast(device, enabled=False) if half else nullcontext():
@@ -456,6 +447,20 @@ def _check_labels(labels: Tensor, logits: Tensor) -> None:
 def _check_gamma(gamma: float) -> None:
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+
+
+def _check_weights(weights: Tensor | ClassRows | None, logits: Tensor, values: bool) -> None:
+    """values: whether they are looked at."""
+    if isinstance(weights, ClassRows):
+        _check_labels(weights.labels, logits)
+    elif weights is not None:
+        if weights.shape != logits.shape:
+            raise ValueError(
+                f"gkl needs weights of the logits' shape {tuple(logits.shape)}, got {tuple(weights.shape)}; "
+                "pass prior[labels], or None for softmax(teacher)"
+            )
+        if values:
+            _check_probabilities(weights)
 
 
 def _check_probabilities(weights: Tensor) -> None:

@@ -8,6 +8,8 @@ on the paper's own data at paper scale, their difference. A stand-in never shows
 
 A row is one experiment and its cells are metrics; or, in a table with `columns`, each cell is an experiment of its own
 (`<the row's experiment>/<column>`, or the row's `experiments`) and shows one `metric`, with another `beside` it.
+
+One file, since what a table holds and its two renderings change together.
 """
 
 import json
