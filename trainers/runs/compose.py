@@ -13,14 +13,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import hydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gkl.data.content import content
 from trainers.errors import ConfigError
+from trainers.runs.composition import composition, parsed
 from trainers.runs.settings import SETTINGS
 from trainers.runs.targets import CONFIGS, closest, fits, mistyped, named, unknown
 
@@ -147,10 +146,7 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
     register_resolvers()
     try:
         _check_grammar(overrides)
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = hydra.compose(entry, list(overrides), return_hydra_config=True)
-        chosen = OmegaConf.to_container(config.hydra.runtime.choices)
-        assert isinstance(chosen, dict)
+        config, chosen = composition(CONFIGS, entry, overrides)
         completion = _completion(config, chosen)
         scale = chosen.get("scale", "paper")
         OmegaConf.register_new_resolver("at_scale", lambda choices: choices[scale], replace=True)
@@ -162,7 +158,7 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
             )
             if plain and not fits(config[name], annotation):
                 raise ConfigError(mistyped(name, annotation, config[name]))
-        resolved = OmegaConf.to_container(_without_hydra(config), resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (
         HydraException,
         OmegaConfBaseException,
@@ -194,15 +190,8 @@ def _completion(config: DictConfig, chosen: Mapping[Any, Any]) -> str | None:
     return None
 
 
-def _without_hydra(config: DictConfig) -> DictConfig:
-    OmegaConf.set_readonly(config, False)
-    OmegaConf.set_struct(config, False)
-    del config["hydra"]
-    return config
-
-
 def _check_grammar(overrides: Sequence[str]) -> None:
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in parsed(overrides):
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line!r} names several values; one run takes one value each")
 

@@ -166,26 +166,27 @@ def _claims(paths: tuple[Path, ...]) -> dict[str, list[Overrides]]:
 
 def summary(title: str, scale: str, plan: Sequence[Cell], rate: Rate = ASSUMED) -> str:
     """Lines for a person: each row's runs by state, and what the missing ones cost at a rate."""
-    lines = [f"{title}, scale={scale}: {sum(c.status == 'done' for c in plan)} of {len(plan)} runs done"]
+    states = [cell.status for cell in plan]
+    lines = [f"{title}, scale={scale}: {states.count('done')} of {len(plan)} runs done"]
     total: float | None = 0.0
     for row in dict.fromkeys(cell.row for cell in plan):
-        mine = [cell for cell in plan if cell.row == row]
-        names = sorted({cell.config["experiment"] for cell in mine})
-        states = {state: [c.config["seed"] for c in mine if c.status == state] for state in STATES}
+        mine = [(cell, state) for cell, state in zip(plan, states, strict=True) if cell.row == row]
+        names = sorted({cell.config["experiment"] for cell, _ in mine})
+        seeds = {state: [cell.config["seed"] for cell, s in mine if s == state] for state in STATES}
         name = names[0] if len(names) == 1 else f"{os.path.commonpath(names)}/... ({len(names)} of them)"
         line = f"  {row:16} {name:22} " + ", ".join(
-            f"{state}: seed {' '.join(map(str, seeds))}" if len(names) == 1 else f"{state}: {len(seeds)} runs"
-            for state, seeds in states.items()
-            if seeds
+            f"{state}: seed {' '.join(map(str, some))}" if len(names) == 1 else f"{state}: {len(some)} runs"
+            for state, some in seeds.items()
+            if some
         )
-        if left := [cell for cell in mine if cell.status != "done"]:
+        if left := [cell for cell, state in mine if state != "done"]:
             hours = [device_hours(cell, rate) for cell in left]
             mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
             total = None if mean is None or total is None else total + mean * len(left)
             each = "each" if len(names) == 1 else "each, on average,"
             line += f"; {each} {_hours(mean)}, {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
         lines.append(line)
-    if any(cell.status != "done" for cell in plan):
+    if states.count("done") < len(plan):
         lines.append(f"  to do: {_hours(total)}, {rate}")
     return "\n".join(lines)
 

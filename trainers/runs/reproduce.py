@@ -63,7 +63,9 @@ def carry_out(
     then: further runs after each, see run_all. Returns a line for each run that failed (with keep_going; otherwise the first
     raises), or None when only planned.
     """
-    print(summary(table["title"], settings["scale"], plan, rate(plan, settings)), flush=True)
+    missing = [cell for cell in plan if cell.status != "done"]
+    sustained = rate(plan, settings) if missing else ASSUMED
+    print(summary(table["title"], settings["scale"], plan, sustained), flush=True)
     if settings["plan"]:
         return None
 
@@ -74,9 +76,9 @@ def carry_out(
         cell.config["logger"] = {**cell.config["logger"], "table": table["name"], "row": cell.row}
         return cell
 
-    missing = [ready(cell) for cell in plan if cell.status != "done"]
     if not missing:
         return []
+    missing = [ready(cell) for cell in missing]
     launcher = instantiate(missing[0].config["launcher"])
     launcher.check(missing[0].config)
     return run_all(
@@ -94,9 +96,9 @@ def rate(plan: Sequence[Cell], settings: Mapping[str, Any]) -> Rate:
         return Rate(float(settings["tflops"]))
     config = plan[-1].config
     recorded = dict.fromkeys((Path(config["paths"]["results"]).resolve(), CONFIGS.parent / "results"))
-    records = [record for folder in recorded for record in read_records(folder / "runs")]
-    device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
     task = config["experiment"].split("/")[0]
+    records = [record for folder in recorded for record in read_records(folder / "runs" / task)]
+    device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
     return measured(records, machine_name(device), settings["scale"], task) or ASSUMED
 
 
