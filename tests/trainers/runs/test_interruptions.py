@@ -195,7 +195,7 @@ def test_wandb_mirrors_the_run(tmp_path: Path) -> None:
         assert wandb_log.read_text() == ""
     files = sorted(tmp_path.glob("outputs/**/wandb/offline-run-*/run-*.wandb"))
     (record,) = read_records(tmp_path / "results/runs")
-    assert len(files) == 2 and {f.stem for f in files} == {f"run-{record['identity']}-seed0"}
+    assert len(files) == 2 and {f.stem for f in files} == {f"run-{record['config_hash']}-seed0"}
     mirrored = files[-1].read_bytes()
     assert b"test/clean" in mirrored and b"loss/robust" in mirrored and b"break_asymmetry" in mirrored
     assert "warning" not in err
