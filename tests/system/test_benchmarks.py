@@ -23,6 +23,8 @@ import table
 import table5
 import timing
 
+pytestmark = pytest.mark.long  # every benchmark from its start to its report
+
 __all__ = ["pretended"]  # a fixture
 CPU = torch.device("cpu")
 DKL = step.checkout(os.environ.get("DKL_REF"))

@@ -32,6 +32,10 @@ from trainers.runs.paths import record_path
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
 
+pytestmark = (
+    pytest.mark.long
+)  # steps of the paper's own ImageNet networks, in float64 and in several processes
+
 IN = {
     "epochs": 100,
     "batch_size": 512,

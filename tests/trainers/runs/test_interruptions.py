@@ -16,7 +16,10 @@ from torch import Tensor
 
 from trainers.runs.records import read_records
 
-pytestmark = pytest.mark.usefixtures("scans")
+pytestmark = [  # whole runs in processes of their own, stopped and gone on with
+    pytest.mark.usefixtures("scans"),
+    pytest.mark.long,
+]
 ROOT = Path(__file__).resolve().parents[3]
 SMALL = [
     "experiment=at/c100_autoaug", "scale=smoke", "epochs=6", "batch_size=32", "method.awp_start_epoch=2",

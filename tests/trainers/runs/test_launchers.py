@@ -26,6 +26,8 @@ from trainers.runs.launchers.nodes import TorchrunNodes
 from trainers.runs.launchers.slurm import Slurm
 from trainers.runs.records import read_records
 
+pytestmark = pytest.mark.long  # whole runs in processes of their own, on several machines
+
 GKL = "experiment=at/c100_basic_gkl"
 SLURM = ["launcher=slurm", "launcher.gpus=0", "launcher.cpus_per_device=1", "launcher.minutes=30"]
 

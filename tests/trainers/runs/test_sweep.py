@@ -17,6 +17,8 @@ from trainers.runs.records import read_records
 from trainers.runs.reproduce import read_settings
 from trainers.runs.sweep import Interval, Search, read_sweep
 
+pytestmark = pytest.mark.long  # whole sweeps in processes of their own
+
 GKL = "experiment=at/c100_basic_gkl"
 
 
