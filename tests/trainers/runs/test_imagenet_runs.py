@@ -32,9 +32,8 @@ from trainers.runs.paths import record_path
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
 
-pytestmark = (
-    pytest.mark.long
-)  # steps of the paper's own ImageNet networks, in float64 and in several processes
+# Steps of the paper's own ImageNet networks, in float64 and in several processes.
+pytestmark = pytest.mark.long
 
 IN = {
     "epochs": 100,
