@@ -162,8 +162,8 @@ def test_the_best_epoch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- TRADES and what its trainer also is: TRADES-AWP, ACAT, DM-AT, DKL -------------------------------------------------
 
 
-def trades_step(model, optimizer, x, y, start, *, loss, attack_loss, budget, gamma, smoothing=0.0, clean_first=False, mode="eval"):  # fmt: skip
-    """x_adv by attack_loss from `start`, AWP by a proxy, CE(clean) + loss(adv, clean)."""
+def trades_step(model, optimizer, x, y, start, *, loss, attack_loss, budget, gamma, smoothing=0.0, clean_first=False, clean_twice=False, mode="eval"):  # fmt: skip
+    """x_adv by attack_loss from `start`, AWP by a proxy, CE(clean) + loss(adv, clean), the clean logits anew for each if clean_twice."""
     model.train(mode != "eval")
     buffers = {k: b.clone() for k, b in model.named_buffers()}
     with torch.no_grad():
@@ -188,7 +188,8 @@ def trades_step(model, optimizer, x, y, start, *, loss, attack_loss, budget, gam
         clean, adversarial = model(x), model(x_adv)
     else:
         adversarial, clean = model(x_adv), model(x)
-    step_on(F.cross_entropy(clean, y, label_smoothing=smoothing) + loss(adversarial, clean), optimizer)
+    labelled = model(x) if clean_twice else clean
+    step_on(F.cross_entropy(labelled, y, label_smoothing=smoothing) + loss(adversarial, clean), optimizer)
     add_(model, moves, -1.0)
 
 
@@ -203,7 +204,7 @@ def test_trades_awp(epoch: int, lr: float, awp: bool) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     run_steps(task, epoch, lambda x, y, view, index: trades_step(
         model, optimizer, x, y, gaussian_start(x, index, epoch), loss=lambda s, t: 6.0 * kl(s, t), attack_loss=kl,
-        budget=(EPSILON, EPSILON / 4, 10), gamma=0.005 if awp else 0.0,
+        budget=(EPSILON, EPSILON / 4, 10), gamma=0.005 if awp else 0.0, clean_twice=True,
     ))  # fmt: skip
     assert_same(task.model, model)
 
