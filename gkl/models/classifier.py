@@ -56,7 +56,7 @@ class TappedClassifier(Classifier):
     """A classifier whose stages a distillation method can see; subclasses give `staged` in place of forward_features."""
 
     def staged(self, x: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """Images (B, 3, H, W) in [0, 1] -> Taps' `after` and `before`, and the last feature map (B, num_features, h, w)."""
+        """Images (B, 3, H, W) in [0, 1] -> Taps' features and preact_features, and the last feature map (B, num_features, h, w)."""
         raise NotImplementedError(f"{type(self).__name__} must define staged")
 
     def batch_norms(self) -> list[nn.BatchNorm2d]:

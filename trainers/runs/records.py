@@ -63,11 +63,11 @@ def validate(record: Any) -> None:
     """Raises ValueError naming the first thing wrong with a record."""
     if not isinstance(record, dict):
         raise ValueError(f"a record is a JSON object, got {type(record).__name__}")
+    if record.get("schema") != SCHEMA:
+        raise ValueError(f"record schema {record.get('schema')} is not {SCHEMA}, the one this version reads")
     for key, kind in REQUIRED.items():
         if not isinstance(record.get(key), kind):
             raise ValueError(f"a record needs {key} ({kind.__name__}), got {record.get(key)!r}")
-    if record["schema"] != SCHEMA:
-        raise ValueError(f"record schema {record['schema']} is not {SCHEMA}, the one this version reads")
     if record["status"] not in ("done", "failed"):
         raise ValueError(f"status must be done or failed, got {record['status']!r}")
     _validate_metrics(record["metrics"])

@@ -21,7 +21,7 @@ from trainers.loop.folder import RunFolder
 from trainers.methods.assessments import Subject
 from trainers.runs import records
 from trainers.runs.compose import published, usual
-from trainers.runs.identity import asked, config_hash, differences, without_excluded
+from trainers.runs.identity import EXCLUDED_ANYWHERE, asked, config_hash, differences, without_excluded
 from trainers.runs.paths import record_path, run_folder
 from trainers.runs.processes import device_of, one_process_a_node_first
 from trainers.runs.provenance import code_state, provenance
@@ -174,7 +174,11 @@ def _assess(
     if rank() == 0:
         made = {
             "assessment": measure.name,
-            "settings": {k: v for k, v in config["assessment"].items() if k not in ("_target_", "name")},
+            "settings": {
+                k: v
+                for k, v in config["assessment"].items()
+                if k not in ("_target_", "name", *EXCLUDED_ANYWHERE)
+            },
             "checkpoint": wanted,
             "metrics": metrics,
             "details": details,

@@ -53,6 +53,8 @@ def named(node: Any) -> Any:
     made = {key: named(child) for key, child in node.items()}
     if "_target_" in made:
         address = made["_target_"]
+        if address in addresses():
+            return made
         if address not in _names():
             raise ConfigError(
                 f"_target_ names {address!r}; a configuration builds only what a file of configs/ names, each in the folder of its kind"

@@ -277,7 +277,23 @@ def test_placing_records_composes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(shown) > len(records) / 2
 
 
-@pytest.mark.slow
+def strings(node):
+    """Every text in a JSON value."""
+    if isinstance(node, dict | list):
+        return [
+            text for child in (node.values() if isinstance(node, dict) else node) for text in strings(child)
+        ]
+    return [node] if isinstance(node, str) else []
+
+
+def test_no_committed_record_names_a_folder_of_the_machine_that_made_it() -> None:
+    paths = sorted((ROOT / "results/runs").rglob("*.json"))
+    assert len(paths) > 250
+    for path in paths:
+        assert not [text for text in strings(json.loads(path.read_text())) if text.startswith("/")], path
+
+
+@pytest.mark.long  # composes some hundred runs
 def test_every_committed_record_composes_to_its_hash_and_what_it_changed(tmp_path: Path) -> None:
     """What was asked, of the same pictures at any place, is the run again: some hundred compositions."""
     for made in read_records(ROOT / "results/runs"):

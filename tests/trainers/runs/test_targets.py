@@ -283,3 +283,11 @@ def test_defaults_in_lists_and_in_parts_of_parts_count_by_their_own_part() -> No
     networks = [changed(config, "teacher.network.normalisation", *value) for value in ((None,), ())]
     assert config_hash(networks[0]) == config_hash(networks[1])
     check(networks[1], 1)
+
+
+def test_a_name_may_be_typed_as_well_as_an_address() -> None:
+    words = ["experiment=at/c100_basic_kl", "scale=smoke"]
+    for typed in ("loss/KL", addresses()["loss/KL"]):
+        assert compose("train", [*words, f"loss._target_={typed}"])["loss"]["_target_"] == "loss/KL"
+    with pytest.raises(ConfigError, match="_target_ names 'loss/Nothing'; a configuration builds only"):
+        compose("train", [*words, "loss._target_=loss/Nothing"])
