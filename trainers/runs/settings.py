@@ -21,7 +21,6 @@ from trainers.runs.targets import (
     check_values,
     fits,
     instantiate,
-    locate,
     mistyped,
     parameters_of,
     unknown,
@@ -158,8 +157,3 @@ def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> T
     if "model" not in given:
         given["model"] = instantiate(config["model"], num_classes=given["data"].num_classes)
     return Training(Setup(**{**setup, **given}), instantiate(config["method"], **parts))
-
-
-def method_of(config: Mapping[str, Any]) -> Any:
-    """The class of a configuration's method."""
-    return locate(config["method"]["_target_"])
