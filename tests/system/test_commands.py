@@ -172,7 +172,7 @@ def test_what_only_the_run_can_know(
     code = run_main_of_a_run(path)
     err = capfd.readouterr().err
     assert code == 2 and re.search(message, err) and err.count("\n") == 1, err
-    assert {p.name for p in written(tmp_path)} <= {"config.yaml"}
+    assert {p.name for p in written(tmp_path)} <= {path.name}
 
 
 def test_damaged_pictures_and_outputs_that_cannot_be_written(

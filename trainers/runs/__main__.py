@@ -1,8 +1,8 @@
 """One run from its frozen configuration: train, evaluate, write the record.
 
-    python -m trainers.runs outputs/<experiment>/<scale>/<hash>/seed0/config.yaml
-    python -m trainers.runs .../config.yaml --nodes 2 --endpoint HOST:29500          # the same command on each of two machines
-    torchrun --nproc_per_node 4 -m trainers.runs .../config.yaml
+    python -m trainers.runs outputs/<experiment>/<scale>/<hash>/seed0/<hash>.yaml
+    python -m trainers.runs .../<hash>.yaml --nodes 2 --endpoint HOST:29500          # the same command on each of two machines
+    torchrun --nproc_per_node 4 -m trainers.runs .../<hash>.yaml
 
 Started alone with `devices` above 1 it starts that many processes itself, as torchrun would.
 Exit code: 0 done, 2 something the person can mend (one line says what), 128 + signal when stopped by it.

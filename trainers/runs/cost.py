@@ -100,15 +100,20 @@ def recorded_size(record: Record) -> Size:
 
 
 def needed_flops(
-    config: Mapping[str, Any], size: Size, *, training: bool = True, further_attacks: int = 0
+    config: Mapping[str, Any],
+    size: Size,
+    *,
+    trained: bool = False,
+    recorded: bool = False,
+    further_attacks: int = 0,
 ) -> float:
-    """FLOPs of a run: what its method's `forwards` counts for each image and epoch, the selection and the clean accuracy after
-    each, AutoAttack for the record, and as often as an assessment asks."""
+    """FLOPs of what is missing of a run: what its method's `forwards` counts for each image and epoch, the selection and the clean
+    accuracy after each, unless it is trained; AutoAttack for the record, unless it is there; and as often as an assessment asks."""
     autoattack = 0.0
     if config.get("evaluation"):
         autoattack = (config["evaluation"]["images"] or size.test) * SURVIVORS * AUTOATTACK_FORWARDS
-    forwards = {"model": autoattack * further_attacks}
-    if training:
+    forwards = {"model": autoattack * (further_attacks + (not recorded))}
+    if not trained:
         epochs = config["epochs"]
         attack = instantiate(config["attack"]) if config.get("attack") else None
         count = locate(config["method"]["_target_"]).forwards  # type: ignore[attr-defined]
@@ -120,7 +125,7 @@ def needed_flops(
             steps = attack.budget(epoch, epochs)["steps"] if attack else 0
             for network, each in count(config, epoch, steps).items():
                 forwards[network] = forwards.get(network, 0.0) + size.train * each
-        forwards["model"] += epochs * (size.test + chosen) + autoattack
+        forwards["model"] += epochs * (size.test + chosen)
     return sum(
         n * forward_flops(_at(config, network), size.side, size.classes) for network, n in forwards.items()
     )

@@ -1,6 +1,7 @@
 """What makes two runs the same run: a hash of everything in a configuration that changes what is computed.
 
-config_hash(config)                  # "9c2ecd61d7d1"
+config_hash(config)                  # "9c2ecd61d7d1": what was computed, the measurement included
+training_hash(config)                # "51d0c3f0a9be": the weights alone
 differences(usual, config)           # {"loss.gamma": [0.4, 0.2]}
 """
 
@@ -31,6 +32,8 @@ EXCLUDED = (
     "assessment",
     "overrides",
 )
+# How the weights are measured when the training is over: another measurement takes the same weights.
+MEASUREMENT = ("evaluation", "evaluate")
 EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache")
 
 
@@ -65,6 +68,11 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
     text = json.dumps(canonical(without_excluded(config), DEFAULTS), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def training_hash(config: Mapping[str, Any]) -> str:
+    """config_hash of what the weights depend on: runs that differ in their measurement alone share one training."""
+    return config_hash({key: value for key, value in config.items() if key not in MEASUREMENT})
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run_all(
     with signals() as stopped, board:
         try:
             while (waiting or running) and not stopped():
-                ready = [c for c in waiting if c.teacher is None or c.teacher.trained][: jobs - len(running)]
+                ready = [c for c in waiting if c.teacher is None or c.teacher.recorded][: jobs - len(running)]
                 if ready:
                     waiting = [c for c in waiting if c not in ready]
                     started = launcher.start(ready, jobs)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from trainers.files import write_atomically
 from trainers.loop.folder import RunFolder
 from trainers.runs import records
-from trainers.runs.identity import config_hash
+from trainers.runs.identity import config_hash, training_hash
 from trainers.runs.targets import CONFIGS, instantiate
 from trainers.runs.teacher import teacher_config
 
@@ -20,8 +20,11 @@ def folders() -> dict[str, str]:
 
 
 def run_folder(config: dict[str, Any]) -> RunFolder:
-    """Where a run keeps its checkpoints and history: <outputs>/<experiment>/<scale>/<hash>/seed<k>."""
-    path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / config_hash(config)
+    """Where a run keeps its checkpoints and history: <outputs>/<experiment>/<scale>/<training hash>/seed<k>.
+
+    Runs that differ in their evaluation alone share it: the second measures the weights that it finds there.
+    """
+    path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / training_hash(config)
     return RunFolder(path / f"seed{config['seed']}")
 
 
@@ -60,7 +63,7 @@ def freeze(config: dict[str, Any]) -> Path:
     config = with_teacher(config)
     folder = run_folder(config)
     folder.open("lock").close()  # says what is wrong with it, if anything is
-    path = folder.path / "config.yaml"
+    path = folder.path / f"{config_hash(config)}.yaml"
     write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
     path.with_name("progress.json").unlink(missing_ok=True)  # of an earlier start
     return path

@@ -43,9 +43,14 @@ class Cell:
         return self.config["assessment"]["name"] if self.config.get("assessment") else None
 
     @property
-    def trained(self) -> bool:
+    def recorded(self) -> bool:
         """Whether the run itself has its record."""
         return (record_path(self.config) if self.assessment else self.record).exists()
+
+    @property
+    def trained(self) -> bool:
+        """Whether its training is over, its own or that of a run that differs in the evaluation alone."""
+        return self.recorded or (run_folder(self.config).path / f"{self.config['evaluate']}.pt").exists()
 
     @cached_property
     def teacher(self) -> "Cell | None":
@@ -56,9 +61,9 @@ class Cell:
     @property
     def status(self) -> str:
         """done, failed, started (there is a checkpoint) or missing."""
-        if self.trained and self.assessment:
+        if self.recorded and self.assessment:
             return "done" if self.record.exists() else "started"
-        if self.trained:
+        if self.recorded:
             return str(read_record(self.record)["status"])
         return "started" if (run_folder(self.config).path / "checkpoints").exists() else "missing"
 
@@ -197,10 +202,10 @@ def device_hours(cell: Cell, rate: Rate = ASSUMED) -> float | None:
     if size is None:
         return None
     attacks = len(cell.config["assessment"].get("eighths", ())) if cell.assessment else 0
-    return (
-        needed_flops(cell.config, size, training=not cell.trained, further_attacks=attacks)
-        / rate.flops_an_hour
+    flops = needed_flops(
+        cell.config, size, trained=cell.trained, recorded=cell.recorded, further_attacks=attacks
     )
+    return flops / rate.flops_an_hour
 
 
 def _hours(hours: float | None) -> str:

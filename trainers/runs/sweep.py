@@ -168,7 +168,7 @@ class Search:
         runs = []
         for trial in self.study.trials:
             if trial.state.name == "RUNNING":
-                runs += [cell for cell in self._begin(trial) if not cell.trained]
+                runs += [cell for cell in self._begin(trial) if not cell.recorded]
                 self._tell(trial.number)
         each = len(self.usual)
         wanted = min(
@@ -189,7 +189,7 @@ class Search:
 
     def _tell(self, number: int) -> bool:
         """Tell Optuna the result of a point once all its runs are done."""
-        if not all(cell.trained for cell in self.begun[number]):
+        if not all(cell.recorded for cell in self.begun[number]):
             return False
         found = [read_record(cell.record)["metrics"] for cell in self.begun.pop(number)]
         self.study.tell(number, [sum(f[m] for f in found) / len(found) for m in self.metrics])
@@ -201,7 +201,7 @@ class Search:
             trial = self.study.ask(self._distributions())
             runs = self._begin(trial)
             if not self._tell(trial.number):
-                return [cell for cell in runs if not cell.trained]
+                return [cell for cell in runs if not cell.recorded]
         return []
 
     def _begin(self, trial: Any) -> list[Cell]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -116,6 +117,20 @@ def test_killed_three_times_at_random_it_ends_in_the_same_bits(uninterrupted: Pa
     assert_same_run(uninterrupted, tmp_path)
     code, out, _ = finish(tmp_path)
     assert code == 0 and "this run is done" in out
+
+
+def test_another_measurement_takes_the_weights_that_are_there(uninterrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    before = stamp(tmp_path)
+    code, _, err = finish(tmp_path, "evaluation.images=8", "evaluate=last")
+    assert code == 0, err
+    assert stamp(tmp_path) == before  # not a step was taken
+    one, other = sorted(read_records(tmp_path / "results/runs"), key=lambda r: r["evaluation"]["n"])
+    assert (one["evaluation"]["n"], other["evaluation"]["n"]) == (4, 8)
+    assert other["changed"]["evaluation.images"] == 8 and other["evaluation"]["weights"] == "last"
+    assert one["metrics"]["clean_last"] == other["metrics"]["clean"]
+    paths = {tmp_path / "outputs" / record["checkpoint"]["path"] for record in (one, other)}
+    assert len({path.parent for path in paths}) == 1 and {path.stem for path in paths} == {"swa", "last"}
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -10,7 +10,7 @@ from trainers.reports.render import render, sections
 from trainers.reports.tables import build, latex, markdown, paired_half_width, place, settings, told
 from trainers.runs.compose import compose, published, usual
 from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
-from trainers.runs.identity import asked, config_hash, differences, without_excluded
+from trainers.runs.identity import asked, config_hash, differences, training_hash, without_excluded
 from trainers.runs.plan import (
     Cell,
     cells,
@@ -88,6 +88,10 @@ def test_the_hash_is_of_what_is_computed_and_not_where_or_how() -> None:
         "method.awp_gamma=0",
     ):
         assert config_hash(config(other)) != base, other
+    for other in ("evaluation.images=4", "evaluation=screen", "evaluation.epsilon=0.01", "evaluate=last"):
+        assert config_hash(config(other)) != base, other
+        assert training_hash(config(other)) == training_hash(config()), other
+    assert training_hash(config("epochs=11")) != training_hash(config())
     data = config("data=image_folder", "data.root=a")
     assert config_hash(data) == config_hash(config("data=image_folder", "data.root=b"))
     assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
