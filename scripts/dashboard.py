@@ -28,6 +28,7 @@ from trainers.runs.compose import choices
 from trainers.runs.paths import folders
 from trainers.runs.plan import load_table, tables
 from trainers.runs.records import read_records
+from trainers.runs.reproduce import ended
 from trainers.runs.targets import unknown
 
 SETTINGS: dict[str, Any] = {"table": None, "scale": None, "sync": False, "project": "gkl", "entity": ""}
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
         print(f"wrote {path} and its preview")
         if settings["sync"]:
             print(f"pushed {made.save().url}")
-    return 0
+    return ended(records.damaged)
 
 
 def runs_shown(config: Mapping[str, Any], table: Table) -> int:

@@ -152,11 +152,9 @@ def report_teachers() -> None:
 
 def report_tables() -> None:
     """Of each table's rows, the runs that have records and all there are to be, at each scale."""
-    try:
-        records = read_records(Path(folders()["results"]) / "runs")
-    except ValueError as error:  # damaged
-        print(f"records: {error}")
-        return
+    records = read_records(Path(folders()["results"]) / "runs")
+    for line in records.damaged:
+        print(line)
     for number in tables():
         table = load_table(number)
         states = []

@@ -17,6 +17,7 @@ from trainers.reports.render import render, render_figure
 from trainers.runs.paths import folders
 from trainers.runs.plan import load_table, tables
 from trainers.runs.records import read_records
+from trainers.runs.reproduce import ended
 
 
 def main(arguments: list[str]) -> int:
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
     path = results / "report.html"
     write_text(path, page(records, results))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
+    return ended(records.damaged)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from trainers.reports.render import render, render_figure, section
 from trainers.reports.tables import markdown
 from trainers.runs.plan import cells, load_table, tables
 from trainers.runs.records import read_records
-from trainers.runs.reproduce import carry_out, ended, read_settings, setting_of
+from trainers.runs.reproduce import carry_out, damaged, ended, read_settings, setting_of
 
 
 def main(arguments: list[str]) -> int:
@@ -31,9 +31,10 @@ def main(arguments: list[str]) -> int:
     table = load_table(settings[kind], kind)
     chosen = {key: settings[key] for key in ("scale", "protocol", "seeds", "rows", "columns")}
     plan = cells(table, **chosen, overrides=overrides)
+    unread = damaged(plan)
     failures = carry_out(table, plan, settings)
     if failures is None:
-        return 0
+        return ended(unread)
     results = Path(plan[0].config["paths"]["results"])
     records = read_records(results / "runs")
     if kind == "figure":
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> int:
         if "draw" in table:
             written += render_figure(table, records, results)
     print("wrote " + " and ".join(map(str, written)) if written else "nothing to draw from yet")
-    return ended(failures)
+    return ended([*failures, *records.damaged])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     launcher = instantiate(config["launcher"])
     launcher.check(config)
     cell = Cell(config["experiment"], config)
-    if cell.record.exists():
+    if cell.status == "done":
         print(f"this run is done: {cell.record}")
         return 0
     check_teacher(config)

@@ -191,6 +191,20 @@ def test_damaged_pictures_and_outputs_that_cannot_be_written(
     assert err.count("\n") == 1
 
 
+def test_a_damaged_record_holds_up_no_table_and_no_report(command: Command, tmp_path: Path) -> None:
+    kept = next((ROOT / "results/runs/at/c100_basic_gkl/smoke").glob("*/seed0.json"))
+    runs = tmp_path / "results/runs/at/c100_basic_gkl/smoke"
+    shutil.copytree(kept.parent, runs / kept.parent.name)
+    harmed = runs / kept.parent.name / "seed0.json"
+    shutil.copy(harmed, harmed.with_name("seed9.json"))  # another seed's name on this one's content
+    harmed.write_text("")
+    told = f"error: record {harmed} is damaged"
+    code, out, err = command("reproduce", "table=3", "scale=smoke", "rows=[gkl_basic]", "plan=true")
+    assert code == 2 and told in err and "missing: seed 0" in out, (out, err)
+    code, out, err = command("report", "page")
+    assert code == 2 and told in err and "wrote" in out, (out, err)
+
+
 def test_checkpoints_that_do_not_fit(command: Command, tmp_path: Path) -> None:
     class Bomb:
         def __reduce__(self) -> tuple[object, tuple[str]]:

@@ -14,6 +14,7 @@ One file, since what a table holds and its two renderings change together.
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -334,11 +335,11 @@ def markdown(table: Table) -> str:
     """The table with its notes and the provenance of every number."""
     header = _header(table)
     numbers = len(header) - len(table.labels) - 1
-    setting = f", {table.setting}" if table.setting else ""
+    setting = f", {_plain(table.setting)}" if table.setting else ""
     lines = [
         f"## {table.title} — scale `{table.scale}`, protocol `{table.protocol}`{setting}",
         "",
-        "| " + " | ".join(header) + " |",
+        "| " + " | ".join(map(_plain, header)) + " |",
         "|" + "---|" * len(table.labels) + "---:|" * numbers + "---|",
     ]
     notes: list[str] = []
@@ -348,7 +349,8 @@ def markdown(table: Table) -> str:
             if row.note not in notes:
                 notes.append(row.note)
             status += f" [{notes.index(row.note) + 1}]"
-        lines.append("| " + " | ".join([*row.label, *_cells(table, row), status]) + " |")
+        cells = [*row.label, *_cells(table, row), status]
+        lines.append("| " + " | ".join(map(_plain, cells)) + " |")
     legend = (
         "Percent. Ours: mean ± sample standard deviation, se: standard error of the mean (seeds). "
         "Paper: the paper's printed value."
@@ -394,21 +396,29 @@ def latex(table: Table) -> str:
         f"% {table.title}; scale {table.scale}, protocol {table.protocol}",
         f"\\begin{{tabular}}{{{columns}}}",
         "\\toprule",
-        " & ".join(_escape(text) for text in _header(table)) + " \\\\",
+        " & ".join(_tex(text) for text in _header(table)) + " \\\\",
         "\\midrule",
     ]
     for row in table.rows:
         lines.append(
-            " & ".join(_escape(text) for text in [*row.label, *_cells(table, row), row.status]) + " \\\\"
+            " & ".join(_tex(text) for text in [*row.label, *_cells(table, row), row.status]) + " \\\\"
         )
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}"]) + "\n"
 
 
-def _escape(text: str) -> str:
-    for plain, tex in (
-        ("\\", "\\textbackslash{}"), ("&", "\\&"), ("%", "\\%"), ("_", "\\_"), ("#", "\\#"), ("$", "\\$"),
-        ("±", "$\\pm$"), ("–", "--"), ("—", "---"), ("→", "$\\to$"), ("ε", "$\\varepsilon$"), ("λ", "$\\lambda$"), ("γ", "$\\gamma$"),
-        ("β", "$\\beta$"), ("τ", "$\\tau$"), ("ℓ∞", "$\\ell_\\infty$"), ("=", "{=}"),
-    ):  # fmt: skip
-        text = text.replace(plain, tex)
-    return text
+TEX = {
+    "\\": "\\textbackslash{}", "^": "\\textasciicircum{}", "~": "\\textasciitilde{}", "|": "\\textbar{}", "<": "$<$", ">": "$>$",
+    **{character: f"\\{character}" for character in "&%_#${}"},
+    "±": "$\\pm$", "–": "--", "—": "---", "→": "$\\to$", "ε": "$\\varepsilon$", "λ": "$\\lambda$", "γ": "$\\gamma$", "β": "$\\beta$",
+    "τ": "$\\tau$", "α": "$\\alpha$", "ℓ∞": "$\\ell_\\infty$", "×": "$\\times$", "′": "$'$", "=": "{=}",
+}  # fmt: skip
+
+
+def _tex(text: str) -> str:
+    """Text as LaTeX shows it."""
+    return re.sub("ℓ∞|.", lambda found: TEX.get(found[0], found[0]), text)
+
+
+def _plain(text: str) -> str:
+    """Text as every Markdown shows it in a cell: what would be a mark becomes an entity; an underscore within a word is none."""
+    return re.sub(r"[\\|<*`~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)", lambda found: f"&#{ord(found[0])};", text)

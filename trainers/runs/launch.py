@@ -15,6 +15,7 @@ from rich.table import Table
 
 from trainers.errors import Interrupted, RunError
 from trainers.loop.console import LINES_EVERY_SECONDS, duration, told
+from trainers.runs.paths import run_folder
 from trainers.runs.plan import Cell
 from trainers.signals import signals
 
@@ -74,7 +75,7 @@ def run_all(
     with signals() as stopped, board:
         try:
             while (waiting or running) and not stopped():
-                ready = [c for c in waiting if c.teacher is None or c.teacher.recorded][: jobs - len(running)]
+                ready = startable(waiting, running)[: jobs - len(running)]
                 if ready:
                     waiting = [c for c in waiting if c not in ready]
                     started = launcher.start(ready, jobs)
@@ -106,6 +107,18 @@ def run_all(
                 _stop(running)
             raise
     return failures
+
+
+def startable(waiting: Sequence[Cell], running: Sequence[Job]) -> list[Cell]:
+    """Runs whose teacher is done, and whose folder no other holds: measurements of one training go one after the other."""
+    held = {run_folder(job.cell.config).path for job in running}
+    found = []
+    for cell in waiting:
+        folder = run_folder(cell.config).path
+        if folder not in held and (cell.teacher is None or cell.teacher.recorded):
+            held.add(folder)
+            found.append(cell)
+    return found
 
 
 def _failure(job: Job) -> str:

@@ -15,7 +15,7 @@ from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
 from trainers.runs.paths import record_path, run_folder
-from trainers.runs.records import assessment_path, read_record
+from trainers.runs.records import assessment_path, is_whole, read_record, validate_assessment
 from trainers.runs.targets import CONFIGS, unknown
 from trainers.runs.teacher import teacher_config
 
@@ -45,7 +45,7 @@ class Cell:
     @property
     def recorded(self) -> bool:
         """Whether the run itself has its record."""
-        return (record_path(self.config) if self.assessment else self.record).exists()
+        return is_whole(record_path(self.config))
 
     @property
     def trained(self) -> bool:
@@ -62,7 +62,7 @@ class Cell:
     def status(self) -> str:
         """done, failed, started (there is a checkpoint) or missing."""
         if self.recorded and self.assessment:
-            return "done" if self.record.exists() else "started"
+            return "done" if is_whole(self.record, validate_assessment) else "started"
         if self.recorded:
             return str(read_record(self.record)["status"])
         return "started" if (run_folder(self.config).path / "checkpoints").exists() else "missing"

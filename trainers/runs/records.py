@@ -1,18 +1,22 @@
 """One JSON file per run: what was run, on what, and what came out. Append-only, checked when written and when read.
 
-path = write_record(Path("results/runs"), record)
+path = write_record(Path("results/runs"), record, history)
 records = read_records(Path("results/runs"))
+
+A record that cannot be read counts as missing: it is named, its run is done again, and its file is kept as *.damaged.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, RunError
+from trainers.files import write_text
 from trainers.runs.identity import config_hash
 
 SCHEMA = 2
@@ -89,11 +93,14 @@ def _validate_metrics(metrics: Mapping[str, Any]) -> None:
             raise ValueError(f"metric {name} must be a percentage, got {value!r}")
 
 
-def write_record(root: Path, record: Record) -> Path:
-    """Write a record to its place, whole or not at all. Raises FileExistsError rather than change one that is there."""
+def write_record(root: Path, record: Record, history: str = "") -> Path:
+    """Write a record to its place, whole or not at all, its history (JSON lines) first.
+
+    Raises RunError rather than change a record or a history that is there.
+    """
     validate(record)
     path = record_path(root, record["experiment"], record["scale"], record["config_hash"], record["seed"])
-    return _write_once(path, record)
+    return _write_once(path, record, validate, history)
 
 
 def assessment_path(record: Path, name: str) -> Path:
@@ -103,16 +110,17 @@ def assessment_path(record: Path, name: str) -> Path:
 
 def write_assessment(record: Path, assessment: Record) -> Path:
     """Write a further evaluation of a run's weights beside its record. Raises as write_record."""
-    _validate_assessment(assessment)
-    return _write_once(assessment_path(record, assessment["assessment"]), assessment)
+    validate_assessment(assessment)
+    return _write_once(assessment_path(record, assessment["assessment"]), assessment, validate_assessment)
 
 
 def read_assessment(path: Path) -> Record:
     """A checked further evaluation. Raises ValueError naming the file when it is damaged."""
-    return _read(path, _validate_assessment)
+    return _read(path, validate_assessment)
 
 
-def _validate_assessment(assessment: Any) -> None:
+def validate_assessment(assessment: Any) -> None:
+    """Raises ValueError naming the first thing wrong with an assessment."""
     if not isinstance(assessment, dict):
         raise ValueError(f"an assessment is a JSON object, got {type(assessment).__name__}")
     for key, kind in ASSESSMENT.items():
@@ -121,25 +129,40 @@ def _validate_assessment(assessment: Any) -> None:
     _validate_metrics(assessment["metrics"])
 
 
-def _write_once(path: Path, record: Record) -> Path:
+def _write_once(path: Path, record: Record, check: Callable[[Any], None], history: str = "") -> Path:
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
+    beside = path.with_suffix(".jsonl")
+    if is_whole(path, check):
         if path.read_text() == text:
             return path
-        raise FileExistsError(
+        raise RunError(
             f"{path} holds another record of the same run; records are never changed, move it away first"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for old in (path, beside) if history else (path,):
+        if old.exists():  # of a record that cannot be read, or that was never written
+            os.replace(old, old.with_name(f"{old.name}.damaged"))
+    if history:
+        write_text(beside, history)
+    write_text(path, text)
     return path
+
+
+def is_whole(path: Path, check: Callable[[Any], None] = validate) -> bool:
+    """Whether there is a record (or, with its own check, an assessment) that can be read."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return False
+    return _is_whole(path, check, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+
+
+@lru_cache(4096)
+def _is_whole(path: Path, check: Callable[[Any], None], stat: tuple[int, ...]) -> bool:
+    try:
+        _read(path, check)
+    except ValueError:
+        return False
+    return True
 
 
 def read_record(path: Path) -> Record:
@@ -149,26 +172,46 @@ def read_record(path: Path) -> Record:
 
 def _read(path: Path, check: Callable[[Any], None]) -> Record:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(), parse_constant=_refuse)
         check(record)
     except (ValueError, ConfigError) as error:  # json's error is a ValueError as well
         raise ValueError(f"record {path} is damaged: {error}") from error
     return dict(record)
 
 
-def read_records(root: Path) -> list[Record]:
-    """All records below root in the order of their paths, each with its `path` relative to root.
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+class Records(list[Record]):
+    """Records in the order of their paths. damaged: a line for each file that cannot be read, which counts as missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.damaged: list[str] = []
+
+
+def read_records(root: Path) -> Records:
+    """All records below root, each with its `path` relative to root.
 
     A run's assessments lie in `assessments` by name, their metrics among its own.
     """
-    records = []
+    records = Records()
+
+    def read(path: Path, reader: Callable[[Path], Record]) -> Iterator[Record]:
+        try:
+            yield reader(path)
+        except ValueError as error:
+            records.damaged.append(f"{error}; it counts as missing")
+
     for path in sorted(root.rglob("seed*.json")):
         if not re.fullmatch(r"seed\d+", path.stem):
             continue
-        record = read_record(path)
-        found = [read_assessment(p) for p in sorted(path.parent.glob(f"{path.stem}.*.json"))]
-        mine = {a["assessment"]: a for a in found if a["checkpoint"] == record["checkpoint"]["sha256"]}
-        for assessment in mine.values():
-            record["metrics"] = {**record["metrics"], **assessment["metrics"]}
-        records.append({**record, "assessments": mine, "path": str(path.relative_to(root))})
+        for record in read(path, read_record):
+            beside = sorted(path.parent.glob(f"{path.stem}.*.json"))
+            found = [assessment for p in beside for assessment in read(p, read_assessment)]
+            mine = {a["assessment"]: a for a in found if a["checkpoint"] == record["checkpoint"]["sha256"]}
+            for assessment in mine.values():
+                record["metrics"] = {**record["metrics"], **assessment["metrics"]}
+            records.append({**record, "assessments": mine, "path": str(path.relative_to(root))})
     return records

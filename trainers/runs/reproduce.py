@@ -111,6 +111,12 @@ def at_once(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     )
 
 
+def damaged(plan: Sequence[Cell]) -> list[str]:
+    """A line for each record of a plan that is there and cannot be read; its run counts as missing."""
+    unread = [cell.record for cell in plan if cell.status != "done" and cell.record.exists()]
+    return [f"record {path} is damaged; it counts as missing" for path in unread]
+
+
 def ended(failures: Sequence[str]) -> int:
     """The exit code of a table, figure or sweep, after telling what failed."""
     for line in failures:

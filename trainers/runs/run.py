@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gkl.distributed import rank, world_size
 from gkl.evaluation.autoattack import FEWEST_CLASSES
 from trainers.errors import ConfigError, RunError
-from trainers.files import save_state, write_text
+from trainers.files import save_state
 from trainers.loop.console import Console
 from trainers.loop.engine import fit
 from trainers.loop.folder import RunFolder
@@ -49,7 +49,7 @@ def run(config: dict[str, Any]) -> None:
         os.environ.setdefault(
             "TORCHINDUCTOR_CACHE_DIR", str(Path(config["paths"]["outputs"]).resolve() / "compiled")
         )
-    done = record_path(config).exists()
+    done = records.is_whole(record_path(config))
     if world_size() > 1:
         dist.barrier()  # none may write the record before all have looked for it
     with one_process_a_node_first():
@@ -135,7 +135,8 @@ def _train(
     if rank() == 0:
         seconds += time.monotonic() - started
         record = _record(config, folder, task, metrics, evaluation, seconds, code)
-        path = records.write_record(Path(config["paths"]["results"]) / "runs", record)
+        history = folder.history_path.read_text()
+        path = records.write_record(Path(config["paths"]["results"]) / "runs", record, history)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
         print(f"{console.title}: {shown}; record {path}")
 
@@ -149,7 +150,7 @@ def _assess(
     if world_size() > 1:
         dist.barrier()  # process 0 has just written the record
     target = records.assessment_path(path, measure.name)
-    if target.exists():
+    if records.is_whole(target, records.validate_assessment):
         return
     wanted = records.read_record(path)["checkpoint"]["sha256"]
     if not weights.is_file() or hashlib.sha256(weights.read_bytes()).hexdigest() != wanted:
@@ -202,9 +203,6 @@ def _record(
     paper = published(config)
     original = paper["data"]["_target_"].rpartition("/")[2]
     checkpoint = folder.path / f"{config['evaluate']}.pt"
-    path = record_path(config)
-    history = path.with_suffix(".jsonl")
-    write_text(history, folder.history_path.read_text())
     return {
         "schema": records.SCHEMA,
         "experiment": config["experiment"],
@@ -219,7 +217,7 @@ def _record(
         "status": "done",
         "metrics": metrics,
         "evaluation": evaluation,
-        "history": history.name,
+        "history": record_path(config).with_suffix(".jsonl").name,
         "checkpoint": {
             "path": str(checkpoint.relative_to(config["paths"]["outputs"])),
             "sha256": hashlib.sha256(checkpoint.read_bytes()).hexdigest(),

@@ -19,6 +19,7 @@ from typing import Any
 
 from trainers.files import write_text
 from trainers.loop.folder import RunFolder
+from trainers.runs.records import is_whole
 
 POLL_SECONDS = 1.0
 INIT_SECONDS = 60.0  # for the service to answer, before the run is written offline
@@ -79,7 +80,7 @@ def follow(settings: dict[str, Any]) -> None:
                 sent = row["epoch"]
                 write_text(_state_path(folder), json.dumps({"epoch": sent, "trouble": trouble}))
     signal.alarm(LINGER_SECONDS)
-    if record.exists():
+    if is_whole(record):
         run.summary.update(json.loads(record.read_text())["metrics"])
         run.finish()
     else:

@@ -144,6 +144,7 @@ def test_figure_1_shows_the_papers_values_and_ours() -> None:
 
 def test_an_assessment_lies_beside_its_record_and_belongs_to_its_weights(tmp_path: Path) -> None:
     from tests.trainers.runs.test_records_and_tables import record
+    from trainers.errors import RunError
     from trainers.runs.records import write_record
 
     path = write_record(tmp_path, record(30.0))
@@ -154,7 +155,7 @@ def test_an_assessment_lies_beside_its_record_and_belongs_to_its_weights(tmp_pat
     assert write_assessment(path, made) == assessment_path(path, "attacks")
     (read,) = read_records(tmp_path)
     assert read["metrics"]["pgd10"] == 44.0 and read["assessments"]["attacks"]["settings"] == {"steps": [10]}
-    with pytest.raises(FileExistsError, match="never changed"):
+    with pytest.raises(RunError, match="never changed"):
         write_assessment(path, {**made, "metrics": {"pgd10": 45.0}})
     with pytest.raises(ValueError, match="must be a percentage"):
         write_assessment(path, {**made, "metrics": {"pgd10": 145.0}})

@@ -1,16 +1,22 @@
 """Records, tables and plans: what was run is never lost, mixed up or dressed up."""
 
 import copy
+import html
 import json
+import re
 from pathlib import Path
 
 import pytest
+from markdown import markdown as markdown_to_html
 
+from trainers.errors import RunError
 from trainers.reports.render import render, sections
 from trainers.reports.tables import build, latex, markdown, paired_half_width, place, settings, told
 from trainers.runs.compose import compose, published, usual
 from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
 from trainers.runs.identity import asked, config_hash, differences, training_hash, without_excluded
+from trainers.runs.launch import startable
+from trainers.runs.launchers.local import LocalJob
 from trainers.runs.plan import (
     Cell,
     cells,
@@ -21,7 +27,7 @@ from trainers.runs.plan import (
     summary,
     tables,
 )
-from trainers.runs.records import read_record, read_records, record_path, validate, write_record
+from trainers.runs.records import is_whole, read_record, read_records, record_path, validate, write_record
 from trainers.runs.settings import check
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,16 +137,66 @@ def test_a_record_is_written_once_and_read_back(tmp_path: Path) -> None:
     path = write_record(tmp_path, made)
     assert path == record_path(tmp_path, "at/c100_basic_gkl", "smoke", made["config_hash"], 0)
     assert read_record(path) == json.loads(json.dumps(made)) and write_record(tmp_path, made) == path
-    with pytest.raises(
-        FileExistsError, match="holds another record of the same run; records are never changed"
-    ):
+    with pytest.raises(RunError, match="holds another record of the same run; records are never changed"):
         write_record(tmp_path, record(31.0))
     assert read_record(path)["metrics"]["aa"] == 30.0 and list(path.parent.iterdir()) == [path]
     write_record(tmp_path, record(31.0, seed=1))
     assert [r["seed"] for r in read_records(tmp_path)] == [0, 1]
-    path.write_text(path.read_text()[:100])
+
+
+def test_a_second_result_of_a_run_leaves_the_first_ones_history(tmp_path: Path) -> None:
+    path = write_record(tmp_path, record(30.0), '{"epoch": 1}\n')
+    with pytest.raises(RunError, match="never changed"):
+        write_record(tmp_path, record(31.0), '{"epoch": 2}\n')
+    assert path.with_suffix(".jsonl").read_text() == '{"epoch": 1}\n'
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "nan", "list", "binary"])
+def test_a_damaged_record_is_named_counts_as_missing_and_is_kept(damage: str, tmp_path: Path) -> None:
+    path = write_record(tmp_path, record(30.0), '{"epoch": 1}\n')
+    write_record(tmp_path, record(31.0, seed=1))
+    whole = path.read_text()
+    path.write_bytes(
+        {
+            "cut": whole[:100].encode(),
+            "empty": b"",
+            "nan": whole.replace('"device_hours": 0.5', '"device_hours": NaN').encode(),
+            "list": b"[]",
+            "binary": b"\xff\xfe\x00",
+        }[damage]
+    )
     with pytest.raises(ValueError, match=r"record .*seed0\.json is damaged"):
-        read_records(tmp_path)
+        read_record(path)
+    found = read_records(tmp_path)
+    assert [r["seed"] for r in found] == [1]
+    (line,) = found.damaged
+    assert re.fullmatch(r"record .*seed0\.json is damaged: .*; it counts as missing", line)
+    assert not is_whole(path)
+    harmed = path.read_bytes()
+    write_record(tmp_path, record(30.0), '{"epoch": 2}\n')  # its run, done again
+    assert is_whole(path) and path.read_text() == whole and read_records(tmp_path).damaged == []
+    assert path.with_name("seed0.json.damaged").read_bytes() == harmed
+    assert path.with_suffix(".jsonl").read_text() == '{"epoch": 2}\n'
+
+
+def test_measurements_of_one_training_go_one_after_the_other() -> None:
+    plan = [
+        Cell("row", config(*own))
+        for own in (["evaluation.images=4"], ["evaluation.images=8"], ["seed=1"], [])
+    ]
+    first = startable(plan, [])
+    assert [cell.config["seed"] for cell in first] == [0, 1] and first[0] is plan[0]
+    job = LocalJob(plan[0], Path("run.log"), 0, None)  # type: ignore[arg-type]
+    assert startable(plan[1:], [job]) == [plan[2]]
+
+
+def test_a_damaged_assessment_takes_nothing_from_its_record(tmp_path: Path) -> None:
+    path = write_record(tmp_path, record(30.0))
+    path.with_name("seed0.attacks.json").write_text("{")
+    found = read_records(tmp_path)
+    assert [r["metrics"]["aa"] for r in found] == [30.0] and "seed0.attacks.json is damaged" in found.damaged[
+        0
+    ]
 
 
 @pytest.mark.parametrize(
@@ -319,6 +375,21 @@ def test_latex_is_escaped() -> None:
     text = latex(built)
     assert "GKL\\_AT & 31.91 & -- & -- & missing: make table3 SCALE{=}smoke ROWS{=}gkl \\\\" in text
     assert text.count("\\toprule") == text.count("\\bottomrule") == 1
+
+
+def test_any_name_comes_out_as_it_is() -> None:
+    """A row's label with every mark of the two languages; in Markdown read back by a parser."""
+    name = "a|b ^2 {c} ~d~ _e_ f_g <h> *i* `j` \\k & 5% #6 $7 &amp;"
+    table = {**TABLE, "rows": [{**TABLE["rows"][0], "method": name}]}
+    built = build(table, [], scale="smoke", protocol="official", claims={})
+    (row,) = [line for line in latex(built).splitlines() if line.startswith("a")]
+    assert row.startswith(
+        r"a\textbar{}b \textasciicircum{}2 \{c\} \textasciitilde{}d\textasciitilde{} \_e\_ f\_g $<$h$>$ *i* `j` \textbackslash{}k "
+        r"\& 5\% \#6 \$7 \&amp; & "
+    )
+    page = markdown_to_html(markdown(built), extensions=["tables"])
+    shown = re.search(r"<td[^>]*>(a.*?)</td>", page)
+    assert shown and html.unescape(shown[1]) == name
 
 
 def test_every_table_renders_and_its_paper_values_are_the_printed_ones(tmp_path: Path) -> None:
