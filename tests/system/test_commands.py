@@ -23,6 +23,7 @@ from trainers.runs.__main__ import main as run_of
 from trainers.runs.compose import choices, compose
 from trainers.runs.launchers.local import Local
 from trainers.runs.paths import freeze
+from trainers.runs.plan import ABSENT, tables
 from trainers.runs.targets import check_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,8 +73,11 @@ CPU = ["device=cpu", "logger=off"]
     [
         ("reproduce", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 3, 4"),
         ("reproduce table=3 figure=1", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 3, 4"),
+        ("reproduce table=8", r"Table VIII \(LLaVA\) is not built yet; there are: 1, 1kd"),
+        ("reproduce table=9", r"Table IX is the heading of Tables X to XII: make table10, table11 or table12"),
+        ("reproduce figure=2", r"Figure 2, .*, is not built yet; there are: 1, 3, 4"),
         ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 1, 1kd, 2, 3, 4"),
-        ("reproduce figure=2", r"unknown figure '2'.*there are: 1, 3, 4"),
+        ("reproduce figure=5", r"unknown figure '5'.*there are: 1, 3, 4"),
         ("reproduce table=3 tflops=fast", "tflops must be a number above 0, got 'fast'"),
         ("reproduce table=3 scale=smoek", r"unknown scale 'smoek'; did you mean 'smoke'\?"),
         ("reproduce table=3 protocol=mine", r"unknown protocol 'mine'; there are: official, paper"),
@@ -189,6 +193,14 @@ def test_damaged_pictures_and_outputs_that_cannot_be_written(
     code, _, err = command("train", GKL, "scale=smoke", *CPU)
     assert code == 2 and "cannot write in the output folder" in err and "GKL_OUTPUTS" in err
     assert err.count("\n") == 1
+
+
+def test_every_table_and_figure_of_the_paper_is_there_or_says_why_not() -> None:
+    """Tables I to XXIV and figures 1 to 4."""
+    for kind, numbers in (("table", range(1, 25)), ("figure", range(1, 5))):
+        named = {str(number) for number in numbers}
+        built = {number for number in tables(kind) if number != "1kd"}
+        assert built | ABSENT[kind].keys() == named and not built & ABSENT[kind].keys()
 
 
 def test_a_damaged_record_holds_up_no_table_and_no_report(command: Command, tmp_path: Path) -> None:
