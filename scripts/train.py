@@ -7,12 +7,11 @@
 Stopped at any moment (Ctrl-C, SIGTERM, SIGKILL) and started again with the same command, it goes on where it was.
 """
 
-import os
 import sys
 
 from omegaconf import OmegaConf
 
-from trainers.command import run_main
+from trainers.command import become, run_main
 from trainers.runs.compose import compose
 from trainers.runs.launch import run_all
 from trainers.runs.paths import check_teacher, freeze, processes
@@ -37,7 +36,7 @@ def main(arguments: list[str]) -> int:
         return 0
     check_teacher(config)
     if launcher.here:
-        os.execv(sys.executable, launcher.command(freeze(config)))  # the run takes this process's place
+        become(launcher.command(freeze(config)))  # the run takes this process's place
     return ended(run_all([cell], launcher, 1, keep_going=False))
 
 

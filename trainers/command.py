@@ -1,13 +1,17 @@
 """The border between a script and the shell."""
 
 import errno
+import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, NoReturn
 
 from trainers.errors import Interrupted, RunError
+from trainers.signals import ending, heeded
 
 DISK = (
     errno.ENOSPC,
@@ -19,38 +23,96 @@ DISK = (
 
 
 def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
-    """main's exit code; a RunError becomes one line and 2, a signal one line and 128 + its number."""
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print((usage or "").strip())
-        return 0
+    """main's exit code; a RunError becomes one line and 2, a signal one line and 128 + its number.
 
-    def stop(signum: int, frame: FrameType | None) -> None:
-        name = signal.Signals(signum).name
-        raise Interrupted(
-            f"stopped by {name}; what was finished is kept. The same command goes on from there", signum
-        )
+    A second Ctrl-C ends the process at once.
+    """
+    with patient_streams():
+        for signum in heeded():
+            signal.signal(signum, _stop)
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, heeded()
+        )  # held back by the process whose place this one takes
+        arguments = sys.argv[1:]
+        try:
+            if {"-h", "--help"} & set(arguments):
+                print((usage or "").strip())
+                return 0
+            return main(arguments)
+        except Interrupted as error:
+            _say(str(error))
+            return 128 + error.signum
+        except RunError as error:
+            _say(f"error: {error}")
+            return 2
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            _say(
+                f"error: {error.strerror} at {error.filename or 'a file of this run'}; what was finished is kept. Mend it, "
+                "then start the same command again"
+            )
+            return 2
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, stop)
-    try:
-        return main(arguments)
-    except Interrupted as error:
-        _say(str(error))
-        return 128 + error.signum
-    except RunError as error:
-        _say(f"error: {error}")
-        return 2
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        _say(
-            f"error: {error.strerror} at {error.filename or 'a file of this run'}; what was finished is kept. Mend it, "
-            "then start the same command again"
-        )
-        return 2
+
+def become(command: list[str]) -> NoReturn:
+    """Let another command take this process's place; a signal that comes before it listens waits for it."""
+    sys.stdout.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, heeded())
+    os.execv(command[0], command)
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    ending()
+    name = signal.Signals(signum).name
+    raise Interrupted(
+        f"stopped by {name}; what was finished is kept. The same command goes on from there", signum
+    )
 
 
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # one line a run, not one a process
         print(line, file=sys.stderr)
+
+
+class _Patient:
+    """A standard stream that a run does not depend on: what cannot be written, as its reader has gone, is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def patient_streams() -> Iterator[None]:
+    """Inside, no terminal that goes away, no `| head -1`, no full disk and no narrow encoding of standard output ends the process."""
+    before = sys.stdout, sys.stderr
+    patient = []
+    for stream in before:
+        stream = stream or open(
+            os.devnull, "w"
+        )  # None: the shell has closed it, and its number is free for any file
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        patient.append(_Patient(stream))
+    sys.stdout, sys.stderr = patient
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for one in patient:
+            try:
+                one.stream.flush()
+            except OSError:  # nor does Python's own last flush end it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), one.fileno())

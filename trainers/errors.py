@@ -9,9 +9,15 @@ class ConfigError(RunError):
     """A configuration that cannot be run, in one line: what was needed, what came, what to do."""
 
 
-class Interrupted(RunError):
-    """Stopped by a signal, with everything saved that was worth saving."""
+class Interrupted(BaseException):
+    """Stopped by a signal, with everything saved that was worth saving. No Exception: nothing that catches those swallows it."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.signum = signum
+
+
+def in_a_line(error: BaseException) -> str:
+    """What another library's error says, of its lines one, and not all of a long one."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__

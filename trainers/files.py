@@ -1,6 +1,8 @@
 """Files that are never half-written."""
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +25,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the file's own error into a RuntimeError
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if not isinstance(
+            error, OSError | RuntimeError
+        ):  # a signal; torch.save wraps the file's own error into a RuntimeError
+            raise
         origin = error.__context__ if isinstance(error.__context__, OSError) else error
         reason = getattr(origin, "strerror", None) or str(origin).splitlines()[0]
         raise RunError(
             f"cannot write {path}: {reason}; the files before it are intact. Free some space or choose another "
             "folder with GKL_OUTPUTS=..., then start the same command again"
         ) from error
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a file, whatever is wrong with it an OSError: a folder, a pipe that would be waited for, a loop of links."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import load_file
@@ -103,15 +103,27 @@ def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
     return report
 
 
+def archive_damage(file: IO[bytes]) -> str | None:
+    """Why an archive that torch.save wrote is not whole, None for a whole one: torch.load does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = archive.testzip()
+    except (OSError, MemoryError):  # of the machine, not of the file
+        raise
+    except Exception as error:  # damaged archives fail in every way there is
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return f"the checksum of {name} is wrong" if name else None
+
+
 def _read(path: Path) -> Any:
     """What a file holds, tensors and plain containers only."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
+            with open(path, "rb") as file:
+                if damaged := archive_damage(file):
+                    raise ValueError(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -46,7 +46,7 @@ def command(
     monkeypatch.setenv("GKL_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("GKL_RESULTS", str(tmp_path / "results"))
     monkeypatch.setenv("GKL_DATA", str(tmp_path / "data"))
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def call(script: str, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [script, *arguments])

@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gkl.distributed import all_reduce, rank, world_size
-from trainers.errors import Interrupted, RunError
+from trainers.errors import Interrupted, RunError, in_a_line
 from trainers.loop.folder import RunFolder
 from trainers.signals import signals
 
-SAVE = 1  # what a process asks for when a checkpoint is due
-REQUESTS = (SAVE, signal.SIGINT, signal.SIGTERM)  # the last one asked for by any process is heeded
+SAVE = -1  # what a process asks for when a checkpoint is due
+# The last of these that any process asks for is heeded; 0 asks for nothing.
+REQUESTS = (0, SAVE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
 class Task(Protocol):
@@ -66,8 +67,8 @@ class Report(Protocol):
 def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float, report: Report) -> float:
     """Train to the end of `epochs` and return the seconds spent, those before a restart included.
 
-    A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM and SIGINT.
-    Raises Interrupted after a signal, RunError for a loss that is not finite.
+    A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM, SIGINT and SIGHUP.
+    Raises Interrupted after a signal, RunError for a loss that is not finite and for a checkpoint that is not this run's.
     """
     loop = _Loop(task, epochs, folder, 60 * checkpoint_minutes, report)
     first = loop.resume()
@@ -87,8 +88,11 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
                 folder.append_history(row)
             report.epoch(row)
             loop.save(Position(epoch + 1))
-            if (signum := agree(signal_received())) and epoch < epochs:
+            if epoch < epochs and (signum := agree(signal_received())):
                 raise Interrupted(_how_to_go_on(epoch + 1, 0, signum), signum)
+    # From here on none is remembered: what follows is stopped by a signal at once.
+    if signum := agree(signal_received()):
+        raise Interrupted(_how_to_go_on(epochs + 1, 0, signum, end=True), signum)
     return time.monotonic() - loop.started
 
 
@@ -105,8 +109,8 @@ class _Loop:
         position = Position()
         checkpoint = self.folder.load_checkpoint(self.report.warn)
         if checkpoint is not None:
-            self.task.load_state_dict(checkpoint["task"])
-            position = Position(**checkpoint["position"])
+            position = self._taken(checkpoint)
+        self.folder.check_history(before_epoch=position.epoch)
         mark = position.epoch << 32 | position.step
         if agree(mark) != -agree(-mark):
             raise RunError(
@@ -117,6 +121,20 @@ class _Loop:
             self.folder.truncate_history(before_epoch=position.epoch)
         self.saved = time.monotonic()
         self.started = self.saved - position.seconds
+        return position
+
+    def _taken(self, checkpoint: Any) -> "Position":
+        """Put the task where a checkpoint stands. Raises RunError for one that is not this run's."""
+        try:
+            position = Position.of(checkpoint, self.epochs, self.task.steps_per_epoch)
+            self.task.load_state_dict(checkpoint["task"])
+        except RunError:
+            raise
+        except Exception as error:  # what another network's state makes torch raise
+            raise RunError(
+                f"the checkpoint in {self.folder.path} is whole, but this run cannot go on from it ({in_a_line(error)}); nothing was "
+                "changed. Bring the run's own checkpoints back, or move that folder away to train anew"
+            ) from error
         return position
 
     def steps(
@@ -135,7 +153,7 @@ class _Loop:
             request = own if world_size() == 1 else common
             if request and step + 1 < steps:
                 # No checkpoint holds what a value that is not finite has come to.
-                request = max(request, self.read(epoch, sums))
+                request = max(request, self.read(epoch, sums), key=REQUESTS.index)
                 self.save(Position(epoch, step + 1, sums=sums))
                 if request != SAVE:
                     raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
@@ -151,7 +169,7 @@ class _Loop:
                 if not math.isfinite(value):
                     raise RunError(_not_finite(self.task, self.folder, epoch, step, name, value))
                 sums[name] = sums.get(name, 0.0) + value
-            asked = max(asked, request)
+            asked = max(asked, request, key=REQUESTS.index)
         return asked
 
     def save(self, position: "Position") -> None:
@@ -170,6 +188,32 @@ class Position:
         self, epoch: int = 1, step: int = 0, seconds: float = 0.0, sums: dict[str, float] | None = None
     ) -> None:
         self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
+
+    @classmethod
+    def of(cls, checkpoint: Any, epochs: int, steps: int) -> "Position":
+        """Where a checkpoint stands in a run of so many epochs of so many steps. Raises ValueError for none of such a run."""
+        if not isinstance(checkpoint, dict) or not {"task", "position"} <= checkpoint.keys():
+            keys = ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, dict) else ""
+            raise ValueError(
+                f"it holds a {type(checkpoint).__name__} ({keys or 'empty'}), not a run's task and position"
+            )
+        kept = checkpoint["position"]
+        whole = (
+            isinstance(kept, dict) and kept.keys() == vars(cls()).keys() and isinstance(kept["sums"], dict)
+        )
+        if not whole or not all(
+            isinstance(n, int | float) for n in (*kept["sums"].values(), kept["seconds"])
+        ):
+            raise ValueError(f"its position is {str(kept)[:80]}")
+        epoch, step = kept["epoch"], kept["step"]
+        within = (
+            isinstance(epoch, int) and 1 <= epoch <= epochs and isinstance(step, int) and 0 <= step < steps
+        )
+        if not within and (epoch, step) != (epochs + 1, 0):
+            raise ValueError(
+                f"it stands before epoch {epoch}, step {step}, of {epochs} epochs of {steps} steps"
+            )
+        return cls(**kept)
 
 
 def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[str, float], int]]:
@@ -190,9 +234,9 @@ def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[s
     def read() -> tuple[dict[str, float], int]:
         if arrived is not None:
             arrived.synchronize()  # this copy alone: a plain read waits for all that was launched after it, too
-        *sums, save, interrupt, terminate = on_cpu.tolist()
-        asked = [r for r, count in zip(REQUESTS, (save, interrupt, terminate), strict=True) if count]
-        return dict(zip(shares, sums, strict=True)), max(asked, default=0)
+        found = on_cpu.tolist()
+        asked = [r for r, count in zip(REQUESTS, found[len(shares) :], strict=True) if count]
+        return dict(zip(shares, found, strict=False)), asked[-1] if asked else 0
 
     return read
 
@@ -207,9 +251,9 @@ def agree(value: int) -> int:
     return int(largest)
 
 
-def _how_to_go_on(epoch: int, step: int, signum: int) -> str:
-    name = signal.Signals(signum).name
-    return f"stopped by {name} before epoch {epoch}, step {step}; checkpoint saved. The same command goes on from there"
+def _how_to_go_on(epoch: int, step: int, signum: int, end: bool = False) -> str:
+    name, where = signal.Signals(signum).name, "the evaluation" if end else f"epoch {epoch}, step {step}"
+    return f"stopped by {name} before {where}; checkpoint saved. The same command goes on from there"
 
 
 def _not_finite(task: Task, folder: RunFolder, epoch: int, step: int, name: str, value: float) -> str:

@@ -4,15 +4,18 @@ import fcntl
 import json
 import os
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
-from trainers.errors import RunError
-from trainers.files import save, write_atomically, write_text
+from gkl.models.checkpoints import archive_damage
+from trainers.errors import RunError, in_a_line
+from trainers.files import read_file, save, write_atomically, write_text
 
 GRACE_SECONDS = 10.0  # that a run which was told to stop has for its last checkpoint
 
@@ -22,6 +25,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.damaged: set[Path] = set()  # checkpoints that were passed over
         self.history_path = path / "history.jsonl"
 
     def open(self, name: str) -> IO[str]:
@@ -53,27 +57,41 @@ class RunFolder:
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Make `state` the last checkpoint and keep the one before it."""
+        """Make `state` the last checkpoint and keep the whole one before it."""
         last, previous = self._checkpoints()
 
         def write(path: Path) -> None:
             save(path, state)
-            if last.exists():
+            if last.exists() and last not in self.damaged:
                 os.replace(last, previous)  # between the two renames `previous` is the one to go on from
 
         write_atomically(last, write)
+        self.damaged.discard(last)
 
-    def load_checkpoint(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The last whole checkpoint, on the CPU; damaged ones are named through `warn` and passed over."""
+    def load_checkpoint(self, warn: Callable[[str], None]) -> Any:
+        """What the last whole checkpoint holds, on the CPU; None where there is none.
+
+        One whose bytes are proven to be no longer those that were written is named through `warn` and passed over.
+        Raises RunError for one that cannot be read or that is something else: it may be good, and stays.
+        """
+        self.damaged.clear()
         for path in self._checkpoints():
-            if not path.exists():
+            if not os.path.lexists(path):
                 continue
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever a damaged file makes torch.load raise
-                warn(
-                    f"checkpoint {path} is damaged ({str(error).splitlines()[0][:120]}); using the one before it"
-                )
+                content = read_file(path)
+                if (why := damage(content)) is None:
+                    return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+            except Exception as error:  # what torch.load raises of a whole file, too: memory, code in it
+                why = error.strerror if isinstance(error, OSError) else in_a_line(error)
+                raise RunError(
+                    f"cannot read the checkpoint {path} ({why}); nothing was changed. Make it readable and start again, or move "
+                    "it away to go on without it"
+                ) from error
+            warn(f"checkpoint {path} is damaged ({why}) and passed over")
+            self.damaged.add(path)
+        if self.damaged:
+            warn(f"no whole checkpoint is left in {self.path}; starting at epoch 1")
         return None
 
     def _checkpoints(self) -> tuple[Path, Path]:
@@ -87,18 +105,49 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def history(self) -> list[dict[str, Any]]:
-        """All whole lines of history.jsonl."""
-        if not self.history_path.exists():
-            return []
-        rows = []
-        for line in self.history_path.read_text().splitlines():
+        """All whole lines of history.jsonl. Raises RunError if it cannot be read."""
+        rows: list[dict[str, Any]] = []
+        if not os.path.lexists(self.history_path):
+            return rows
+        try:
+            lines = read_file(self.history_path).decode().splitlines()
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"cannot read {self.history_path} ({in_a_line(error)}); nothing was changed. Bring the file back, or move the folder "
+                "away to train anew"
+            ) from error
+        for line in lines:
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:  # the line a crash cut short
                 break
+            if not isinstance(row, dict) or not isinstance(row.get("epoch"), int):
+                break
+            rows.append(row)
         return rows
+
+    def check_history(self, before_epoch: int) -> None:
+        """Raises RunError where a row is missing of an epoch that the checkpoint to go on from has behind it."""
+        found = [row["epoch"] for row in self.history() if row["epoch"] < before_epoch]
+        if found != (wanted := list(range(1, before_epoch))):
+            raise RunError(
+                f"{self.history_path} has epochs {str(found)[1:60].rstrip(']') or 'none'} in it, and the checkpoint has {len(wanted)} "
+                "behind it; nothing was changed. Bring the file back, or move the folder away to train anew"
+            )
 
     def truncate_history(self, before_epoch: int) -> None:
         """Keep the rows of epochs below `before_epoch`: those that the checkpoint to go on from knows of."""
         rows = [row for row in self.history() if row["epoch"] < before_epoch]
         write_text(self.history_path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def damage(content: bytes) -> str | None:
+    """What proves that a checkpoint's bytes are no longer those written, None for whole ones. Raises ValueError for other files.
+
+    A run writes archives: what neither begins nor ends as one was something else, unless the disk has lost it.
+    """
+    if not content.strip(b"\0"):
+        return "it is empty" if not content else "all of it is zeros"
+    if not content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):
+        raise ValueError("it is no archive of torch.save")
+    return archive_damage(BytesIO(content))

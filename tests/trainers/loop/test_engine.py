@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from trainers.errors import Interrupted, RunError
 from trainers.files import write_atomically
 from trainers.loop.engine import fit
 from trainers.loop.folder import RunFolder
+from trainers.signals import signals
 
 
 class Counting:
@@ -48,12 +50,14 @@ class Counting:
 class Quiet:
     """A report that remembers warnings and can send a signal after a step."""
 
-    def __init__(self, stop_after: tuple[int, int] | None = None) -> None:
-        self.warnings, self.stop_after = list[str](), stop_after
+    def __init__(
+        self, stop_after: tuple[int, int] | None = None, signum: signal.Signals = signal.SIGTERM
+    ) -> None:
+        self.warnings, self.stop_after, self.signum = list[str](), stop_after, signum
 
     def step(self, epoch: int, epochs: int, step: int, steps: int) -> None:
         if self.stop_after == (epoch, step):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.signum)
 
     def epoch(self, row: dict) -> None:
         pass
@@ -72,10 +76,13 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "seconds"} for row in RunFolder(folder).history()]
 
 
-@pytest.mark.parametrize("stop", [(1, 1), (1, 4), (2, 3), (3, 2)])
+@pytest.mark.parametrize("stop", [(1, 1), (1, 4), (2, 3), (3, 2), (3, 4)])
 def test_stopped_after_any_step_the_history_is_whole(stop: tuple[int, int], tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", Quiet())
-    with pytest.raises(Interrupted, match="stopped by SIGTERM before epoch") as error:
+    before = "stopped by SIGTERM before " + (
+        "the evaluation; checkpoint saved" if stop == (3, 4) else "epoch"
+    )
+    with pytest.raises(Interrupted, match=before) as error:
         run(tmp_path / "stopped", Quiet(stop))
     assert error.value.signum == signal.SIGTERM
     resumed = run(tmp_path / "stopped", Quiet())
@@ -96,6 +103,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path: Path) -
     assert len(rows(tmp_path)) == 3
     last.unlink()  # killed between the two renames
     assert run(tmp_path, Quiet()).value.equal(whole.value)
+
+
+def test_a_terminal_s_hangup_saves_as_a_scheduler_s_signal_does(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", Quiet())
+    with pytest.raises(
+        Interrupted, match="stopped by SIGHUP before epoch 2, step 3; checkpoint saved"
+    ) as error:
+        run(tmp_path / "stopped", Quiet((2, 3), signal.SIGHUP))
+    assert error.value.signum == signal.SIGHUP
+    assert run(tmp_path / "stopped", Quiet()).value.equal(whole.value)
+
+
+def test_under_nohup_a_hangup_is_still_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert len(run(tmp_path, Quiet((2, 3), signal.SIGHUP)).log) == 12
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_ends_at_once_and_is_no_exception_to_be_caught(tmp_path: Path) -> None:
+    with (
+        pytest.raises(Interrupted, match="stopped at once by a second SIGINT") as error,
+        signals() as received,
+    ):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received() == signal.SIGINT
+        with suppress(Exception):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert error.value.signum == signal.SIGINT
 
 
 def test_a_half_written_history_line_is_dropped(tmp_path: Path) -> None:
