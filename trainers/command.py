@@ -28,13 +28,11 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
     A second Ctrl-C ends the process at once.
     """
     with patient_streams():
-        for signum in heeded():
-            signal.signal(signum, _stop)
-        signal.pthread_sigmask(
-            signal.SIG_UNBLOCK, heeded()
-        )  # held back by the process whose place this one takes
         arguments = sys.argv[1:]
         try:
+            for signum in heeded():
+                signal.signal(signum, _stop)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded())  # see become
             if {"-h", "--help"} & set(arguments):
                 print((usage or "").strip())
                 return 0
