@@ -19,8 +19,11 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
+
+from trainers.errors import ConfigError
 
 Choices = dict[str, Any]  # group -> what is chosen of it
 Times = dict[Path, int]  # file -> when it was written
@@ -66,8 +69,26 @@ def _parser() -> OverridesParser:
 
 
 def parsed(words: Sequence[str]) -> list[Override]:
-    """Overrides by Hydra's grammar. Raises HydraException."""
-    return list(_parser().parse_overrides(list(words)))
+    """Overrides by Hydra's grammar. Raises ConfigError naming the first that it cannot read."""
+    found = []
+    for word in words:
+        try:
+            found += _parser().parse_overrides([word])
+        except HydraException:
+            raise ConfigError(_unread(word)) from None
+    return found
+
+
+def _unread(word: str) -> str:
+    """Why Hydra's grammar cannot read an override, and what helps."""
+    key, equals, value = word.partition("=")
+    if not equals:
+        return f"{word!r} is no setting; write name=value, the whole in quotes if it has spaces"
+    if any(value.count(opening) != value.count(closing) for opening, closing in ("[]", "{}", "()")):
+        return f"cannot read {word!r}: a bracket is not closed; in a name that has one, quote it: '{key}=\"{value}\"'"
+    if value[:1] in "'\"" or '"' in value:
+        return f"cannot read {word!r}: a quote is not closed, or something follows it"
+    return f"cannot read {word!r}: quote a value with spaces, brackets or = in it: '{key}=\"{value}\"'"
 
 
 def composition(folder: Path, entry: str, words: Sequence[str]) -> tuple[DictConfig, Choices]:

@@ -1,10 +1,12 @@
 """Where a run keeps what it has, and the frozen configuration that every process of it starts from."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from trainers.errors import ConfigError
 from trainers.files import write_atomically
 from trainers.loop.folder import RunFolder
 from trainers.runs import records
@@ -58,9 +60,22 @@ def check_teacher(config: dict[str, Any]) -> None:
         instantiate(with_teacher(config)["teacher"]).check()
 
 
+def _check_writable(results: Path) -> None:
+    """Raises ConfigError before a training whose record could not be written."""
+    existing = next(path for path in (results, *results.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write in the results folder {results}: {error.strerror}; choose another with GKL_RESULTS=..."
+        ) from error
+
+
 def freeze(config: dict[str, Any]) -> Path:
     """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
     config = with_teacher(config)
+    _check_writable(Path(config["paths"]["results"]))
     folder = run_folder(config)
     folder.open("lock").close()  # says what is wrong with it, if anything is
     path = folder.path / f"{config_hash(config)}.yaml"

@@ -40,22 +40,40 @@ SETTINGS: dict[str, Any] = {
     "devices": int,
     "device": typing.Literal["auto", "cpu", "cuda"],
 }
-EVALUATION: dict[str, Any] = {
-    "version": Version,
-    "norm": Norm,
-    "epsilon": float,
-    "images": int | None,
-    "batch_size": int,
-    "seed": int,
+# What the sections hold that build no part, and its types.
+SECTIONS: dict[str, dict[str, Any]] = {
+    "evaluation": {
+        "version": Version,
+        "norm": Norm,
+        "epsilon": float,
+        "images": int | None,
+        "batch_size": int,
+        "seed": int,
+    },
+    "logger": {
+        "mode": typing.Literal["online", "offline", "off"],
+        "project": str,
+        "entity": str | None,
+        "table": str | None,
+        "row": str | None,
+        "patience": float,
+    },
+    "paths": {"outputs": str, "results": str},
 }
+# Beside these and the parts that a method takes: which run it is, and what other settings follow from.
+NAMES = ("experiment", "scale", "protocol", "seed", "overrides", "class_share")
 DEFAULTS = {name: field.default for name, field in SETUP.items() if field.default is not dataclasses.MISSING}
 
 
 def check(config: Mapping[str, Any], world_size: int) -> None:
     """Everything that can be known wrong before data is read or a network built. Raises ConfigError."""
     needed = [name for name, field in SETUP.items() if field.default is dataclasses.MISSING]
-    if missing := [name for name in (*needed, *AROUND[:-2], "paths", "logger") if name not in config]:
-        raise ConfigError(f"the configuration lacks {', '.join(missing)}; leave out ~{missing[0]}")
+    if missing := [name for name in (*needed, *AROUND[:-2], "paths", "logger") if config.get(name) is None]:
+        raise ConfigError(
+            f"the configuration lacks {', '.join(missing)}; leave out ~{missing[0]} or {missing[0]}=null"
+        )
+    if missing := [name for name in SECTIONS["paths"] if name not in config["paths"]]:
+        raise ConfigError(f"the configuration lacks paths.{missing[0]}; leave out ~paths.{missing[0]}")
     check_sections(config)
     _check_parts(config)
     _check_batch(config, world_size)
@@ -78,21 +96,23 @@ def check_sections(config: Mapping[str, Any]) -> None:
     """Every part takes its settings, every number lies in its range. Raises ConfigError."""
     check_values(config)
     check_ranges(config)
-    _check_evaluation(config.get("evaluation") or {})
+    for name, types in SECTIONS.items():
+        if config.get(name):
+            _check_section(name, config[name], types)
 
 
-def _check_evaluation(section: Mapping[str, Any]) -> None:
-    """That an evaluation's settings are AutoAttack's: they are read when the training is over."""
-    for name, value in section.items():
-        if name not in EVALUATION:
-            raise ConfigError(
-                unknown("setting", f"evaluation.{name}", [f"evaluation.{n}" for n in EVALUATION])
-            )
-        if not fits(value, EVALUATION[name]):
+def _check_section(section: str, found: Any, types: Mapping[str, Any]) -> None:
+    """That a section which builds no part has its settings and no others: most are read when the training is over."""
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{section} has the settings {', '.join(types)}, got {found!r}")
+    for name, value in found.items():
+        if name not in types:
+            raise ConfigError(unknown("setting", f"{section}.{name}", [f"{section}.{n}" for n in types]))
+        if not fits(value, types[name]):
             hint = "; a fraction is written ${px:8}" if name == "epsilon" and isinstance(value, str) else ""
-            raise ConfigError(mistyped(f"evaluation.{name}", EVALUATION[name], value) + hint)
-    if missing := [name for name in EVALUATION if section and name not in section]:
-        raise ConfigError(f"evaluation also needs {', '.join(missing)}: choose a file of configs/evaluation")
+            raise ConfigError(mistyped(f"{section}.{name}", types[name], value) + hint)
+    if missing := [name for name in types if name not in found and section != "paths"]:
+        raise ConfigError(f"{section} also needs {', '.join(missing)}: choose a file of configs/{section}")
 
 
 def _check_batch(config: Mapping[str, Any], world_size: int) -> None:
@@ -132,10 +152,13 @@ def _check_parts(config: Mapping[str, Any]) -> None:
     """That the method gets every part it needs, and each part there is has someone who takes it."""
     name = config["method"]["_target_"]
     parameters, _ = parameters_of(name)
+    taken = {*parameters, *SETUP, *AROUND, *SETTINGS, *SECTIONS, *NAMES}
     for part, node in config.items():
-        built = isinstance(node, dict) and "_target_" in node
-        if built and part not in parameters and part not in SETUP and part not in AROUND:
+        if node is not None and part not in taken:
             raise ConfigError(f"{name} takes no {part}; leave it out or set {part}: null")
+    for average, node in config["averages"].items():
+        if not (isinstance(node, dict) and "_target_" in node):
+            raise ConfigError(f"averages.{average} must be an average of configs/averages, got {node!r}")
     needed = [n for n, p in parameters.items() if p.default is inspect.Parameter.empty]
     missing = [n for n in needed if n not in config["method"] and config.get(n) is None]
     if missing:

@@ -184,5 +184,5 @@ def unknown(kind: str, name: str, known: Sequence[str]) -> str:
 
 def closest(name: str, known: Sequence[str]) -> str:
     """A question after the nearest of the known names, "" if none is near."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, [other for other in known if other != name], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -73,7 +73,6 @@ def test_a_composition_is_hydra_s(words: list[str]) -> None:
         [KD, "pair=cifar100/none"],
         [KD, "pair=null"],
         [AT, "dta=cifar10"],
-        ["a b="],
     ],
 )
 def test_what_hydra_refuses_is_refused_in_its_words(words: list[str]) -> None:
