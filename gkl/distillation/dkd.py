@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkl.distillation.base import Context, Distiller, Terms, teacher_logits, warmed_up
-from gkl.losses.closed_form import at_least_float32
+from gkl.losses.inputs import at_least_float32
 from gkl.models.classifier import Taps
 
 

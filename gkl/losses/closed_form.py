@@ -7,6 +7,9 @@
 `alpha` weighs wMSE with the 1/4 of Eq. 13 inside, so the paper's "alpha/4 = 5" is `alpha=20`; `beta` weighs the
 cross-entropy. The authors' code swaps the two names. Everything is computed in float32 or better, also under autocast.
 On a GPU with Triton, `gkl_loss` and what is made of it run as two kernels (`gkl.losses.triton_kernels`); float64 stays as it is.
+Logits are (B, C), or (B, C, *) with the classes in dimension 1; `counted` (B, *) says which positions count, all others give
+nothing, get a gradient of zero and may hold anything, NaN too. Under torch.func, and where create_graph asks for it, the loss is
+an expression that autograd differentiates as often as it likes.
 
 This GKL is not the "generalized KL divergence" between unnormalised measures.
 Source: arXiv 2503.08038.
@@ -23,50 +26,77 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gkl.losses.inputs import (
+    as_rows,
+    at_least_float32,
+    checked_counted,
+    checked_gamma,
+    checked_labels,
+    checked_logits,
+    checked_probabilities,
+    checked_settings,
+    checked_weights,
+    positions_of,
+    told_apart,
+    transformed,
+)
 
 if TYPE_CHECKING:
     from gkl.losses.prior import ClassPrior
 
 Reduction = Literal["mean", "none"]
+PairWeight = float | Tensor | Callable[[Tensor], Tensor] | None
 CACHED = 1 << 18  # entries of a (b, C) tensor of which several fit into a core's own cache
 FAR = 16.0  # an offset that logits are rid of
 HAS_TRITON = find_spec("triton") is not None
 
 
 class ClassRows(NamedTuple):
-    """Class-wise weights prior[labels], gathered where they are used; made by `prior.at(labels)`. labels: (B,) classes."""
+    """Class-wise weights prior[labels], gathered where they are used; made by `prior.at(labels)`. labels: (B,) or (B, *) classes."""
 
     prior: "ClassPrior"
     labels: Tensor
 
 
 def kl(
-    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    counted: Tensor | None = None,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """KL(softmax(teacher/T) || softmax(student/T)) in nats (Eq. 2), with gradient to both; no factor T^2.
 
-    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    student_logits, teacher_logits, counted, result: as `gkl_loss`.
     """
-    student, teacher = _logits(student_logits, teacher_logits)
+    student, teacher = _logits(student_logits, teacher_logits, counted)
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature, dim=-1)
-    return _reduce(F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1), reduction)
+    each = F.kl_div(log_student, log_teacher, log_target=True, reduction="none").sum(-1)
+    return _reduce(each, reduction, student_logits, counted)
 
 
-def jsd(student_logits: Tensor, teacher_logits: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+def jsd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    counted: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
     """Jensen-Shannon divergence of the two softmax outputs in nats (Eq. 15), symmetric, at most log 2.
 
-    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    student_logits, teacher_logits, counted, result: as `gkl_loss`.
     """
-    student, teacher = _logits(student_logits, teacher_logits)
+    student, teacher = _logits(student_logits, teacher_logits, counted)
     log_student, log_teacher = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
     log_middle = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0, dtype=student.dtype))
     to_middle = [
         F.kl_div(log_middle, log_p, log_target=True, reduction="none").sum(-1)
         for log_p in (log_student, log_teacher)
     ]
-    return _reduce(0.5 * (to_middle[0] + to_middle[1]), reduction)
+    return _reduce(0.5 * (to_middle[0] + to_middle[1]), reduction, student_logits, counted)
 
 
 def dkl(
@@ -75,12 +105,14 @@ def dkl(
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
+    counted: Tensor | None = None,
+    create_graph: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Decoupled KL (Eq. 5): wMSE reaches only the teacher, the cross-entropy only the student.
 
     At alpha = beta = 1 its gradients are those of `kl`, its value is not (Theorem 1).
-    student_logits, teacher_logits: (B, C). Returns the mean over the batch, or (B,) with reduction="none".
+    Arguments and result as `gkl_loss`.
     """
     return gkl_loss(
         student_logits,
@@ -91,6 +123,8 @@ def dkl(
         gamma=1.0,
         pair_weight=1.0,
         break_asymmetry=False,
+        counted=counted,
+        create_graph=create_graph,
         reduction=reduction,
     )
 
@@ -104,6 +138,8 @@ def ikl(
     beta: float,
     temperature: float = 1.0,
     weights_temperature: float = 1.0,
+    counted: Tensor | None = None,
+    create_graph: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """Improved KL of the conference version: GKL at gamma = 1, wMSE divided by the batch size.
@@ -120,6 +156,8 @@ def ikl(
         temperature=temperature,
         weights_temperature=weights_temperature,
         pair_weight=1.0,
+        counted=counted,
+        create_graph=create_graph,
         reduction=reduction,
     )
 
@@ -134,8 +172,10 @@ def gkl_loss(
     gamma: float,
     temperature: float = 1.0,
     weights_temperature: float = 1.0,
-    pair_weight: float | Tensor | Callable[[Tensor], Tensor] | None = None,
+    pair_weight: PairWeight = None,
     break_asymmetry: bool = True,
+    counted: Tensor | None = None,
+    create_graph: bool = False,
     validate: bool = True,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -146,60 +186,53 @@ def gkl_loss(
            cancellation, on the raw logits whatever the temperature. Gradient to student and teacher.
     CE     - sum_j softmax(t/T)_j log softmax(s/T)_j, in nats. Gradient to the student alone; no factor T^2.
 
-    student_logits, teacher_logits: (B, C); of a map (N, C, H, W) the pixels, x.permute(0, 2, 3, 1).flatten(0, 2), which copies
-    nothing in channels_last. weights: (B, C), rows are probabilities, no gradient flows into them: `prior[labels]`
-    or, without making them, `prior.at(labels)` (class-wise); None for softmax(teacher / weights_temperature) (sample-wise).
+    student_logits, teacher_logits: (B, C), or (B, C, *) with the classes in dimension 1, whose B times * positions are the batch.
+    weights: of the logits' shape, rows are probabilities, no gradient flows into them: `prior[labels]` or, without
+    making them, `prior.at(labels)` (class-wise); None for softmax(teacher / weights_temperature) (sample-wise).
     gamma: exponent in [0, 1]; 0 weighs all pairs alike. temperature: T of the cross-entropy alone.
     pair_weight: the divisor of wMSE where it is not this batch's own mean of W^2, for instance the mean over the
-    batches of all processes (see `mean_pair_weight`), or (B,), one for each example, or what gives it of the W^2 (B,);
-    1 gives Eq. 13 without normalisation.
+    batches of all processes (see `mean_pair_weight`), or (B,), one for each example, or what gives it of the W^2 (B,), of
+    those that count; 1 gives Eq. 13 without normalisation.
     break_asymmetry: False keeps wMSE's gradient from the student, as in DKL.
-    validate: False skips the check of the weights' values, which on a GPU waits for the device.
-    Returns the mean over the batch, or (B,) with reduction="none".
-    Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1] or weights that are no probabilities.
+    counted: (B,) or (B, *) bool, which positions count (labels != 255); None for all. The others have no part in the means, a
+    gradient of exactly zero, and may hold anything, NaN and labels that are no class included. Where none counts the loss is 0.
+    create_graph: True for a gradient that is to be differentiated again, in which autograd goes through the equation: slower, and
+    several further tensors of the logits' size. Under torch.func it is so by itself. False refuses a second differentiation.
+    validate: False skips the check of the weights' values, which on a GPU waits for the device; torch.func skips it too.
+    Returns the mean over the positions, or their values, (B,) or (B, *), with reduction="none".
+    Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1], weights that are no probabilities, labels or counted of
+    another shape or dtype, and settings that require a gradient.
     """
-    _check_logits(student_logits, teacher_logits)
-    _check_gamma(gamma)
-    _check_weights(weights, student_logits, validate)
-    device = student_logits.device.type
+    checked_logits(student_logits, teacher_logits)
+    checked_gamma(gamma)
+    checked_settings(
+        alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, weights_temperature=weights_temperature,
+        pair_weight=pair_weight,
+    )  # fmt: skip
+    mask, weights = _checked_weighing(student_logits, weights, counted, validate)
+    student, teacher = (x if x.ndim == 2 else x.flatten(2) for x in (student_logits, teacher_logits))
+    expressed = create_graph or transformed()
+    fused = not expressed and _fused(student, teacher, weights)
+    if expressed or fused:
+        student, teacher = as_rows(student), as_rows(teacher)
+    device = student.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
     with torch.autocast(device, enabled=False) if half else nullcontext():
-        if _fused(student_logits, teacher_logits, weights):
-            table, labels = weights.detach() if isinstance(weights, Tensor) else None, None
-            if isinstance(weights, ClassRows):
-                table, labels = weights.prior.table(gamma)[0], weights.labels
-            mean = _is_mean(reduction)
-            return _triton_form().apply(
-                student_logits, teacher_logits, table, labels, alpha, beta, gamma, temperature,
-                weights_temperature, pair_weight, break_asymmetry, mean,
-            )  # fmt: skip
-        dtype = _dtype(student_logits, teacher_logits)
-        sums = teacher_probs = None
-        if weights is None:
-            smoothed, total, probs = _sample_wise(teacher_logits.detach(), gamma, weights_temperature, dtype)
-            teacher_probs = probs if weights_temperature == temperature else None
-        elif isinstance(weights, Tensor):
-            smoothed = smooth(at_least_float32(weights.detach()), gamma, validate=False)
-            sums = total = smoothed.sum(-1, dtype=dtype)
-        else:
-            smoothed = weights.prior.rows(weights.labels, gamma)
-            sums = total = weights.prior.totals(weights.labels, gamma).to(dtype)
-        squares = total.square()
-        if pair_weight is None or callable(pair_weight):
-            pair_weight = squares.mean() if pair_weight is None else pair_weight(squares)
-        scale = (squares if sums is None else total) * alpha / pair_weight
-        per_example = _ClosedForm.apply(
-            student_logits,
-            teacher_logits,
-            smoothed,
-            sums,
-            scale,
-            teacher_probs,
+        options = (
+            alpha,
             beta,
+            gamma,
             temperature,
+            weights_temperature,
+            _masked(pair_weight, mask),
             break_asymmetry,
         )
-    return _reduce(per_example, reduction)
+        if fused:
+            alone = _is_mean(reduction) and mask is None
+            value = _by_kernels(student, teacher, weights, mask, *options, alone)
+            return value if alone else _reduce(value, reduction, student_logits, counted)
+        value = _by_equation(student, teacher, weights, mask, *options, expressed)
+    return _reduce(value, reduction, student_logits, counted)
 
 
 gkl = gkl_loss  # the name up to 0.1; imported by itself, it hides the package `gkl`
@@ -210,9 +243,9 @@ def smooth(weights: Tensor, gamma: float, *, validate: bool = True) -> Tensor:
 
     Raises ValueError for gamma outside [0, 1] or, with `validate`, rows that are no probabilities.
     """
-    _check_gamma(gamma)
+    checked_gamma(gamma)
     if validate:
-        _check_probabilities(weights)
+        checked_probabilities(weights)
     if gamma == 1.0:
         return weights
     if gamma == 0.0:
@@ -225,14 +258,135 @@ def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
     return smooth(weights, gamma, validate=False).sum(-1).square().mean()
 
 
+def _checked_weighing(
+    logits: Tensor, weights: Tensor | ClassRows | None, counted: Tensor | None, validate: bool
+) -> tuple[Tensor | None, Tensor | ClassRows | None]:
+    """counted (positions,), and the weights of the logits' rows: labels (positions,), or (positions, C). Raises ValueError."""
+    told_apart(logits, weights.labels if isinstance(weights, ClassRows) else None, counted)
+    mask = checked_counted(counted, logits)
+    if isinstance(weights, ClassRows):
+        prior, labels = weights.prior, checked_labels(weights.labels, logits)
+        if len(prior.probs) != logits.shape[1]:
+            raise ValueError(
+                f"the prior has {len(prior.probs)} classes, logits {tuple(logits.shape)} have {logits.shape[1]} in dimension 1"
+            )
+        return mask, ClassRows(prior, labels if mask is None else torch.where(mask, labels, 0))
+    if weights is not None:
+        checked_weights(weights, logits)
+        weights = as_rows(weights.detach())
+        if validate and not transformed():
+            checked_probabilities(weights, mask)
+    return mask, weights
+
+
+def _masked(pair_weight: PairWeight, mask: Tensor | None) -> PairWeight:
+    """The pair weight as it is of what counts: a number, a tensor, or what gives one of all W^2 (positions,)."""
+    if isinstance(pair_weight, Tensor) and pair_weight.ndim:
+        return pair_weight.flatten()
+    if mask is None or not (pair_weight is None or callable(pair_weight)):
+        return pair_weight
+    if pair_weight is None:
+        return lambda squares: torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1)
+    return lambda squares: _one_number(pair_weight(squares[mask]))
+
+
+def _one_number(pair_weight: Tensor) -> Tensor:
+    if pair_weight.ndim:
+        raise ValueError(
+            f"a pair_weight made of the W^2 must be one number where counted is given, got {tuple(pair_weight.shape)}"
+        )
+    return pair_weight
+
+
+def _by_kernels(
+    student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None, mask: Tensor | None, alpha: float, beta: float,
+    gamma: float, temperature: float, weights_temperature: float, pair_weight: PairWeight, break_asymmetry: bool, alone: bool,
+) -> Tensor:  # fmt: skip
+    """Values (positions,) by the Triton kernels, or with `alone` their mean. student, teacher: (positions, C)."""
+    # Imported when first wanted: a machine without a GPU may have no Triton.
+    from gkl.losses.triton_kernels import TritonGKL
+
+    table, labels, power = (weights if isinstance(weights, Tensor) else None), None, gamma != 1.0
+    if isinstance(weights, ClassRows):
+        table, labels = weights.prior.probs.detach(), weights.labels
+        if not weights.prior.is_read_anew():
+            table, power = weights.prior.table(gamma)[0], False
+    return TritonGKL.apply(
+        student, teacher, table, labels, mask, alpha, beta, gamma, temperature, weights_temperature, pair_weight,
+        break_asymmetry, alone, power,
+    )  # fmt: skip
+
+
+def _by_equation(
+    student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None, mask: Tensor | None, alpha: float, beta: float,
+    gamma: float, temperature: float, weights_temperature: float, pair_weight: PairWeight, break_asymmetry: bool, expressed: bool,
+) -> Tensor:  # fmt: skip
+    """Values (positions,) in closed form, or `expressed` for autograd. student, teacher: (B, C) or (B, C, S)."""
+    dtype = _dtype(student, teacher)
+    sums = labels = teacher_probs = None
+    if weights is None:
+        smoothed, total, probs = _sample_wise(teacher.detach(), gamma, weights_temperature, dtype)
+        teacher_probs = probs if weights_temperature == temperature else None
+    elif isinstance(weights, Tensor):
+        smoothed = smooth(at_least_float32(weights), gamma, validate=False)
+        sums = total = smoothed.sum(-1, dtype=dtype)
+    else:
+        prior, labels = weights
+        sums = total = prior.totals(labels, gamma).to(dtype)
+        if expressed or prior.is_read_anew():
+            smoothed, labels = prior.rows(labels, gamma), None
+        else:
+            smoothed = prior.table(gamma)[0]
+    squares = total.square()
+    if pair_weight is None or callable(pair_weight):
+        pair_weight = squares.mean() if pair_weight is None else pair_weight(squares)
+        checked_settings(pair_weight=pair_weight)
+    scale = (squares if sums is None else total) * alpha / pair_weight
+    if expressed:
+        if mask is not None:
+            student, teacher = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (student, teacher))
+        return _expressed(
+            student.to(dtype), teacher.to(dtype), smoothed, sums, scale, beta, temperature, break_asymmetry
+        )
+    return _ClosedForm.apply(
+        student,
+        teacher,
+        smoothed,
+        labels,
+        sums,
+        scale,
+        teacher_probs,
+        mask,
+        beta,
+        temperature,
+        break_asymmetry,
+    )
+
+
+def _expressed(
+    student: Tensor, teacher: Tensor, smoothed: Tensor, sums: Tensor | None, scale: Tensor, beta: float, temperature: float,
+    break_asymmetry: bool,
+) -> Tensor:  # fmt: skip
+    """Values (b,) of rows by operations that autograd and torch.func follow to any order. Arguments as in _ClosedForm."""
+    mean = _mean(smoothed, (teacher - student).detach(), sums)
+    student, teacher = _without_offsets(student, teacher, mean)
+    likelihood = F.softmax(_tempered(teacher.detach(), temperature), dim=-1)
+    entropy = -(likelihood * F.log_softmax(_tempered(student, temperature), dim=-1)).sum(-1)
+    difference = teacher - (student if break_asymmetry else student.detach())
+    weighted = (smoothed * difference).sum(-1, keepdim=True)
+    deviation = difference - (weighted if sums is None else weighted / sums.unsqueeze(-1))
+    return beta * entropy + 0.5 * scale * (smoothed * deviation.square()).sum(-1)
+
+
 def _sample_wise(
     teacher: Tensor, gamma: float, temperature: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The sample-wise weights of Eq. 12, w = softmax(teacher / temperature): u = w^gamma / W (B, C), W = sum_j w_j^gamma (B,), w (B, C).
+    """The sample-wise weights of Eq. 12, w = softmax(teacher / temperature): u = w^gamma / W, W = sum_j w_j^gamma (positions,), w.
 
     u is the softmax of gamma * teacher / temperature, and any entry tells W = w_j^gamma / u_j: the largest does not vanish.
+    teacher, u and w: (B, C) or (B, C, S).
     """
-    _check_gamma(gamma)
+    checked_gamma(gamma)
 
     def compute(
         teacher: Tensor, u: Tensor | None = None, w: Tensor | None = None
@@ -246,17 +400,26 @@ def _sample_wise(
             u = torch.softmax(log_w.mul_(gamma), -1, out=u)
         return u, w.amax(-1).pow_(gamma).div_(u.amax(-1)), w
 
-    if len(parts := _parts(teacher)) == 1:
+    if teacher.ndim == 2 and (transformed() or len(parts(teacher)) == 1):
         return compute(teacher)
     u, w = (torch.empty_like(teacher, dtype=dtype) for _ in range(2))
-    total = torch.cat([compute(teacher[part], u[part], w[part])[1] for part in parts])
-    return w if gamma == 1.0 else u, total, w
+    totals = []
+    for part, _ in parts(teacher):
+        if teacher.ndim == 2:
+            totals.append(compute(teacher[part], u[part], w[part])[1])
+            continue
+        made_u, total, made_w = compute(part_of(teacher, part))
+        if gamma != 1.0:
+            put_part(u, part, made_u)
+        put_part(w, part, made_w)
+        totals.append(total)
+    return w if gamma == 1.0 else u, torch.cat(totals), w
 
 
 class _ClosedForm(torch.autograd.Function):
-    """(B,) values of alpha * wMSE + beta * CE; their gradients come in closed form on the way and are all that is saved.
+    """(positions,) values of alpha * wMSE + beta * CE; their gradients come in closed form on the way and are all that is saved.
 
-    Rows are independent but for `scale`, so they are worked on in parts (see _parts).
+    Rows are independent but for `scale`, so they are worked on in parts (see parts).
     """
 
     @staticmethod
@@ -265,20 +428,23 @@ class _ClosedForm(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         smoothed: Tensor,
+        labels: Tensor | None,
         sums: Tensor | None,
         scale: Tensor,
         teacher_probs: Tensor | None,
+        counted: Tensor | None,
         beta: float,
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
-        """smoothed: (B, C); sums: its rows', where they are not 1. scale: (B,), of 1/2 sum_j smoothed_j (d_j - mean d)^2.
+        """student, teacher: (B, C) or (B, C, S). smoothed: as these, or their rows (positions, C), or with labels a table of them.
 
+        sums: the rows' of smoothed, where they are not 1. scale: (positions,), of 1/2 sum_j smoothed_j (d_j - mean d)^2.
         teacher_probs: softmax(teacher / temperature) where it is there already; becomes the gradient, so no one else may hold it.
         """
         dtype = _dtype(student, teacher)
         needed = ctx.needs_input_grad[:2]
-        compute = partial(
+        compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = partial(
             _with_gradients,
             dtype=dtype,
             beta=beta,
@@ -286,36 +452,79 @@ class _ClosedForm(torch.autograd.Function):
             break_asymmetry=break_asymmetry,
             needed=needed,
         )
-        rows = (student, teacher, smoothed, scale)
-        if len(parts := _parts(student)) == 1:
-            value, *grads = compute(*rows, sums, teacher_probs)
-        else:
-            value = torch.empty_like(scale, dtype=dtype)
-            grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
-            if teacher_probs is not None and needed[0]:
-                grads[0] = teacher_probs
-            for part in parts:
-                known = [None if x is None else x[part] for x in (sums, teacher_probs, *grads)]
-                value[part], *_ = compute(*(x[part] for x in rows), *known)
-        ctx.save_for_backward(*grads)
+        value = torch.empty_like(scale, dtype=dtype)
+        grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
+        if teacher_probs is not None and needed[0]:
+            grads[0] = teacher_probs
+        all_parts = parts(student)
+        for part, rows in all_parts:
+            if labels is not None:
+                weights = smoothed.index_select(0, labels[rows])
+            else:
+                weights = part_of(smoothed, part) if smoothed.ndim == 3 else smoothed[rows]
+            sums_, counted_ = (None if x is None else x[rows] for x in (sums, counted))
+            probs = None if teacher_probs is None else part_of(teacher_probs, part)
+            # The rows of a (B, C) tensor lie where they are written; those of a map are made apart.
+            places = [None if x is None or x.ndim == 3 or len(all_parts) == 1 else x[part] for x in grads]
+            logits = part_of(student, part), part_of(teacher, part)
+            found, *made = compute(*logits, weights, scale[rows], sums_, counted_, probs, *places)
+            if len(all_parts) == 1:
+                value, grads = found, [None if x is None else _shaped(x, student) for x in made]
+                continue
+            value[rows] = found
+            for whole, each in zip(grads, made, strict=True):
+                if whole is not None and each is not None and whole.ndim == 3:
+                    put_part(whole, part, each)
+        held = [
+            x if each and torch.compiler.is_compiling() else None
+            for x, each in zip((student, teacher), needed, strict=True)
+        ]
+        ctx.save_for_backward(*grads, *held)
         ctx.dtypes = student.dtype, teacher.dtype
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, teacher = ctx.saved_tensors
-        each = grad.unsqueeze(-1)  # (B, 1)
+        """Gradients, from those of the values."""
+        *grads, student, teacher = ctx.saved_tensors
+        grad = first_derivative(grad, student, teacher)
         return (
-            None if student is None else (student * each).to(ctx.dtypes[0]),
-            None if teacher is None else (teacher * each).to(ctx.dtypes[1]),
-            *[None] * 7,
+            *(
+                None if x is None else (x * _broadcast(grad, x)).to(dtype)
+                for x, dtype in zip(grads, ctx.dtypes, strict=True)
+            ),
+            *[None] * 9,
         )
 
 
+def first_derivative(grad: Tensor, *logits: Tensor | None) -> Tensor:
+    """What comes to a backward in closed form. Raises RuntimeError where that is to be differentiated itself: it would count as a constant.
+
+    logits: both, where torch.compile makes a graph: a backward that holds what requires a gradient refuses by itself.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.gkl.first_derivative(grad, *logits)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the gradient of gkl_loss (dkl, ikl, GKLLoss) is to be differentiated again (create_graph=True), which its closed form "
+            "cannot be: pass create_graph=True to the loss too"
+        )
+    return grad
+
+
+@torch.library.custom_op("gkl::first_derivative", mutates_args=())
+def _(grad: Tensor, student: Tensor | None, teacher: Tensor | None) -> Tensor:
+    return grad.clone()
+
+
+@torch.library.register_fake("gkl::first_derivative")
+def _(grad: Any, student: Any, teacher: Any) -> Tensor:
+    return torch.empty_like(grad)
+
+
 def _with_gradients(
-    student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor | None, teacher_probs: Tensor | None,
-    to_student: Tensor | None = None, to_teacher: Tensor | None = None,
+    student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor | None, counted: Tensor | None,
+    teacher_probs: Tensor | None, to_student: Tensor | None, to_teacher: Tensor | None,
     *, dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed, in the tensors given for them.
@@ -352,6 +561,12 @@ def _with_gradients(
             to_student.addcmul_(pull, scale, value=-1.0)
     if needed[1]:
         to_teacher = torch.mul(pull, scale, out=pull if to_teacher is None else to_teacher)
+    if counted is not None:
+        ignored = ~counted
+        value.masked_fill_(ignored, 0.0)
+        for gradient in (to_student, to_teacher):
+            if gradient is not None:
+                gradient.masked_fill_(ignored.unsqueeze(-1), 0.0)
     return value, to_student, to_teacher
 
 
@@ -367,7 +582,7 @@ def _without_offsets(student: Tensor, teacher: Tensor, offsets: Tensor) -> list[
     Row by row: what becomes of one does not depend on the others it is computed with.
     """
     far = (offsets.abs() > FAR).unsqueeze(-1)
-    largest = [x.amax(-1, keepdim=True).round_() for x in (student, teacher)]
+    largest = [x.detach().amax(-1, keepdim=True).round_() for x in (student, teacher)]
     return [x - torch.where(far, most, 0.0) for x, most in zip((student, teacher), largest, strict=True)]
 
 
@@ -375,20 +590,60 @@ def _far(offsets: Tensor) -> bool:
     """Whether any of the rows' offsets (b,) costs digits: yes where none is looked at, off the CPU or in a graph."""
     if not offsets.is_cpu or torch.compiler.is_compiling():
         return True
-    # The sum of squares is quickly computed and settles it for most batches.
-    return offsets.dot(offsets).item() > FAR**2 and offsets.abs().amax().item() > FAR
+    # The sum of squares is quickly computed and settles it for most batches. A NaN in one row hides no other's offset.
+    return not (offsets.dot(offsets).item() <= FAR**2 or offsets.abs().amax().item() <= FAR)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature up to a shift of each row: the largest is taken off first, so that the quotient rounds no offset."""
-    return logits if temperature == 1.0 else (logits - logits.amax(-1, keepdim=True)).div_(temperature)
+    return logits if temperature == 1.0 else (logits - logits.detach().amax(-1, keepdim=True)) / temperature
 
 
-def _parts(logits: Tensor) -> list[slice]:
-    """Rows that are worked on together: on a CPU as many as its cache holds, so that a pass over them costs no memory traffic."""
+def parts(logits: Tensor) -> list[tuple[Any, slice]]:
+    """Rows of (B, C) or (B, C, S) that are worked on together, where they lie and which of the positions they are.
+
+    On a CPU as many as its cache holds, so that a pass over them costs no memory traffic, and a map is not copied whole.
+    """
+    batch, classes = logits.shape[:2]
     whole = logits.device.type != "cpu" or torch.compiler.is_compiling()
-    rows = len(logits) if whole else max(1, CACHED // logits.shape[1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+    if logits.ndim == 2:
+        rows = batch if whole else max(1, CACHED // classes)
+        return [(slice(start, start + rows),) * 2 for start in range(0, batch, rows)]
+    size = logits.shape[2]
+    rows = batch * size if whole else max(1, CACHED // classes)
+    images, length = max(1, rows // size), min(rows, size)
+    return [
+        (
+            (slice(first, first + images), slice(None), slice(start, start + length)),
+            slice(
+                first * size + start,
+                min(first + images, batch) * size if images > 1 else first * size + min(start + length, size),
+            ),
+        )
+        for first in range(0, batch, images)
+        for start in range(0, size, length)
+    ]
+
+
+def part_of(x: Tensor, part: Any) -> Tensor:
+    """Rows (b, C) of a part of (B, C) or (B, C, S)."""
+    return x[part] if x.ndim == 2 else x[part].transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def put_part(x: Tensor, part: Any, rows: Tensor) -> None:
+    """Write rows (b, C) into a part of (B, C, S)."""
+    place = x[part].transpose(1, 2)
+    place.copy_(rows.view_as(place))
+
+
+def _shaped(rows: Tensor, logits: Tensor) -> Tensor:
+    """All rows as the logits (B, C) or (B, C, S) are, not copied."""
+    return rows if logits.ndim == 2 else rows.view(len(logits), -1, logits.shape[1]).transpose(1, 2)
+
+
+def _broadcast(each: Tensor, logits: Tensor) -> Tensor:
+    """(positions,) numbers that multiply logits (B, C) or (B, C, S)."""
+    return each.unsqueeze(-1) if logits.ndim == 2 else each.view(len(logits), 1, -1)
 
 
 def _fused(student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None) -> bool:
@@ -404,77 +659,29 @@ def _fused(student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None)
     )
 
 
-def _triton_form() -> type[torch.autograd.Function]:
-    # Imported when first wanted: a machine without a GPU may have no Triton.
-    from gkl.losses.triton_kernels import TritonGKL
-
-    return TritonGKL
-
-
 def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
-    """What the closed form is computed in."""
+    """What the losses are computed in."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in float64: half-precision logits are never subtracted as they are."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def _logits(student: Tensor, teacher: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both logits as rows (positions, C) in one dtype of at least float32, zero where they are not counted."""
+    checked_logits(student, teacher)
+    told_apart(student, None, counted)
+    mask = checked_counted(counted, student)
+    student, teacher = (as_rows(x).to(_dtype(student, teacher)) for x in (student, teacher))
+    if mask is not None:
+        student, teacher = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (student, teacher))
+    return student, teacher
 
 
-def _logits(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both logits as (B, C) in one dtype of at least float32."""
-    _check_logits(student, teacher)
-    student, teacher = at_least_float32(student), at_least_float32(teacher)
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return student.to(dtype), teacher.to(dtype)
-
-
-def _check_logits(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2 or student.shape[0] < 1:
-        raise ValueError(
-            f"student and teacher logits must both be (B, C) with C >= 2, got {tuple(student.shape)} "
-            f"and {tuple(teacher.shape)}; flatten other dimensions into B"
-        )
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    if labels.shape != logits.shape[:1] or labels.dtype not in (torch.int64, torch.int32):
-        raise ValueError(
-            f"the prior's labels must be ({len(logits)},) of int64 or int32, got {tuple(labels.shape)} of {labels.dtype}"
-        )
-
-
-def _check_gamma(gamma: float) -> None:
-    if not 0.0 <= gamma <= 1.0:
-        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-
-
-def _check_weights(weights: Tensor | ClassRows | None, logits: Tensor, values: bool) -> None:
-    """values: whether they are looked at."""
-    if isinstance(weights, ClassRows):
-        _check_labels(weights.labels, logits)
-    elif weights is not None:
-        if weights.shape != logits.shape:
-            raise ValueError(
-                f"gkl needs weights of the logits' shape {tuple(logits.shape)}, got {tuple(weights.shape)}; "
-                "pass prior[labels], or None for softmax(teacher)"
-            )
-        if values:
-            _check_probabilities(weights)
-
-
-def _check_probabilities(weights: Tensor) -> None:
-    low, high = (value.item() for value in at_least_float32(weights).sum(-1).aminmax())
-    smallest = weights.amin().item()
-    if not (0.99 <= low and high <= 1.01 and smallest >= 0.0):  # written so that NaN fails too
-        raise ValueError(
-            "weights must be probabilities (rows that sum to 1, no entry below 0), got row sums "
-            f"{low:g}..{high:g} and a smallest entry {smallest:g}; pass softmax(teacher) or prior[labels]"
-        )
-
-
-def _reduce(per_example: Tensor, reduction: Reduction) -> Tensor:
-    return per_example.mean() if _is_mean(reduction) else per_example
+def _reduce(each: Tensor, reduction: Reduction, logits: Tensor, counted: Tensor | None) -> Tensor:
+    """Values (positions,) of logits as the mean over those that are counted, or shaped as these are."""
+    mean = _is_mean(reduction)
+    if counted is None:
+        return each.mean() if mean else each.view(positions_of(logits))
+    each = torch.where(counted, each.view(positions_of(logits)), 0.0)
+    return each.sum() / counted.sum().clamp(min=1) if mean else each
 
 
 def _is_mean(reduction: Reduction) -> bool:

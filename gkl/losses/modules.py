@@ -7,6 +7,7 @@ for epoch in ...:
     criterion.renew()                # epoch e uses what epoch e - 1 has seen
 """
 
+import torch
 from torch import Tensor, nn
 
 from gkl.losses.closed_form import gkl_loss
@@ -16,7 +17,8 @@ from gkl.losses.prior import ClassPrior
 class GKLLoss(nn.Module):
     """`gkl_loss` with class-wise weights, and the prior they come from: a submodule, so it moves and is saved with this one.
 
-    In training mode each call adds the teacher's predictions to the prior's sums; `eval()` leaves them as they are.
+    In training mode each call adds the teacher's predictions to the prior's sums; `eval()` leaves them as they are, and so does
+    the second forward of an activation checkpoint.
     """
 
     def __init__(
@@ -28,14 +30,28 @@ class GKLLoss(nn.Module):
         gamma: float,
         temperature: float = 1.0,
         prior_temperature: float = 1.0,
+        ignore_index: int | None = None,
+        create_graph: bool = False,
     ) -> None:
-        """alpha, beta, gamma, temperature: as `gkl_loss`. num_classes, prior_temperature: as `ClassPrior`."""
+        """alpha, beta, gamma, temperature, create_graph: as `gkl_loss`. num_classes, prior_temperature: as `ClassPrior`.
+
+        ignore_index: the label of positions that do not count, 255 or -100; None where every label is a class.
+        """
         super().__init__()
         self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
+        self.ignore_index, self.create_graph = ignore_index, create_graph
         self.prior = ClassPrior(num_classes, prior_temperature)
 
-    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """The mean over the batch, with gradient to both logits (B, C). labels: (B,) classes."""
+    def forward(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, counted: Tensor | None = None
+    ) -> Tensor:
+        """The mean over what counts, with gradient to both logits (B, C) or (B, C, *). labels: (B,) or (B, *) classes.
+
+        counted: as `gkl_loss`, beside ignore_index.
+        """
+        if self.ignore_index is not None:
+            known = labels != self.ignore_index
+            counted = known if counted is None else known & counted
         loss = gkl_loss(
             student_logits,
             teacher_logits,
@@ -44,9 +60,11 @@ class GKLLoss(nn.Module):
             beta=self.beta,
             gamma=self.gamma,
             temperature=self.temperature,
+            counted=counted,
+            create_graph=self.create_graph,
         )
-        if self.training:
-            self.prior.update(teacher_logits, labels)
+        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+            self.prior.update(teacher_logits, labels, counted)
         return loss
 
     def renew(self) -> None:

@@ -8,12 +8,28 @@ for epoch in ...:
     prior.renew()                    # epoch e uses what epoch e - 1 has seen
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.distributed import all_reduce, rank
-from gkl.losses.closed_form import ClassRows, smooth
+from gkl.losses.closed_form import ClassRows, part_of, parts, smooth
+from gkl.losses.inputs import checked_classes, checked_counted, checked_labels, checked_range, transformed
+
+RUNNING = ("sums", "counts")
+
+
+class Smoothed(NamedTuple):
+    """probs ** gamma (C, C) and its rows' sums (C,), and of which probs in which state."""
+
+    table: Tensor
+    totals: Tensor
+    source: Tensor
+    version: int
 
 
 class ClassPrior(nn.Module):
@@ -22,6 +38,10 @@ class ClassPrior(nn.Module):
     Row y of `probs` (C, C) is the mean of softmax(logits / temperature) over the epoch's samples of class y. A class
     that an epoch has not shown keeps its row, so no subset or dropped batch can bring in a NaN.
     Predictions are those seen in training (augmented, perturbed weights), not the clean expectation the paper writes.
+
+    As a submodule it goes where its module goes and is saved with it, but its numbers stay as precise as they are: `half()` and
+    its kin leave `probs` in float32 or float64 and the running sums in float64. The sums are this process's own, so they are no
+    buffers, which DistributedDataParallel would overwrite with process 0's at every forward.
     Source: arXiv 2503.08038, Eq. 12; the update rule is the authors' code's.
     """
 
@@ -39,56 +59,85 @@ class ClassPrior(nn.Module):
         self.temperature = temperature
         self.register_buffer("probs", torch.full((num_classes, num_classes), 1.0 / num_classes))
         # Double sums: adding in another order, as several processes do, then changes no digit of the float32 mean.
-        self.register_buffer("sums", torch.zeros(num_classes, num_classes, dtype=torch.float64))
-        self.register_buffer("counts", torch.zeros(num_classes, dtype=torch.float64))
+        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
+        self.counts = torch.zeros(num_classes, dtype=torch.float64)
         # Renewed in place, as the buffers are: a captured CUDA graph goes on reading these very tensors.
-        self._smoothed: dict[float, tuple[Tensor, Tensor]] = {}
+        self._smoothed: dict[float, Smoothed] = {}
 
     def __getitem__(self, labels: Tensor) -> Tensor:
         """Rows of the prior for labels (B,): (B, C) probabilities without gradient."""
-        return self.rows(labels, gamma=1.0)
+        return self.rows(checked_classes(labels), gamma=1.0)
 
     def at(self, labels: Tensor) -> ClassRows:
-        """The weights prior[labels] for `gkl`, which raises them to its gamma; on a GPU no (B, C) tensor is made of them."""
+        """The weights prior[labels] for `gkl_loss`, which raises them to its gamma; no (B, C) tensor is made of them.
+
+        labels: (B,), or (B, *) of logits (B, C, *).
+        """
         return ClassRows(self, labels)
 
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
-        try:
-            # A plain index would take a label of -1 for the last class.
-            return self.table(gamma)[0].index_select(0, labels)
-        except IndexError:
-            self._check(labels)
-            raise
+        if self.is_read_anew():
+            return smooth(self._looked_up(self.probs, labels), gamma, validate=False)
+        return self._looked_up(self.table(gamma)[0], labels)
 
     def totals(self, labels: Tensor, gamma: float) -> Tensor:
         """The sums of those rows, (B,): W of each example."""
-        return self.table(gamma)[1].index_select(0, labels)
+        if self.is_read_anew():
+            return self.rows(labels, gamma).sum(-1)
+        return self._looked_up(self.table(gamma)[1], labels)
 
     def table(self, gamma: float) -> tuple[Tensor, Tensor]:
-        """probs ** gamma (C, C) and its rows' sums (C,), taken anew when probs changes."""
+        """probs ** gamma (C, C) and its rows' sums (C,), kept until probs changes, whoever changes it."""
         kept = self._smoothed.get(gamma)
-        if kept is None or kept[0].device != self.probs.device or kept[0].dtype != self.probs.dtype:
-            table = smooth(self.probs, gamma, validate=False)
-            kept = self._smoothed[gamma] = table, table.sum(-1)
-        return kept
+        if kept is None or kept.source is not self.probs or kept.version != _version(self.probs):
+            kept = self._smooth(gamma)
+        return kept.table, kept.totals
+
+    @staticmethod
+    def is_read_anew() -> bool:
+        """Whether probs is read at each use: a graph of torch.compile outlives the table, and torch.func puts others in its place."""
+        return torch.compiler.is_compiling() or transformed()
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> None:
-        """Add predictions to the running sums. logits: (B, C). labels: (B,). counted: (B,) bool, which of them; None for all."""
-        self._check(labels)
-        if logits.shape != (labels.shape[0], self.probs.shape[0]):
-            raise ValueError(
-                f"the class prior needs logits ({labels.shape[0]}, {self.probs.shape[0]}), got {tuple(logits.shape)}"
+        """Add predictions to the running sums. logits: (B, C) or (B, C, *). labels: (B,) or (B, *). counted: bool, which of them;
+        None for all. What is not counted may hold anything.
+
+        Raises ValueError for other shapes, and on a CPU for labels outside 0..C-1; RuntimeError under torch.func.
+        """
+        if transformed():
+            raise RuntimeError(
+                "the class prior's sums cannot be changed under torch.func or forward-mode differentiation: call update outside "
+                "of it, or have a GKLLoss in eval mode"
             )
+        if logits.ndim < 2 or logits.shape[1] != len(self.probs) or labels.shape[:1] != logits.shape[:1]:
+            raise ValueError(
+                f"the class prior needs logits ({', '.join(map(str, (*labels.shape[:1], len(self.probs), *labels.shape[1:])))}), "
+                f"got {tuple(logits.shape)}"
+            )
+        labels, counted = checked_labels(labels, logits), checked_counted(counted, logits)
+        if counted is not None:
+            labels = torch.where(counted, labels, 0)
+        checked_range(labels, len(self.probs))
+        if self.sums.device != self.probs.device:  # moved as FSDP does, buffer by buffer
+            self.sums, self.counts = (x.to(self.probs.device) for x in (self.sums, self.counts))
+        if logits.ndim == 2:
+            self._add(logits, labels, counted)
+            return
+        logits = logits.flatten(2)
+        for part, rows in parts(logits):  # of a map a little at a time
+            self._add(part_of(logits, part), labels[rows], None if counted is None else counted[rows])
+
+    def _add(self, logits: Tensor, labels: Tensor, counted: Tensor | None) -> None:
         probs = F.softmax(logits.to(self.probs.dtype) / self.temperature, dim=-1).double()
         # Neither a choice of rows nor bincount: both read values back and so wait for a GPU.
-        each = (
-            torch.ones_like(labels, dtype=self.counts.dtype)
-            if counted is None
-            else counted.to(self.counts.dtype)
-        )
-        self.sums.index_add_(0, labels, probs if counted is None else probs * each.unsqueeze(-1))
+        if counted is None:
+            each = torch.ones_like(labels, dtype=self.counts.dtype)
+        else:
+            each = counted.to(self.counts.dtype)
+            probs = torch.where(counted.unsqueeze(-1), probs, 0.0)  # not a product: NaN times 0 is NaN
+        self.sums.index_add_(0, labels, probs)
         self.counts.index_add_(0, labels, each)
 
     @torch.no_grad()
@@ -104,23 +153,91 @@ class ClassPrior(nn.Module):
     @torch.no_grad()
     def merge(self) -> None:
         """Bring the processes' running sums together in process 0, so that its state is the whole state."""
-        for buffer in (self.sums, self.counts):
-            buffer.copy_(all_reduce(buffer) if rank() == 0 else all_reduce(buffer).zero_())
+        for running in (self.sums, self.counts):
+            running.copy_(all_reduce(running) if rank() == 0 else all_reduce(running).zero_())
 
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    @contextmanager
+    def _running_as_buffers(self) -> Iterator[None]:
+        """Inside, what torch does to buffers reaches the running sums too."""
+        self._buffers.update({name: self.__dict__.pop(name) for name in RUNNING})
+        try:
+            yield
+        finally:
+            self.__dict__.update({name: self._buffers.pop(name) for name in RUNNING})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ClassPrior":
+        """`to`, `half`, `cuda` and the like: their device, and their dtype where it holds no less than float32."""
+        before = {name: getattr(self, name) for name in ("probs", *RUNNING)}
+        with self._running_as_buffers():
+            super()._apply(fn, recurse)
+        for name, was in before.items():
+            now = getattr(self, name)
+            dtype = (
+                now.dtype if name == "probs" and now.dtype in (torch.float32, torch.float64) else was.dtype
+            )
+            if was.is_meta and not now.is_meta:  # to_empty: no values that could come along
+                start = 1.0 / len(was) if name == "probs" else 0.0
+                now = torch.full(was.shape, start, dtype=dtype, device=now.device)
+            else:
+                now = was.to(now.device, dtype)
+            setattr(self, name, now)
+        return self
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        with self._running_as_buffers():
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(
+        self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """What is loaded is all processes' together: process 0 goes on with its sums, the others from zero."""
+        with self._running_as_buffers():
+            super()._load_from_state_dict(state, prefix, metadata, *rest)
+        if metadata.get(
+            "assign_to_params_buffers"
+        ):  # then these are the state's own tensors, of whatever dtype
+            self.sums, self.counts = (x.to(torch.float64, copy=True) for x in (self.sums, self.counts))
+            self.probs = self.probs if self.probs.dtype == torch.float64 else self.probs.float()
+        if rank() != 0 and prefix + "sums" in state:
+            self.sums.zero_()
+            self.counts.zero_()
         self._smooth_anew()
 
-    @torch.no_grad()
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what is kept of probs."""
+        return self.__dict__ | {"_smoothed": {}}
+
     def _smooth_anew(self) -> None:
         """Every kept table and its sums from probs as it is now, in place."""
-        for gamma, (table, sums) in self._smoothed.items():
-            table.copy_(smooth(self.probs, gamma, validate=False))
-            sums.copy_(table.sum(-1))
+        for gamma in self._smoothed:
+            self._smooth(gamma)
 
-    def _check(self, labels: Tensor) -> None:
-        # On a GPU reading the labels back would stall every step; data sets are checked when they are loaded.
-        if labels.device.type == "cpu" and labels.numel():
-            low, high = (int(value) for value in labels.aminmax())
-            if low < 0 or high >= self.probs.shape[0]:
-                raise ValueError(f"labels must lie in 0..{self.probs.shape[0] - 1}, got {low}..{high}")
+    @torch.no_grad()
+    def _smooth(self, gamma: float) -> Smoothed:
+        """The table and its sums from probs as it is now, in the tensors of the kept ones where these fit."""
+        kept = self._smoothed.get(gamma)
+        with torch.inference_mode(False):  # an evaluation may be the first to ask, a training the next
+            table = smooth(self.probs, gamma, validate=False)
+            totals = table.sum(-1)
+            if kept and (kept.table.device, kept.table.dtype) == (table.device, table.dtype) and gamma != 1.0:
+                table = kept.table.copy_(table)
+            if kept and (kept.totals.device, kept.totals.dtype) == (totals.device, totals.dtype):
+                totals = kept.totals.copy_(totals)
+        self._smoothed[gamma] = kept = Smoothed(table, totals, self.probs, _version(self.probs))
+        return kept
+
+    def _looked_up(self, table: Tensor, labels: Tensor) -> Tensor:
+        """Entries of a table for labels (b,)."""
+        if torch.compiler.is_compiling():
+            checked_range(labels, len(self.probs))
+        try:
+            # A plain index would take a label of -1 for the last class.
+            return table.index_select(0, labels)
+        except IndexError:
+            checked_range(labels, len(self.probs))
+            raise
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written, as far as torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -12,14 +12,15 @@ deviations: Chan, Golub and LeVeque, 1979.
 One file, since the kernels of the two directions and what launches them must agree line by line.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from gkl.losses.closed_form import PairWeight, first_derivative
+from gkl.losses.inputs import checked_settings
 
 # What a row leaves behind in statistics[:, row], in float32: max s, sum exp((s - max s) / T), the same two of t; of
 # d = (t - max t) - (s - max s) the mean under the weights; what multiplies v (d - mean) in wMSE's gradient, but for the
@@ -308,16 +309,21 @@ class TritonGKL(torch.autograd.Function):
         teacher: Tensor,
         weights: Tensor | None,
         labels: Tensor | None,
+        counted: Tensor | None,
         alpha: float,
         beta: float,
         gamma: float,
         temperature: float,
         weights_temperature: float,
-        pair_weight: float | Tensor | Callable[[Tensor], Tensor] | None,
+        pair_weight: PairWeight,
         break_asymmetry: bool,
         mean_alone: bool,
+        power: bool,
     ) -> Tensor:
-        """Values, in one sweep over each row. With labels the weights are a table whose rows have their exponent already."""
+        """Values, in one sweep over each row. With labels the weights are a table. power: whether they still want their exponent.
+
+        counted: (B,), whose gradients are not zero; their values alone mean something, and not with mean_alone.
+        """
         student, teacher = (x if x.stride(1) == 1 else x.contiguous() for x in (student, teacher))
         if weights is not None and weights.stride(1) != 1:
             weights = weights.contiguous()
@@ -328,28 +334,35 @@ class TritonGKL(torch.autograd.Function):
         launch = torch.ops.gkl.closed_form if torch.compiler.is_compiling() else _launch_forward
         scalars = beta, gamma, temperature, weights_temperature
         statistics, value = launch(
-            student, teacher, weights, labels, alpha, *scalars, finish, own, mean_alone
+            student, teacher, weights, labels, alpha, *scalars, power, finish, own, mean_alone
         )
         if pair_weight is not None:
             batch = student.shape[0]
             squares, wmse, entropy = statistics[6 * batch : 9 * batch].view(3, batch)
             pair_weight = pair_weight(squares) if callable(pair_weight) else pair_weight
+            checked_settings(pair_weight=pair_weight)
             value = torch.addcdiv(entropy, wmse, pair_weight)
             value = value.mean() if mean_alone else value
-        ctx.save_for_backward(student, teacher, weights, labels, statistics, pair_weight)
-        ctx.scalars, ctx.switches = scalars, (mean_alone, break_asymmetry)
+        ctx.save_for_backward(student, teacher, weights, labels, statistics, pair_weight, counted)
+        ctx.scalars, ctx.switches = scalars, (power, mean_alone, break_asymmetry)
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients, from the logits anew and the statistics."""
         wanted = ctx.needs_input_grad[:2]
+        *saved, counted = ctx.saved_tensors
+        grad = first_derivative(grad, *saved[:2])
         launch: Any = (
             torch.ops.gkl.closed_form_backward if torch.compiler.is_compiling() else _launch_backward
         )
-        gradients = launch(*ctx.saved_tensors, grad, *ctx.scalars, *ctx.switches, *wanted)
-        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 10
+        gradients = launch(*saved, grad, *ctx.scalars, *ctx.switches, *wanted)
+        if counted is not None:
+            gradients = [
+                g.masked_fill_(~counted[:, None], 0.0) if w else g
+                for g, w in zip(gradients, wanted, strict=True)
+            ]
+        return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 12
 
 
 def _sizes(student: Tensor) -> tuple[int, int, int]:
@@ -369,7 +382,7 @@ def _made(student: Tensor, mean_alone: bool) -> tuple[Tensor, Tensor]:
 
 def _launch_forward(
     student: Tensor, teacher: Tensor, weights: Tensor | None, labels: Tensor | None, alpha: float, beta: float, gamma: float,
-    temperature: float, weights_temperature: float, finish: bool, own: bool, mean_alone: bool,
+    temperature: float, weights_temperature: float, power: bool, finish: bool, own: bool, mean_alone: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (block, rows, programs), (batch, classes) = _sizes(student), student.shape
     statistics, value = _made(student, mean_alone)
@@ -378,7 +391,7 @@ def _launch_forward(
             student, teacher, weights, labels, statistics, _counter(student.device) if finish else None, value,
             student.stride(0), teacher.stride(0), 0 if weights is None else weights.stride(0), batch, classes,
             alpha, beta, gamma, 1.0 / temperature, 1.0 / weights_temperature,
-            power=weights is not None and labels is None and gamma != 1.0, finish=finish, own=own, mean_alone=mean_alone,
+            power=power and weights is not None, finish=finish, own=own, mean_alone=mean_alone,
             ROWS=rows, BLOCK=block, num_warps=4 if block <= TILE else 8,
         )  # fmt: skip
     return statistics, value
@@ -387,7 +400,7 @@ def _launch_forward(
 def _launch_backward(
     student: Tensor, teacher: Tensor, weights: Tensor | None, labels: Tensor | None, statistics: Tensor,
     pair_weight: Tensor | None, grad: Tensor, beta: float, gamma: float, temperature: float, weights_temperature: float,
-    mean_alone: bool, break_asymmetry: bool, to_student: bool, to_teacher: bool,
+    power: bool, mean_alone: bool, break_asymmetry: bool, to_student: bool, to_teacher: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, classes = student.shape
     gradients = _made_gradients(student, teacher, to_student, to_teacher)
@@ -401,7 +414,7 @@ def _launch_backward(
             student.stride(0), teacher.stride(0), 0 if weights is None else weights.stride(0),
             pair_weight.stride(0) if pair_weight.ndim else 0, grad.stride(0) if grad.ndim else 0, batch, classes,
             gamma, 1.0 / temperature, 1.0 / weights_temperature, beta / temperature,
-            power=weights is not None and labels is None and gamma != 1.0, mean_alone=mean_alone,
+            power=power and weights is not None, mean_alone=mean_alone,
             break_asymmetry=break_asymmetry, ROWS=rows, BLOCK=block, num_warps=4,
         )  # fmt: skip
     return gradients

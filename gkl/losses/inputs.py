@@ -1,0 +1,161 @@
+"""What the losses and the class prior take: logits, labels, weights and settings, each checked in one line; maps as rows.
+
+Logits are (B, C), or (B, C, *) with the classes in dimension 1, as `torch.nn.functional.cross_entropy` has them: sequences
+(B, C, T), maps (B, C, H, W). A position is one of B x the rest; a row is a position's C logits.
+"""
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+UNORDERED = (torch.int64, torch.int32)  # what torch indexes with
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation looks on: tensors may have no values to read, and no one form of gradient."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or as it is in float64: half-precision logits are never subtracted as they are."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def positions_of(logits: Tensor) -> tuple[int, ...]:
+    """(B,) of (B, C), (B, H, W) of (B, C, H, W)."""
+    return logits.shape[:1] + logits.shape[2:]
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """(B, C, *) -> (positions, C); nothing is copied where the classes lie side by side, as in channels_last."""
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+
+
+def checked_logits(student: Tensor, teacher: Tensor) -> None:
+    """Raises ValueError where they are not two of one shape (B, C, *) with C >= 2."""
+    if student.shape != teacher.shape or student.ndim < 2 or student.shape[1] < 2 or not student.numel():
+        raise ValueError(
+            "student and teacher logits must both be (B, C) with C >= 2, or (B, C, H, W) with the classes in dimension 1, got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}; (B, T, C) flattens to (B, C): logits.flatten(0, 1)"
+        )
+
+
+def told_apart(logits: Tensor, labels: Tensor | None, counted: Tensor | None) -> None:
+    """Raises ValueError for logits of three dimensions whose positions neither labels nor counted show: which is the classes'?"""
+    if logits.ndim == 3 and labels is None and counted is None:
+        raise ValueError(
+            f"logits {tuple(logits.shape)} could be (B, C, T) or (B, T, C): pass counted (B, T) bool, which positions count, with the "
+            "classes in dimension 1, or flatten them to (B, C)"
+        )
+
+
+def checked_counted(counted: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The mask as (positions,) bool. Raises ValueError where it is no bool tensor of the logits' positions."""
+    if counted is None:
+        return None
+    wanted = tuple(positions_of(logits))
+    if not isinstance(counted, Tensor) or counted.dtype != torch.bool or tuple(counted.shape) != wanted:
+        raise ValueError(
+            f"counted must be {wanted} of bool, True where a position counts, for logits {tuple(logits.shape)}, got "
+            f"{_described(counted)}{_transposed(counted, logits)}"
+        )
+    return counted.flatten()
+
+
+def checked_labels(labels: Tensor, logits: Tensor) -> Tensor:
+    """Classes as (positions,) int64 or int32. Raises ValueError for another shape than the logits' positions or no integers."""
+    wanted = tuple(positions_of(logits))
+    if not _are_integers(labels) or tuple(labels.shape) != wanted:
+        remedy = _transposed(labels, logits)
+        if isinstance(labels, Tensor) and labels.shape == (*wanted, 1):
+            remedy = "; pass labels.squeeze(-1)"
+        elif isinstance(labels, Tensor) and labels.shape == logits.shape and not remedy:
+            remedy = "; of one-hot or soft labels pass labels.argmax(1)"
+        raise ValueError(
+            f"labels must be {wanted} of an integer dtype, the classes of logits {tuple(logits.shape)}, got {_described(labels)}{remedy}"
+        )
+    return as_index(labels).flatten()
+
+
+def checked_classes(labels: Tensor) -> Tensor:
+    """Classes (B,) as int64 or int32. Raises ValueError for another shape or no integers."""
+    if not _are_integers(labels) or labels.ndim != 1:
+        raise ValueError(
+            f"labels must be (B,) of an integer dtype, got {_described(labels)}; prior.at(labels) takes those of maps, "
+            "labels.squeeze(-1) makes (B,) of (B, 1)"
+        )
+    return as_index(labels)
+
+
+def as_index(labels: Tensor) -> Tensor:
+    """Integers as torch indexes with them."""
+    return labels if labels.dtype in UNORDERED else labels.long()
+
+
+def checked_range(labels: Tensor, classes: int) -> None:
+    """Raises ValueError for labels outside 0..classes - 1, on a CPU: on a GPU reading them back would stall every step."""
+    if labels.device.type != "cpu" or not labels.numel() or transformed():
+        return
+    if torch.compiler.is_compiling():
+        known = ((labels >= 0) & (labels < classes)).all()
+        torch._assert_async(known, f"labels must lie in 0..{classes - 1}")
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels must lie in 0..{classes - 1}, got {low}..{high}; leave out what has no label by counted (labels != {low if low < 0 else high})"
+        )
+
+
+def checked_settings(**settings: object) -> None:
+    """Raises ValueError for a setting that wants a gradient: none would reach it."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"{name} must not require a gradient, since the loss gives it none; pass {name}.detach()"
+            )
+
+
+def checked_gamma(gamma: float) -> None:
+    """Raises ValueError outside [0, 1]."""
+    if not 0.0 <= gamma <= 1.0:
+        raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+
+
+def checked_weights(weights: Tensor, logits: Tensor) -> None:
+    """Raises ValueError for another shape than the logits'."""
+    if weights.shape != logits.shape:
+        raise ValueError(
+            f"gkl needs weights of the logits' shape {tuple(logits.shape)}, got {tuple(weights.shape)}; "
+            "pass prior[labels], or None for softmax(teacher)"
+        )
+
+
+def checked_probabilities(weights: Tensor, counted: Tensor | None = None) -> None:
+    """Raises ValueError for rows (b, C) that are no probabilities. counted: (b,), which are looked at."""
+    sums, least = at_least_float32(weights).sum(-1), weights.amin(-1)
+    if counted is not None:
+        sums, least = torch.where(counted, sums, 1.0), torch.where(counted, least, 0.0)
+    (low, high), smallest = (value.item() for value in sums.aminmax()), least.amin().item()
+    if not (0.99 <= low and high <= 1.01 and smallest >= 0.0):  # written so that NaN fails too
+        raise ValueError(
+            "weights must be probabilities (rows that sum to 1, no entry below 0), got row sums "
+            f"{low:g}..{high:g} and a smallest entry {smallest:g}; pass softmax(teacher) or prior[labels]"
+        )
+
+
+def _are_integers(labels: object) -> bool:
+    return isinstance(labels, Tensor) and not (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    )
+
+
+def _described(found: object) -> str:
+    return f"{tuple(found.shape)} of {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
+
+
+def _transposed(found: object, logits: Tensor) -> str:
+    """What to do where the classes are in the last dimension."""
+    if isinstance(found, Tensor) and logits.ndim > 2 and found.shape == logits.shape[:-1]:
+        return f"; the classes belong in dimension 1: logits.movedim(-1, 1), or flatten {tuple(logits.shape)} to (B, C)"
+    return ""
