@@ -50,6 +50,16 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return total
 
 
+def agree(value: int) -> int:
+    """The largest of the processes' values, so that all of them do the same."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(value, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def all_gather(tensor: Tensor) -> Tensor:
     """Every process's rows, in the order of the processes, (b, ...) -> (B, ...); with gradient. b may differ.
 

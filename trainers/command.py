@@ -5,13 +5,14 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from trainers.errors import Interrupted, RunError
-from trainers.signals import ending, heeded
+from trainers.errors import Interrupted, LostProcess, RunError
+from trainers.signals import ending, heeded, unheard
 
 DISK = (
     errno.ENOSPC,
@@ -20,6 +21,7 @@ DISK = (
     errno.EROFS,
     errno.EACCES,
 )  # a person's to mend, and no bug of ours
+OTHERS_SECONDS = 2.0  # in which a process that knows better has said so
 
 
 def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
@@ -38,10 +40,11 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
                 return 0
             return main(arguments)
         except Interrupted as error:
-            _say(str(error))
+            if _first():
+                print(error, file=sys.stderr)
             return 128 + error.signum
         except RunError as error:
-            _say(f"error: {error}")
+            _say(f"error: {error}", secondary=isinstance(error, LostProcess))
             return 2
         except OSError as error:
             if error.errno not in DISK:
@@ -68,9 +71,16 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     )
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one line a run, not one a process
-        print(line, file=sys.stderr)
+def _first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _say(line: str, secondary: bool = False) -> None:
+    """One line a run: a process that is not the first, or knows the consequence alone, waits to be ended by its launcher meanwhile."""
+    if wait := OTHERS_SECONDS * ((not _first()) + 2 * secondary):
+        with unheard():
+            time.sleep(wait)
+    print(line, file=sys.stderr)
 
 
 class _Patient:

@@ -9,6 +9,10 @@ class ConfigError(RunError):
     """A configuration that cannot be run, in one line: what was needed, what came, what to do."""
 
 
+class LostProcess(RunError):
+    """Another process of the run is gone or does not answer; why, another may know."""
+
+
 class Interrupted(BaseException):
     """Stopped by a signal, with everything saved that was worth saving. No Exception: nothing that catches those swallows it."""
 

@@ -2,7 +2,9 @@
 
 import errno
 import os
+import re
 import stat
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 import torch
 
 from trainers.errors import RunError
+
+STALE_SECONDS = 3600.0  # no file takes as long to write
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -38,6 +42,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"cannot write {path}: {reason}; the files before it are intact. Free some space or choose another "
             "folder with GKL_OUTPUTS=..., then start the same command again"
         ) from error
+
+
+def clear(folder: Path, names: str = ".*") -> None:
+    """Remove the temporary files of processes that are no more, here or, by their age, on another machine."""
+    for path in folder.glob(f"{names}.tmp*"):
+        owner = re.search(r"\.(\d+)\.tmp(\.\w+)?$", path.name)
+        with suppress(OSError):  # another start removes it, too
+            if owner and (not alive(int(owner[1])) or time.time() - path.stat().st_mtime > STALE_SECONDS):
+                path.unlink()
+
+
+def alive(process: int) -> bool:
+    """Whether a process of this number is there."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another person's
+        return True
+    return True
 
 
 def read_file(path: Path) -> bytes:

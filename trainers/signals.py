@@ -1,7 +1,9 @@
 """Signals that ask a run to save itself and end."""
 
+import ctypes
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -22,6 +24,23 @@ def ending() -> None:
 
 def _end(signum: int, frame: object) -> None:
     os._exit(128 + signum)  # the system tells the runs that were started here
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, these signals end the process as they would any: for waits in C, in which Python hears none."""
+    before = {s: signal.signal(s, signal.SIG_DFL) for s in heeded()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def end_with_parent() -> None:
+    """Be sent SIGTERM when the process that started this one dies, so that one that is killed leaves no run behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -22,6 +22,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+PATIENCE_HOURS = 24.0  # for another process's batch: the longest attack on a large network takes some
+
 
 class Kept:
     """Batches of one network, data and settings."""
@@ -42,8 +44,14 @@ class Kept:
         return part if np.array_equal(part["points"], points.numpy()) else None
 
     def awaited(self, attack: str, number: int, points: Tensor) -> dict[str, Any]:
-        """A finished batch, as soon as the process that attacks it has written it."""
+        """A finished batch, as soon as the process that attacks it has written it. Raises TimeoutError after PATIENCE_HOURS."""
+        deadline = time.monotonic() + 3600 * PATIENCE_HOURS
         while (part := self.read(attack, number, points)) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"no process has finished {attack}, batch {number}, within {PATIENCE_HOURS:g} hours: there is no "
+                    f"{self._path(attack, number)}; is each of them at work, and does each see this folder?"
+                )
             time.sleep(0.2)
         return part
 

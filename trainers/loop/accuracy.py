@@ -1,6 +1,7 @@
 """Final numbers of a network: clean accuracy and AutoAttack, over all processes of a run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gkl.evaluation import (
     pgd_robust,
 )
 from gkl.models.batch_norm import eval_mode
+from trainers.errors import LostProcess
 from trainers.loop.console import Console
 
 DESCRIBED = {"aa": "AutoAttack standard", "screen": "screen (APGD-CE, APGD-T)"}
@@ -71,6 +73,15 @@ def pgd_accuracy(
     return 100.0 * all_reduce(robust.sum().double().to(device)).item() / len(labels)
 
 
+@contextmanager
+def told_as_lost() -> Iterator[None]:
+    """Inside, waiting in vain for another process is a RunError."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise LostProcess(str(error)) from error
+
+
 def attack_name(settings: Mapping[str, Any]) -> str:
     """What the number of a configs/evaluation file is called in metrics: `aa`, AutoAttack, or `screen`, which is less."""
     return "aa" if settings["version"] == "standard" else "screen"
@@ -110,7 +121,7 @@ def autoattack_result(
     """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
     chosen = first_of_each_class(data.test_labels, settings["images"])
     name = DESCRIBED[attack_name(settings)]
-    with eval_mode(model):
+    with eval_mode(model), told_as_lost():
         return evaluate(
             model,
             data.test_images[chosen],

@@ -14,10 +14,9 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from gkl.distributed import all_reduce, rank, world_size
+from gkl.distributed import agree, all_reduce, rank, world_size
 from trainers.errors import Interrupted, RunError, in_a_line
 from trainers.loop.folder import RunFolder
 from trainers.signals import signals
@@ -239,16 +238,6 @@ def gather(shares: dict[str, Tensor], request: int) -> Callable[[], tuple[dict[s
         return dict(zip(shares, found, strict=False)), asked[-1] if asked else 0
 
     return read
-
-
-def agree(value: int) -> int:
-    """The largest of the processes' values, so that all of them stop at the same step."""
-    if world_size() == 1:
-        return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    largest = torch.tensor(value, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
 
 
 def _how_to_go_on(epoch: int, step: int, signum: int, end: bool = False) -> str:

@@ -13,9 +13,8 @@ from typing import IO, Any
 
 import torch
 
-from gkl.models.checkpoints import archive_damage
 from trainers.errors import RunError, in_a_line
-from trainers.files import read_file, save, write_atomically, write_text
+from trainers.files import clear, read_file, save, write_atomically, write_text
 
 GRACE_SECONDS = 10.0  # that a run which was told to stop has for its last checkpoint
 
@@ -55,6 +54,11 @@ class RunFolder:
                         ) from None
                     time.sleep(0.2)
             yield
+
+    def clear(self) -> None:
+        """Remove what processes that were killed have left half-written; the lock is held, so nobody else is at work here."""
+        for folder in (self.path, *(found for found in self.path.rglob("*") if found.is_dir())):
+            clear(folder)
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Make `state` the last checkpoint and keep the whole one before it."""
@@ -146,6 +150,10 @@ def damage(content: bytes) -> str | None:
 
     A run writes archives: what neither begins nor ends as one was something else, unless the disk has lost it.
     """
+    from gkl.models.checkpoints import (
+        archive_damage,
+    )  # seconds, with every network of timm's; most look at a folder's names alone
+
     if not content.strip(b"\0"):
         return "it is empty" if not content else "all of it is zeros"
     if not content.startswith(b"PK") and not zipfile.is_zipfile(BytesIO(content)):

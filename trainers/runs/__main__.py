@@ -11,17 +11,18 @@ Exit code: 0 done, 2 something the person can mend (one line says what), 128 + s
 import argparse
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from gkl.distributed import rank
 from trainers.command import run_main
 from trainers.errors import ConfigError
 from trainers.runs.paths import run_folder
 from trainers.runs.processes import launch, process_group
 from trainers.runs.run import run
+from trainers.signals import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
@@ -42,12 +43,11 @@ def main(arguments: list[str]) -> int:
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(given.config)))
     if "WORLD_SIZE" not in os.environ and config["devices"] * given.nodes > 1:
         return launch(given.config, config["devices"], given)
-    with process_group(config):
-        if rank() == 0:
-            with run_folder(config).locked():
-                run(config)
-        else:
-            run(config)
+    if "RANK" in os.environ:
+        end_with_parent()
+    first = os.environ.get("RANK", "0") == "0"
+    with run_folder(config).locked() if first else nullcontext(), process_group(config):
+        run(config)
     return 0
 
 

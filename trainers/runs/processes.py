@@ -1,18 +1,30 @@
 """The processes of a run: each one's device, the group they form, and how they are started."""
 
 import argparse
+import logging
 import os
+import secrets
+import signal
+import socket
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from gkl.distributed import world_size
-from trainers.errors import ConfigError, RunError
+from gkl.distributed import agree, rank, world_size
+from trainers.errors import ConfigError, LostProcess, RunError, in_a_line
+from trainers.files import write_text
+from trainers.signals import ending, unheard
+
+WAIT = timedelta(minutes=30)  # of a process for the others: for what they download and decode, at most
+SHARED_SECONDS = 20.0  # for a file that another machine has written to be seen here
 
 
 def device_of(config: dict[str, Any]) -> torch.device:
@@ -47,11 +59,44 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
         yield
         return
     device = device_of(config)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
+        with unheard():  # nothing is there to be saved yet
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         yield
+    except RuntimeError as error:
+        if type(error) is RuntimeError and "/gloo/" not in str(error):  # gloo has no error of its own
+            raise
+        raise LostProcess(
+            f"process {os.environ['RANK']} of this run has lost another, or waited for it for {WAIT.seconds // 60} minutes "
+            f"({in_a_line(error)}); the last checkpoint is intact, and the same command goes on from there"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def check_shared(folders: Sequence[Path]) -> None:
+    """Raises RunError on every process unless all see the same folders: each reads there what process 0 has written."""
+    if world_size() == 1:
+        return
+    name = f".meeting-{agree(secrets.randbits(48)):x}.{agree(os.getpid() if rank() == 0 else 0)}.tmp"
+    if rank() == 0:
+        for folder in folders:
+            write_text(folder / name, "")
+    dist.barrier()
+    deadline, unseen = time.monotonic() + SHARED_SECONDS, list(folders)
+    while (unseen := [f for f in unseen if not (f / name).exists()]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    alone = agree(len(unseen))
+    if rank() == 0:
+        for folder in folders:
+            (folder / name).unlink(missing_ok=True)
+    if alone:
+        which = ", ".join(map(str, unseen or folders))
+        raise RunError(
+            f"the processes of this run do not see the same files under {which}; outputs and results must lie on a file system that "
+            "all machines share: set GKL_OUTPUTS and GKL_RESULTS to one"
+        )
 
 
 def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
@@ -61,6 +106,10 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if shared.nodes > 1:
+        _check_endpoint(shared.endpoint, shared.wait)
+    if shared.restarts < 1:
+        logging.disable(logging.ERROR)  # what torch has to say of the processes is said below
     settings: dict[str, Any] = {"join_timeout": shared.wait, "read_timeout": int(shared.wait)}
     if shared.address:  # torch would ask the host name whether the endpoint is this machine
         settings["is_host"] = shared.endpoint.rpartition(":")[0] == shared.address
@@ -78,18 +127,29 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
     try:
         elastic_launch(launch_config, sys.executable)("-m", "trainers.runs", str(path))
     except ChildFailedError as error:
-        return error.get_first_failure()[1].exitcode or 1
+        number, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode or 1
+        name = signal.Signals(-failure.exitcode).name
+        why = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        print(
+            f"error: process {number} of this run was ended by {name}{why}; the last checkpoint is intact, and the same command goes "
+            "on from there",
+            file=sys.stderr,
+        )
+        return 128 - failure.exitcode
     except SignalException as error:
+        ending()
         return 128 + int(error.sigval)
     except (RendezvousError, dist.DistError) as error:
         if shared.restarts < 1:
             raise RunError(
-                f"the {shared.nodes} machines did not meet at {shared.endpoint} ({str(error).splitlines()[0]}); is the same command "
+                f"the {shared.nodes} machines did not meet at {shared.endpoint} ({in_a_line(error)}); is the same command "
                 "running on each, and can each reach that address? What was finished is kept"
             ) from error
         # A machine died while the others gathered, or the one with the endpoint did: all begin to gather anew.
         print(
-            f"the machines lost each other ({str(error).splitlines()[0][:120]}); meeting again",
+            f"the machines lost each other ({in_a_line(error)}); meeting again",
             file=sys.stderr,
             flush=True,
         )
@@ -104,3 +164,33 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
         again += ["--wait", str(shared.wait), *(["--address", shared.address] if shared.address else [])]
         os.execv(sys.executable, [sys.executable, "-m", "trainers.runs", str(path), *again])
     return 0
+
+
+def _check_endpoint(endpoint: str, wait: float) -> None:
+    """Raises RunError, or ends the process with its line, where something else than a run's meeting place answers there."""
+    host, _, port = endpoint.rpartition(":")
+    taken = (
+        f"another service than a run's meeting place answers at {endpoint}; choose a free port with launcher.endpoint=HOST:PORT, the "
+        "same on each machine"
+    )
+
+    def give_up() -> None:  # torch asks in C, and waits for ever for a service that says nothing
+        print(f"error: {taken}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    try:
+        socket.create_connection((host, int(port)), timeout=min(wait, 10.0)).close()
+    except OSError:  # nobody is there yet, or its name is not known yet: the launcher waits
+        return
+    timer = threading.Timer(wait, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        with unheard():
+            dist.TCPStore(  # type: ignore[attr-defined]
+                host, int(port), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=wait)
+            )
+    except (dist.DistError, RuntimeError, ValueError) as error:
+        raise RunError(taken) from error
+    finally:
+        timer.cancel()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from gkl.distributed import rank, world_size
 from gkl.evaluation.autoattack import FEWEST_CLASSES
 from trainers.errors import ConfigError, RunError
-from trainers.files import save_state
+from trainers.files import clear, save_state
 from trainers.loop.console import Console
 from trainers.loop.engine import fit
 from trainers.loop.folder import RunFolder
@@ -23,7 +23,7 @@ from trainers.runs import records
 from trainers.runs.compose import published, usual
 from trainers.runs.identity import EXCLUDED_ANYWHERE, asked, config_hash, differences, without_excluded
 from trainers.runs.paths import record_path, run_folder
-from trainers.runs.processes import device_of, one_process_a_node_first
+from trainers.runs.processes import check_shared, device_of, one_process_a_node_first
 from trainers.runs.provenance import code_state, provenance
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
@@ -49,6 +49,10 @@ def run(config: dict[str, Any]) -> None:
         os.environ.setdefault(
             "TORCHINDUCTOR_CACHE_DIR", str(Path(config["paths"]["outputs"]).resolve() / "compiled")
         )
+    check_shared([folder.path, Path(config["paths"]["results"])])
+    if rank() == 0:
+        folder.clear()
+        clear(record_path(config).parent, f".seed{config['seed']}.json*")
     done = records.is_whole(record_path(config))
     if world_size() > 1:
         dist.barrier()  # none may write the record before all have looked for it

@@ -1,8 +1,6 @@
 """Runs on this machine: a process (or group of processes) each, on the GPUs of its slot."""
 
-import ctypes
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +13,7 @@ import torch
 from trainers.runs.paths import freeze, run_folder
 from trainers.runs.plan import Cell
 from trainers.runs.settings import check_machine
+from trainers.signals import end_with_parent
 
 
 @dataclass
@@ -102,10 +101,5 @@ def spawn(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
             stderr=output,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent,
         )
-
-
-def _end_with_parent() -> None:
-    """In the child: be sent SIGTERM when the parent dies, so that a killed table leaves no run behind."""
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
