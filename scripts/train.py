@@ -12,6 +12,7 @@ import sys
 from omegaconf import OmegaConf
 
 from trainers.command import become, run_main
+from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.launch import run_all
 from trainers.runs.paths import check_teacher, freeze, processes
@@ -32,6 +33,8 @@ def main(arguments: list[str]) -> int:
     launcher.check(config)
     cell = Cell(config["experiment"], config)
     if cell.status == "done":
+        if cell.stale:
+            raise ConfigError(cell.stale)
         print(f"this run is done: {cell.record}")
         return 0
     check_teacher(config)

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -81,9 +81,15 @@ def prepare(parts: Sequence[Path], folder: Path) -> None:
 
 
 def _describe(part: Path) -> dict[str, Any]:
+    """A part by its name, size and the checksums of its members, which an archive has written down."""
     if not part.is_file():
         raise FileNotFoundError(f"no part of generated pictures at {part}")
-    return {"name": part.name, "bytes": part.stat().st_size}
+    try:
+        with zipfile.ZipFile(part) as archive:
+            checksums = {member.filename: member.CRC for member in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{part} is no npz file of image and label, or damaged ({error})") from error
+    return {"name": part.name, "bytes": part.stat().st_size, "crc32": checksums}
 
 
 def _write_shard(part: Path, folder: Path, number: int) -> dict[str, Any]:
@@ -158,6 +164,17 @@ def _read_index(folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def prepared(root: str) -> str | None:
+    """16 hexadecimal digits of the prepared pictures in a folder, as their index has them; None where there are none."""
+    folder = Path(root)
+    return _whole(_read_index(folder))[:16] if (folder / INDEX).exists() else None
+
+
+def _whole(index: Mapping[str, Any]) -> str:
+    """sha256 of all shards."""
+    return hashlib.sha256("".join(entry["sha256"] for entry in index["shards"]).encode()).hexdigest()
+
+
 def open_shards(root: str, num_classes: int, verify: bool = False) -> Generated:
     """The prepared pictures in a folder. verify: read all of them once and compare their checksums.
 
@@ -191,8 +208,7 @@ def open_shards(root: str, num_classes: int, verify: bool = False) -> Generated:
             )
         shards.append(images)
         labels.append(torch.from_numpy(mine))
-    whole = hashlib.sha256("".join(entry["sha256"] for entry in index["shards"]).encode()).hexdigest()
-    return Generated(folder.name, whole, tuple(shards), torch.cat(labels))
+    return Generated(folder.name, _whole(index), tuple(shards), torch.cat(labels))
 
 
 def _digest(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> str:
@@ -210,8 +226,11 @@ def generated(
     name: str,
     root: str,
     images: int | None = None,
+    content: str | None = None,
 ) -> Generated:
     """The generated pictures of a run: prepared EDM parts in root/name, or a stand-in made from the data's own pictures.
+
+    content: what the prepared parts must be, see `prepared`; None: whatever lies there.
 
     source: class_gaussian draws `images` pictures from a Gaussian fitted to the training pictures of each class, writes
     them as parts and prepares them; for the scales without EDM's parts, and named wherever its numbers stand.
@@ -220,6 +239,11 @@ def generated(
         raise ValueError(f"generated.source must be edm or class_gaussian, got {source!r}")
     if source == "edm":
         pictures = open_shards(str(Path(root) / name), data.num_classes)
+        if content is not None and content != pictures.sha256[:16]:
+            raise ValueError(
+                f"the generated pictures in {Path(root) / name} are {pictures.sha256[:16]}, and this run is of {content}; bring those "
+                "back, or start a run of these"
+            )
         if pictures.shards[0].shape[1:3] != tuple(data.train_images.shape[2:]):
             raise ValueError(
                 f"generated pictures of {pictures.shards[0].shape[1:3]} pixels do not fit {data.name}'s "

@@ -105,7 +105,8 @@ def evaluate(
         folder,
         {
             "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
-            "network": fingerprint(model), "data": digest(images, labels), "pyautoattack": package_version("pyautoattack"),
+            "network": fingerprint(model), "data": digest(images, labels), "device": device.type,
+            "pyautoattack": package_version("pyautoattack"), "torch": torch.__version__,
         },
     )  # fmt: skip
     stages = _Stages(kept, version, rank, world_size, on_progress)

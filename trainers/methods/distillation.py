@@ -17,6 +17,7 @@ from gkl.data.batches import Batch
 from gkl.data.mixing import Mixing
 from gkl.distillation import Context, Distiller
 from gkl.distributed import rank, world_size
+from gkl.evaluation.kept import fingerprint
 from gkl.evaluation.shots import accuracy_by_shots
 from gkl.losses.objectives import CrossEntropy, LabelLoss
 from gkl.models.batch_norm import eval_mode, folded, frozen_statistics
@@ -89,7 +90,7 @@ class Distillation(Method):
             self.teacher_logits = TeacherLogits(training, answering, size)
             if self.teacher.cache and self.term.logits_alone:
                 cache = Path(self.teacher.cache)
-                self.teacher_logits.keep(cache, self.origin["sha256"], mixed=self.mixing is not None)
+                self.teacher_logits.keep(cache, fingerprint(answering), mixed=self.mixing is not None)
 
     def _distiller(self, few: Tensor, sees_stages: bool) -> Distiller:
         """The distiller, made for what the networks show of a few pictures."""

@@ -45,7 +45,7 @@ class TeacherLogits:
         return taps[-1].to(compute.dtype)
 
     def keep(self, folder: Path, teacher: str, *, mixed: bool) -> None:
-        """Keep logits in folder from now on. teacher: sha256 of its weights. Raises ValueError when views cannot be counted."""
+        """Keep logits in folder from now on. teacher: its fingerprint. Raises ValueError when views cannot be counted."""
         training, compute = self.training, self.training.compute
         batches, augment, data = training.batches, training.batches.augment, training.data
         if augment.count is None or mixed or batches.generated:

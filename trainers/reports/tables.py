@@ -16,7 +16,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +118,7 @@ def build(
     return Table(
         title=config["title"], scale=scale, protocol=protocol, setting=_told(setting, shown),
         labels=list(config["labels"].values()), metrics=metrics, rows=rows, beside=config.get("beside_name", ""),
-        comparisons=comparisons, remarks=config.get("remarks", []),
+        comparisons=comparisons, remarks=[*config.get("remarks", []), *_other_teachers(mine.values())],
     )  # fmt: skip
 
 
@@ -236,6 +236,19 @@ def told(comparisons: Sequence[Comparison]) -> list[str]:
         )
         + "."
         for (ours, other), parts in pairs.items()
+    ]
+
+
+def _other_teachers(rows: Iterable[Sequence[Record]]) -> list[str]:
+    """A sentence for each teacher whose students here did not all learn from the same weights."""
+    found: dict[str, set[str]] = {}
+    for teacher in (r["teacher"] for runs in rows for r in runs if r.get("teacher")):
+        found.setdefault(teacher.get("run") or teacher["published"], set()).add(teacher["sha256"][:12])
+    return [
+        f"The students of {name} were taught by {len(weights)} different weights of it ({', '.join(sorted(weights))}): compare those of "
+        "one teacher alone."
+        for name, weights in sorted(found.items())
+        if len(weights) > 1
     ]
 
 

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gkl.data.content import content
+from gkl.data.generated import prepared
 from trainers.errors import ConfigError
 from trainers.runs.composition import composition, parsed
 from trainers.runs.settings import SETTINGS
@@ -43,6 +44,9 @@ def register_resolvers() -> None:
         return content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
 
     OmegaConf.register_new_resolver("content", content_at, replace=True)
+    OmegaConf.register_new_resolver(
+        "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
+    )
     OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
     for resolver in (scaled, by_model, per_class):

@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
-from trainers.runs.paths import record_path, run_folder
+from trainers.runs.paths import record_path, run_folder, with_teacher
 from trainers.runs.records import assessment_path, is_whole, read_record, validate_assessment
-from trainers.runs.targets import CONFIGS, unknown
+from trainers.runs.targets import CONFIGS, instantiate, unknown
 from trainers.runs.teacher import teacher_config
 
 Overrides = Mapping[str, Any]  # dotted setting -> value
@@ -68,6 +68,18 @@ class Cell:
         """The run that must be done before, where a student learns from another run."""
         made = teacher_config(self.config)
         return Cell("teacher", made) if made else None
+
+    @property
+    def stale(self) -> str | None:
+        """What a finished run was made with and is another now: its teacher's weights. None where it is not known to be."""
+        made = read_record(record_path(self.config)).get("teacher") if self.recorded else None
+        now = instantiate(with_teacher(self.config)["teacher"]).sha256 if made else None
+        if made is None or now is None or made["sha256"] == now:
+            return None
+        return (
+            f"the run of {record_path(self.config)} was taught by the weights {made['sha256'][:12]}, and its teacher's are {now[:12]} now; "
+            "move the record away to run anew, or bring the teacher's weights back"
+        )
 
     @property
     def status(self) -> str:

@@ -149,11 +149,13 @@ def _write_once(path: Path, record: Record, check: Callable[[Any], None], histor
 
 def is_whole(path: Path, check: Callable[[Any], None] = validate) -> bool:
     """Whether there is a record (or, with its own check, an assessment) that can be read."""
-    try:
-        stat = path.stat()
-    except FileNotFoundError:
-        return False
-    return _is_whole(path, check, (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+    return path.is_file() and _is_whole(path, check, stamp(path))
+
+
+def stamp(path: Path) -> tuple[int, ...]:
+    """What a file that was written again has another of: its time, size and number."""
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 @lru_cache(4096)

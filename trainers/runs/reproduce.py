@@ -66,8 +66,13 @@ def carry_out(
     missing = [cell for cell in plan if cell.status != "done"]
     sustained = rate(plan, settings) if missing else ASSUMED
     print(summary(table["title"], settings["scale"], plan, sustained), flush=True)
+    stale = [line for cell in plan if (line := cell.stale)]
     if settings["plan"]:
+        for line in stale:
+            print(f"warning: {line}", file=sys.stderr)
         return None
+    if stale:
+        raise ConfigError(stale[0])
 
     def ready(cell: Cell) -> Cell:
         check(cell.config, processes(cell.config))

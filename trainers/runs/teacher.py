@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from gkl.models import load_checkpoint, published
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.identity import differences
-from trainers.runs.records import read_record
+from trainers.runs.records import is_whole, read_record, stamp
 
 # What a person changes in a student's data and schedule, its teacher is trained with, too.
 SHARED = (
@@ -56,6 +57,14 @@ class Teacher:
                 f"make teachers, or python scripts/train.py experiment={self.run} with this run's scale and data"
             )
         return Path(self.outputs) / read_record(Path(self.record))["checkpoint"]["path"]
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights that teach now, None where they are missing."""
+        if self.weights == "published":
+            return _sha256(self.file, stamp(self.file)) if self.file.is_file() else None
+        record = Path(str(self.record))
+        return str(read_record(record)["checkpoint"]["sha256"]) if is_whole(record) else None
 
     def check(self) -> None:
         """Fetch torchvision's or timm's weights if need be. Raises ConfigError when weights or their run's record are missing."""
@@ -102,6 +111,12 @@ class Teacher:
             raise ConfigError(str(error)) from error
         named = {"run": self.run} if self.weights == "own" else {"published": self.published}
         return network, {**named, "sha256": sha256}
+
+
+@lru_cache(64)
+def _sha256(file: Path, stamp: tuple[int, ...]) -> str:
+    """A file's digest, once for what it is."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def teacher_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

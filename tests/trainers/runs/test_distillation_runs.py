@@ -193,6 +193,10 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
         in text
     )
     assert "10000 tested, taught by kd/c100_vanilla/vgg_13 (74.50, 000000000000)" in text
+    assert "different weights" not in text
+    records[0]["teacher"]["sha256"] = "1" * 64
+    mixed = markdown(build(table, records, scale="paper", protocol="official", claims=claims()))
+    assert "students of kd/c100_vanilla/vgg_13 were taught by 2 different weights of it (000000000000, 111111111111)" in mixed
     assert experiments(table, table["rows"][0])["vgg13_vgg8"] == "kd/c100_vanilla/vgg_13"
 
 
@@ -236,6 +240,18 @@ def test_a_student_run_names_its_teacher_first_missing_then_found(tmp_path: Path
     (kept,) = (tmp_path / "outputs" / "teacher_logits").glob("*.logits")  # one, for both students
     assert kept.stat().st_size > 0
     assert (tmp_path / "results/tables/table17.md").is_file() and "GKL-KD" in out
+    written = tmp_path / "results/runs" / teacher["path"]
+    again = written.read_text().replace(teacher["checkpoint"]["sha256"], "0" * 64)  # as trained anew elsewhere
+    whole = written.read_text()
+    written.write_text(again)
+    for script, *words in (
+        ("train", "experiment=kd/c100_kd/resnet56_resnet20"),
+        ("reproduce", "table=17", "rows=[kd]", "columns=[resnet56_resnet20]"),
+    ):
+        code, out, err = called(script, tmp_path, *words)
+        assert code == 2 and "and its teacher's are 000000000000 now; move the record away" in err, out
+        assert err.count("\n") == 1
+    written.write_text(whole)
     (tmp_path / "outputs" / teacher["checkpoint"]["path"]).unlink()
     code, _, err = called("train", tmp_path, "experiment=kd/c100_dkd/resnet56_resnet20")
     assert code == 2 and "weights" in err and "are missing; bring the file back" in err
