@@ -179,6 +179,38 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert record["hardware"]["count"] == 2
 
 
+def workers(launcher: int) -> dict[str, int]:
+    """RANK -> process, of the processes that a launcher has started."""
+    found = subprocess.run(
+        ["pgrep", "-P", str(launcher)], capture_output=True, text=True, check=False
+    ).stdout.split()
+    said = {int(p): Path(f"/proc/{p}/environ").read_bytes().split(b"\0") for p in found}
+    return {word.decode()[5:]: p for p, words in said.items() for word in words if word.startswith(b"RANK=")}
+
+
+def test_processes_end_with_their_launcher_and_a_killed_one_is_named(tmp_path: Path) -> None:
+    """Whoever is killed, the same command goes on at once, and removes what the killed have left half-written."""
+    same = ["epochs=1000", "devices=2", "bn_groups=2", "checkpoint_minutes=0.005"]
+    process = start(tmp_path, *same)
+    wait_for(lambda: stamp(tmp_path) > 0, process)
+    process.kill()  # the launcher alone
+    process.wait()
+    path = checkpoint(tmp_path)
+    assert path
+    left = path.with_name(f".last.pt.{process.pid}.tmp")
+    left.write_text("half")
+    again = start(tmp_path, *same)
+    _, err = process.communicate(timeout=60)
+    assert err.strip().splitlines()[-1].startswith("stopped by SIGTERM before epoch")
+    before = stamp(tmp_path)
+    wait_for(lambda: stamp(tmp_path) > before, again)
+    assert not left.exists()
+    os.kill(workers(again.pid)["1"], signal.SIGKILL)
+    _, err = again.communicate(timeout=60)
+    assert again.returncode == 137 and "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("error: process 1 of this run was ended by SIGKILL")
+
+
 def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path, "epochs=1000")
     wait_for(lambda: bool(list(tmp_path.glob("outputs/**/history.jsonl"))), process)
