@@ -83,7 +83,7 @@ def report_devices() -> None:
         print(
             f"no GPU that torch {torch.__version__} sees; {os.cpu_count()} CPU cores carry scale=smoke, and scale=small with patience"
         )
-    print(f"a table starts {Local().at_once(1)} runs at a time (JOBS=...)")
+    print(f"a table starts {Local().concurrent_runs(1)} runs at a time (JOBS=...)")
 
 
 def report_folders() -> None:

@@ -84,7 +84,7 @@ KD = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "van
 
 
 def with_rates_on_the_device(task: Training) -> Training:
-    """As Training.settle has them on a GPU."""
+    """As Training.fuse_optimizer has them on a GPU."""
     for group in task.optimizer.param_groups:
         group.update(lr=torch.as_tensor(group["lr"], dtype=torch.float64), fused=True, foreach=False)
     return task

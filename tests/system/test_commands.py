@@ -291,7 +291,7 @@ def test_plan_help_and_printed_configuration(command: Command, tmp_path: Path) -
     for script in ("train", "reproduce", "evaluate", "doctor"):
         code, out, _ = command(script, "--help")
         assert code == 0 and f"scripts/{script}.py" in out
-    assert written(tmp_path) == [] and Local().at_once(10**6) == 1
+    assert written(tmp_path) == [] and Local().concurrent_runs(10**6) == 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.ENOENT, None)])

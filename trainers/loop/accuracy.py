@@ -26,7 +26,7 @@ from trainers.loop.console import Console
 DESCRIBED = {"aa": "AutoAttack standard", "screen": "screen (APGD-CE, APGD-T)"}
 
 
-def at_once(device: torch.device) -> int:
+def eval_batch_size(device: torch.device) -> int:
     """Test pictures that a network looks at together; on a CPU few: theirs is twice the speed of hundreds, whose activations
     are memory new from the system each time."""
     return 500 if device.type == "cuda" else 50
@@ -41,7 +41,7 @@ def correct_flags(
     flags = torch.zeros(len(data.test_labels), device=device)
     correct = []
     with eval_mode(model), torch.no_grad():
-        for x, y in data.test_batches(mine, at_once(device), workers):
+        for x, y in data.test_batches(mine, eval_batch_size(device), workers):
             logits = model(to_float(x.to(device, non_blocking=True)).to(dtype))
             correct.append(logits.argmax(-1) == y.to(device, non_blocking=True))
     if correct:
@@ -66,7 +66,7 @@ def pgd_accuracy(
         images[mine],
         labels[mine],
         numbers=mine,
-        batch_size=at_once(device),
+        batch_size=eval_batch_size(device),
         device=device,
         **attack,
     )

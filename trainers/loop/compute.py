@@ -30,7 +30,7 @@ class Compute:
             torch.backends.cudnn.allow_tf32 = precision == "tf32"
             torch.backends.cudnn.deterministic = True
 
-    def placed(self, model: nn.Module) -> nn.Module:
+    def to_device(self, model: nn.Module) -> nn.Module:
         """A network on the device, its batch norm in groups."""
         ghost_batch_norm(model, self.bn_groups)
         if self.dtype == torch.float64:  # else as it is: float32, but for sums that are kept in float64

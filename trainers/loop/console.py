@@ -41,13 +41,13 @@ class Console:
             self.bar.update(done - self.bar.n)
         elif time.monotonic() - self.printed > LINES_EVERY_SECONDS:
             self.printed = time.monotonic()
-            print(f"{self.title}: {told(where, left)}", file=sys.stderr)
+            print(f"{self.title}: {progress(where, left)}", file=sys.stderr)
 
     def phase(self, where: str, left: float) -> None:
         """Progress of what follows the training, with the seconds left of it."""
         if self.enabled:
             self.note(where, left)
-        self.say(told(where, left))
+        self.say(progress(where, left))
 
     def note(self, where: str, left: float | None) -> None:
         """Leave word in the run's folder of where it is and how many seconds it has left; losing it loses nothing."""
@@ -88,7 +88,7 @@ class Console:
         return (time.monotonic() - self.started) / passed * (total - done) if passed > 0 else None
 
 
-def told(where: str, left: float | None) -> str:
+def progress(where: str, left: float | None) -> str:
     """Where a run is and the time it has left, in one phrase."""
     return where if left is None else f"{where}, {duration(left)} left"
 

@@ -75,7 +75,7 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def measured(self, epoch: int) -> dict[str, float]:
+    def epoch_metrics(self, epoch: int) -> dict[str, float]:
         """What is measured after an epoch, for its line of the history."""
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Method(ABC):
 
     # --- its networks and what it keeps -------------------------------------------------------------------------------
 
-    def adapted(self, model: nn.Module) -> nn.Module:
+    def adapt(self, model: nn.Module) -> nn.Module:
         """The model as the method wants it, before it is placed."""
         return model
 
@@ -97,7 +97,7 @@ class Method(ABC):
         """What `logits` calls in the model's place where networks are compiled."""
         return compiled(model)
 
-    def trained(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         """What the optimizer changes."""
         return self.model
 

@@ -98,7 +98,7 @@ class Training:
         )
         self.device, self.shard = setup.device, Shard(setup.bn_groups)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=setup.precision == "fp16")
-        self.model = self.compute.placed(method.adapted(setup.model))
+        self.model = self.compute.to_device(method.adapt(setup.model))
         self.network = method.compiled(self.model) if setup.compile else self.model
         self.batches: Batches = self.data.batches(
             augment=setup.augment, device=self.device, shard=self.shard, batch_size=setup.batch_size,
@@ -112,9 +112,9 @@ class Training:
                 f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
             )
         method.bind(self)
-        self.optimizer = setup.optimizer(method.trained())
+        self.optimizer = setup.optimizer(method.trained_module())
         self.base_lr = self.optimizer.param_groups[0]["lr"]
-        self.settle()
+        self.fuse_optimizer()
         self.say: Callable[[str], None] = lambda line: print(
             line, file=sys.stderr
         )  # where the run tells of itself
@@ -217,7 +217,7 @@ class Training:
             return f"{type(self.optimizer).__name__} counts its steps in Python"
         return None
 
-    def settle(self) -> None:
+    def fuse_optimizer(self) -> None:
         """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it.
 
         Elsewhere as torch has it, also after a checkpoint that a GPU has written.
@@ -251,7 +251,10 @@ class Training:
         self.method.end_epoch()
         for average in self.averages.values():
             average.after_epoch(self.model, epoch)
-        return {"lr": self.base_lr * self.setup.schedule(epoch, self.epochs), **self.method.measured(epoch)}
+        return {
+            "lr": self.base_lr * self.setup.schedule(epoch, self.epochs),
+            **self.method.epoch_metrics(epoch),
+        }
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The networks a run ends with, as state dicts: `last`, each average by its name, and the method's own."""
@@ -273,7 +276,7 @@ class Training:
         """Go on from a checkpoint, on any number of processes."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.settle()
+        self.fuse_optimizer()
         if self.replayed is not None:
             self.replayed.forget()
         if self.scaler.is_enabled():

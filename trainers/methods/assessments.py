@@ -23,7 +23,7 @@ from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import pgd_robust
 from gkl.models.batch_norm import eval_mode
 from gkl.rng import sample_keys
-from trainers.loop.accuracy import at_once, attack_name, autoattack_result
+from trainers.loop.accuracy import attack_name, autoattack_result, eval_batch_size
 from trainers.loop.console import Console
 
 
@@ -140,7 +140,7 @@ class Structure(Assessment):
             probs = torch.cat(
                 [
                     F.softmax(subject.model(x.to(device).float() / 255), dim=-1).cpu()
-                    for x in data.test_images.split(at_once(device))
+                    for x in data.test_images.split(eval_batch_size(device))
                 ]
             )
         means = class_means(probs, data.test_labels, data.num_classes)
@@ -168,7 +168,7 @@ class Structure(Assessment):
                     [
                         network.forward_head(network.forward_features(part), pre_logits=True).cpu()
                         for images in (x, x_adv)
-                        for part in images.split(at_once(device))
+                        for part in images.split(eval_batch_size(device))
                     ]
                 )
         points = _embedded(features.numpy(), self.perplexity) if rank() == 0 else np.zeros((0, 2))
@@ -251,7 +251,7 @@ def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor
     """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
     mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
     with eval_mode(subject.model), torch.no_grad():
-        for x, y in subject.data.test_batches(mine, at_once(subject.device), subject.workers, part):
+        for x, y in subject.data.test_batches(mine, eval_batch_size(subject.device), subject.workers, part):
             yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
 
 

@@ -43,7 +43,7 @@ class DAJAT(RobustMethod):
             raise ValueError(f"DAJAT needs a basic and at least one strong view, got {list(views)}")
         self.views = TwoViews(self, self.loss, self.attack_loss, self.prior)
 
-    def adapted(self, model: nn.Module) -> nn.Module:
+    def adapt(self, model: nn.Module) -> nn.Module:
         """With a second batch norm for the strong views."""
         return split_batch_norm(model)
 

@@ -66,7 +66,7 @@ class Distillation(Method):
         tapped(self.model)
         if self.teacher is not None:
             loaded, self.origin = self.teacher.load(self.data.num_classes)
-            self.taught_by = tapped(training.compute.placed(loaded).eval().requires_grad_(False))
+            self.taught_by = tapped(training.compute.to_device(loaded).eval().requires_grad_(False))
         sees_stages = not getattr(getattr(self.distiller, "func", None), "logits_alone", True)
         side = self.data.image_size
         few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
@@ -108,13 +108,13 @@ class Distillation(Method):
                 f"{self.distiller.func.__name__} needs the stages of both networks, and one of them shows its logits alone; "  # type: ignore[attr-defined]
                 "choose networks of this package, or a method of logits (kd, dkd, dist, jsd, ikl, gkl)"
             )
-        return cast(Distiller, self.training.compute.placed(self.distiller(context)))
+        return cast(Distiller, self.training.compute.to_device(self.distiller(context)))
 
     def compiled(self, model: nn.Module) -> nn.Module:
         """The model: `bind` compiles what gives its taps, whole, since stages call parts of their blocks."""
         return model
 
-    def trained(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         """The student and the distiller's own layers."""
         return nn.ModuleList([self.model, self.term])
 
@@ -138,7 +138,7 @@ class Distillation(Method):
             logits.to(self.dtype),
         )
 
-    def taught(self, x: Tensor, kept: Tensor | None) -> Taps | None:
+    def teacher_outputs(self, x: Tensor, kept: Tensor | None) -> Taps | None:
         """The teacher's taps of images, without gradient; logits alone for a method that sees nothing else. kept: they, if kept."""
         if self.taught_by is None or self.teacher_logits is None:
             return None
@@ -197,7 +197,7 @@ class Distillation(Method):
         def losses() -> Iterator[Tensor]:
             """Each micro-batch's share of the loss; the first alone reaches the running statistics."""
             for part in self.training.micro_batches(len(x)):
-                teacher = self.taught(x[part], None if kept is None else kept[part])
+                teacher = self.teacher_outputs(x[part], None if kept is None else kept[part])
                 set_sample_keys(self.model, keys[part])
                 with frozen_statistics(self.model) if part.start else nullcontext():
                     student = self.taps(x[part], self.model)
@@ -230,7 +230,7 @@ class Distillation(Method):
         """What the distiller does between epochs."""
         self.term.end_epoch()
 
-    def measured(self, epoch: int) -> dict[str, float]:
+    def epoch_metrics(self, epoch: int) -> dict[str, float]:
         """Test accuracy; the weights of the best epoch are kept."""
         found = self.accuracies(self.model)
         if not self.best or found["top1"] > self.best["metrics"]["top1"]:

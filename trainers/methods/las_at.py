@@ -78,7 +78,7 @@ class LASAT(PGDTraining):
         )
         self.tables = [torch.tensor(t, device=self.device, dtype=self.dtype) for t in tables]
         backbone = self.strategy_model(num_classes=self.data.num_classes)
-        self.strategy = training.compute.placed(StrategyNetwork(backbone, [len(t) for t in tables]))
+        self.strategy = training.compute.to_device(StrategyNetwork(backbone, [len(t) for t in tables]))
         self.optimizer = self.strategy_optimizer(self.strategy)
         self.strategy_lr = self.optimizer.param_groups[0]["lr"]
 

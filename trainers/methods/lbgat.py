@@ -34,10 +34,10 @@ class LBGAT(RobustMethod):
         views = training.setup.augment.views
         if len(views) != 1:
             raise ValueError(f"LBGAT trains on one view, got augment.views={list(views)}")
-        self.guide = training.compute.placed(self.natural_model(num_classes=self.data.num_classes))
+        self.guide = training.compute.to_device(self.natural_model(num_classes=self.data.num_classes))
         self.views = TwoViews(self, self.loss, self.attack_loss, self.prior)
 
-    def trained(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         """Both networks."""
         return nn.ModuleList([self.model, self.guide])
 

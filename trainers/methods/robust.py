@@ -121,7 +121,7 @@ class RobustMethod(Method):
 
     # --- what is measured ---------------------------------------------------------------------------------------------
 
-    def measured(self, epoch: int) -> dict[str, float]:
+    def epoch_metrics(self, epoch: int) -> dict[str, float]:
         """The attack's radius, clean test accuracy, and the robust accuracy that a selection goes by."""
         row = {
             "epsilon": self.budget["epsilon"],

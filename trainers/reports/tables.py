@@ -222,7 +222,7 @@ def _compare(
     return found
 
 
-def told(comparisons: Sequence[Comparison]) -> list[str]:
+def comparison_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """A sentence for each pair of rows, its metrics grouped by their number of seeds."""
     pairs: dict[tuple[str, str], dict[int, list[str]]] = {}
     for c in comparisons:
@@ -372,7 +372,7 @@ def markdown(table: Table) -> str:
         legend += " A stand-in ran on other data than the paper's: compare it with other stand-ins alone."
     lines += ["", legend, ""]
     if table.comparisons:
-        lines += [*told(table.comparisons), ""]
+        lines += [*comparison_lines(table.comparisons), ""]
     lines += [f"{number}. {note}" for number, note in enumerate(notes, 1)]
     lines += [f"- {remark}" for remark in table.remarks]
     if any(row.records for row in table.rows):

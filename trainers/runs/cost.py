@@ -1,6 +1,6 @@
 """What a run costs: forward-equivalents of its recipe × FLOPs of one forward of its network / the rate that a device sustains.
 
-    needed_flops(config, SIZES["cifar100"]) / measured(records, machine, "paper", "at").flops_an_hour
+    needed_flops(config, SIZES["cifar100"]) / measured_rate(records, machine, "paper", "at").flops_an_hour
 
 The rate is the median over the runs recorded on the same kind of device, at the same scale, of the same kind of training, and says
 how far these runs lie from what it would have foretold; without such records it is an assumption, and is called one.
@@ -72,7 +72,7 @@ class Rate:
 ASSUMED = Rate(10.0, "a 3090-class card, an assumption (tflops=... for yours)")
 
 
-def measured(records: Sequence[Record], machine: str, scale: str, task: str) -> Rate | None:
+def measured_rate(records: Sequence[Record], machine: str, scale: str, task: str) -> Rate | None:
     """The rate of such runs on such a device. task: at, kd. None where fewer than three were recorded."""
     achieved = []
     for record in records:

@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from trainers.errors import Interrupted, RunError
-from trainers.loop.console import LINES_EVERY_SECONDS, duration, told
+from trainers.loop.console import LINES_EVERY_SECONDS, duration, progress
 from trainers.runs.paths import run_folder
 from trainers.runs.plan import Cell
 from trainers.signals import signals
@@ -49,10 +49,10 @@ class Launcher(Protocol):
     def check(self, config: dict[str, Any]) -> None:
         """Raises ConfigError for what cannot be started."""
 
-    def at_once(self, devices: int) -> int:
+    def concurrent_runs(self, devices: int) -> int:
         """How many runs go at the same time unless told."""
 
-    def start(self, cells: Sequence[Cell], at_once: int) -> Sequence[Job]:
+    def start(self, cells: Sequence[Cell], concurrent_runs: int) -> Sequence[Job]:
         """Start the runs."""
 
 
@@ -144,8 +144,8 @@ def _stop(running: Sequence[Job]) -> None:
 class Board:
     """What a person sees of many runs: a live table on a terminal, lines elsewhere."""
 
-    def __init__(self, total: int, at_once: int) -> None:
-        self.total, self.at_once, self.done = total, at_once, 0
+    def __init__(self, total: int, concurrent_runs: int) -> None:
+        self.total, self.concurrent_runs, self.done = total, concurrent_runs, 0
         self.began: dict[Path, float] = {}
         self.took: list[float] = []
         self.printed = time.monotonic()
@@ -199,7 +199,7 @@ class Board:
         elif time.monotonic() - self.printed > LINES_EVERY_SECONDS:
             self.printed = time.monotonic()
             each = "; ".join(
-                f"{job.cell.row} seed {job.cell.config['seed']}: {told(*self._where(job)) or job.state}"
+                f"{job.cell.row} seed {job.cell.config['seed']}: {progress(*self._where(job)) or job.state}"
                 for job in running[:8]
             )
             print(f"{head}. {each}", flush=True)
@@ -220,7 +220,7 @@ class Board:
         mean = statistics.mean(self.took)
         now = time.monotonic()
         begun = sum(max(mean - (now - self.began[job.log]), self._where(job)[1] or 0.0) for job in running)
-        return (begun + waiting * mean) / min(self.at_once, len(running) + waiting)
+        return (begun + waiting * mean) / min(self.concurrent_runs, len(running) + waiting)
 
 
 def name(cell: Cell) -> str:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices
-from trainers.runs.cost import ASSUMED, Rate, measured
+from trainers.runs.cost import ASSUMED, Rate, measured_rate
 from trainers.runs.identity import differences
 from trainers.runs.launch import run_all
 from trainers.runs.paths import check_teacher, processes
@@ -89,7 +89,7 @@ def carry_out(
     return run_all(
         missing,
         launcher,
-        at_once(missing[0].config, settings),
+        concurrent_runs(missing[0].config, settings),
         keep_going=settings["keep_going"],
         then=lambda done: [ready(cell) for cell in then(done)],
     )
@@ -104,13 +104,13 @@ def rate(plan: Sequence[Cell], settings: Mapping[str, Any]) -> Rate:
     task = config["experiment"].split("/")[0]
     records = [record for folder in recorded for record in read_records(folder / "runs" / task)]
     device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
-    return measured(records, machine_name(device), settings["scale"], task) or ASSUMED
+    return measured_rate(records, machine_name(device), settings["scale"], task) or ASSUMED
 
 
-def at_once(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
+def concurrent_runs(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:
     """How many runs go at the same time."""
     return int(
-        instantiate(config["launcher"]).at_once(config["devices"])
+        instantiate(config["launcher"]).concurrent_runs(config["devices"])
         if settings["jobs"] == "auto"
         else settings["jobs"]
     )

@@ -15,7 +15,7 @@ from trainers.loop.accuracy import attack_name
 from trainers.runs.compose import choices, completed, completed_by
 from trainers.runs.plan import Cell, cells
 from trainers.runs.records import read_record
-from trainers.runs.reproduce import at_once
+from trainers.runs.reproduce import concurrent_runs
 
 Point = dict[str, Any]  # dotted setting -> value
 
@@ -172,7 +172,8 @@ class Search:
                 self._tell(trial.number)
         each = len(self.usual)
         wanted = min(
-            -(-at_once(self.usual[-1].config, self.settings) // each), max(1, self.settings["trials"] // 4)
+            -(-concurrent_runs(self.usual[-1].config, self.settings) // each),
+            max(1, self.settings["trials"] // 4),
         )
         while len(self.begun) < wanted and (more := self._next()):
             runs += more

@@ -196,7 +196,10 @@ def test_a_table_of_runs_shows_best_and_last_and_pairs_by_column() -> None:
     assert "different weights" not in text
     records[0]["teacher"]["sha256"] = "1" * 64
     mixed = markdown(build(table, records, scale="paper", protocol="official", claims=claims()))
-    assert "students of kd/c100_vanilla/vgg_13 were taught by 2 different weights of it (000000000000, 111111111111)" in mixed
+    assert (
+        "students of kd/c100_vanilla/vgg_13 were taught by 2 different weights of it (000000000000, 111111111111)"
+        in mixed
+    )
     assert experiments(table, table["rows"][0])["vgg13_vgg8"] == "kd/c100_vanilla/vgg_13"
 
 
@@ -241,7 +244,9 @@ def test_a_student_run_names_its_teacher_first_missing_then_found(tmp_path: Path
     assert kept.stat().st_size > 0
     assert (tmp_path / "results/tables/table17.md").is_file() and "GKL-KD" in out
     written = tmp_path / "results/runs" / teacher["path"]
-    again = written.read_text().replace(teacher["checkpoint"]["sha256"], "0" * 64)  # as trained anew elsewhere
+    again = written.read_text().replace(
+        teacher["checkpoint"]["sha256"], "0" * 64
+    )  # as trained anew elsewhere
     whole = written.read_text()
     written.write_text(again)
     for script, *words in (

@@ -89,7 +89,7 @@ def test_a_machine_s_share_of_a_run_is_the_same_command() -> None:
         "-m", "trainers.runs", "run.yaml", "--nodes", "2", "--endpoint", "one:29500", "--restarts", "3", "--wait", "60",
         "--address", "10.0.0.2",
     ]  # fmt: skip
-    assert nodes.at_once(1) == 1
+    assert nodes.concurrent_runs(1) == 1
 
 
 # --- Slurm ------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,17 @@ from markdown import markdown as markdown_to_html
 
 from trainers.errors import RunError
 from trainers.reports.render import render, sections
-from trainers.reports.tables import build, latex, markdown, paired_half_width, place, settings, told
+from trainers.reports.tables import (
+    build,
+    comparison_lines,
+    latex,
+    markdown,
+    paired_half_width,
+    place,
+    settings,
+)
 from trainers.runs.compose import compose, published, usual
-from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured, needed_flops, recorded_size
+from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured_rate, needed_flops, recorded_size
 from trainers.runs.identity import asked, config_hash, differences, training_hash, without_excluded
 from trainers.runs.launch import startable
 from trainers.runs.launchers.local import LocalJob
@@ -475,13 +483,13 @@ def test_the_rate_is_what_recorded_runs_sustained_and_says_how_far_it_errs() -> 
     assert recorded_size(made[0]) == (1437, 360, 8, 10)
     others = [record(30.0, scale="small", cost={"seconds": 1.0}),
               record(30.0, hardware={"name": "another", "count": 1}, cost={"seconds": 1.0})]  # fmt: skip
-    rate = measured([*made, *others], "a processor", "smoke", "at")
+    rate = measured_rate([*made, *others], "a processor", "smoke", "at")
     assert rate is not None and rate.runs == 3 and rate.factor == pytest.approx(2.0)
     assert rate.tflops == pytest.approx(flops / 200e12)
     assert "the median of 3 recorded runs (at, scale smoke) on a processor" in str(rate)
     cell = Cell("gkl", config("seed=999"))  # which nobody has run
     assert device_hours(cell, rate) == pytest.approx(200 / 3600)
-    assert measured(made[:2], "a processor", "smoke", "at") is None
+    assert measured_rate(made[:2], "a processor", "smoke", "at") is None
     assert "an assumption" in summary("Table", "smoke", [cell])
     assert str(rate) in summary("Table", "smoke", [cell], rate)
 
@@ -496,7 +504,7 @@ def test_paired_comparison_is_students() -> None:
     runs += [record(30.0, s, overrides=("experiment=at/c100_basic_kl",)) for s in (1, 2, 3)]
     runs = [{**r, "path": "p"} for r in runs]
     built = build(table, runs, scale="smoke", protocol="official", claims={})
-    (line,) = told(built.comparisons)
+    (line,) = comparison_lines(built.comparisons)
     assert line.startswith("GKL_AT minus KL, paired over 3 seeds") and "AA +2.00 ± 2.48 points" in line
     assert paired_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302652729911275 / 3**0.5)
     alone = build(table, runs[:1] + runs[4:5], scale="smoke", protocol="official", claims={})

@@ -54,7 +54,7 @@ class Local:
         """Raises ConfigError for what this machine cannot carry."""
         check_machine(config)
 
-    def at_once(self, devices: int) -> int:
+    def concurrent_runs(self, devices: int) -> int:
         """How many runs go at the same time unless told: as many as the GPUs carry, or one per CPU core and process."""
         return max(1, (torch.cuda.device_count() or os.cpu_count() or 1) // devices)
 
@@ -62,23 +62,23 @@ class Local:
         """What starts the run of a frozen configuration."""
         return [sys.executable, "-m", "trainers.runs", str(path)]
 
-    def start(self, cells: Sequence[Cell], at_once: int) -> list[LocalJob]:
-        """Start the runs, each in the lowest free of `at_once` slots."""
+    def start(self, cells: Sequence[Cell], concurrent_runs: int) -> list[LocalJob]:
+        """Start the runs, each in the lowest free of `concurrent_runs` slots."""
         started = []
         for cell in cells:
             self.jobs = [job for job in self.jobs if job.poll() is None]
-            slot = min(set(range(at_once)) - {job.slot for job in self.jobs})
-            self.jobs.append(self._start(cell, slot, at_once))
+            slot = min(set(range(concurrent_runs)) - {job.slot for job in self.jobs})
+            self.jobs.append(self._start(cell, slot, concurrent_runs))
             started.append(self.jobs[-1])
         return started
 
-    def _start(self, cell: Cell, slot: int, at_once: int) -> LocalJob:
+    def _start(self, cell: Cell, slot: int, concurrent_runs: int) -> LocalJob:
         path = freeze(cell.config)
         log = run_folder(cell.config).path / "run.log"
-        environment = self.environment(slot, cell.config["devices"], at_once)
+        environment = self.environment(slot, cell.config["devices"], concurrent_runs)
         return LocalJob(cell, log, slot, spawn(self.command(path), log, environment))
 
-    def environment(self, slot: int, devices: int, at_once: int) -> dict[str, str]:
+    def environment(self, slot: int, devices: int, concurrent_runs: int) -> dict[str, str]:
         """What a run in a slot sees: its own GPUs and cores, shared where more runs go at the same time than there are GPUs for."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if torch.cuda.is_available():
@@ -86,7 +86,7 @@ class Local:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
             first = slot % max(1, len(visible) // devices) * devices  # more runs than GPUs share them
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + devices])
-        threads = max(1, (os.cpu_count() or 1) // (at_once * devices))
+        threads = max(1, (os.cpu_count() or 1) // (concurrent_runs * devices))
         environment.setdefault("OMP_NUM_THREADS", str(threads))
         return environment
 

@@ -39,7 +39,7 @@ class TorchrunNodes(Local):
             )
         check_machine(config)
 
-    def at_once(self, devices: int) -> int:
+    def concurrent_runs(self, devices: int) -> int:
         """One: every machine has a part of each run."""
         return 1
 

@@ -135,11 +135,11 @@ class Slurm:
         except ImportError:
             raise ConfigError("launcher=slurm needs submitit: pip install 'gkl[slurm]'") from None
 
-    def at_once(self, devices: int) -> int:
+    def concurrent_runs(self, devices: int) -> int:
         """As many as an array holds: Slurm runs launcher.array of them at the same time."""
         return ARRAY_JOBS
 
-    def start(self, cells: Sequence[Cell], at_once: int) -> list[SlurmJob]:
+    def start(self, cells: Sequence[Cell], concurrent_runs: int) -> list[SlurmJob]:
         """Find the runs that are in the queue already, submit the others as one array."""
         jobs, new = [], []
         for cell in cells:
