@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from gkl.distributed import all_reduce, rank
 from gkl.losses.closed_form import ClassRows, part_of, parts, smooth
-from gkl.losses.inputs import checked_classes, checked_counted, checked_labels, checked_range, transformed
+from gkl.losses.inputs import (
+    checked_classes,
+    checked_counted,
+    checked_labels,
+    checked_range,
+    positions_of,
+    transformed,
+)
 
 RUNNING = ("sums", "counts")
 
@@ -111,15 +118,16 @@ class ClassPrior(nn.Module):
                 "the class prior's sums cannot be changed under torch.func or forward-mode differentiation: call update outside "
                 "of it, or have a GKLLoss in eval mode"
             )
-        if logits.ndim < 2 or logits.shape[1] != len(self.probs) or labels.shape[:1] != logits.shape[:1]:
-            raise ValueError(
-                f"the class prior needs logits ({', '.join(map(str, (*labels.shape[:1], len(self.probs), *labels.shape[1:])))}), "
-                f"got {tuple(logits.shape)}"
-            )
+        shape = positions_of(logits)
+        if isinstance(labels, Tensor) and labels.ndim:
+            shape = labels.shape
+        wanted = (*shape[:1], len(self.probs), *shape[1:])
+        if logits.ndim < 2 or tuple(logits.shape[:2]) != wanted[:2]:
+            raise ValueError(f"the class prior needs logits {wanted}, got {tuple(logits.shape)}")
         labels, counted = checked_labels(labels, logits), checked_counted(counted, logits)
         if counted is not None:
             labels = torch.where(counted, labels, 0)
-        checked_range(labels, len(self.probs))
+        self._check(labels)
         if self.sums.device != self.probs.device:  # moved as FSDP does, buffer by buffer
             self.sums, self.counts = (x.to(self.probs.device) for x in (self.sums, self.counts))
         if logits.ndim == 2:
@@ -229,13 +237,16 @@ class ClassPrior(nn.Module):
     def _looked_up(self, table: Tensor, labels: Tensor) -> Tensor:
         """Entries of a table for labels (b,)."""
         if torch.compiler.is_compiling():
-            checked_range(labels, len(self.probs))
+            self._check(labels)
         try:
             # A plain index would take a label of -1 for the last class.
             return table.index_select(0, labels)
         except IndexError:
-            checked_range(labels, len(self.probs))
+            self._check(labels)
             raise
+
+    def _check(self, labels: Tensor) -> None:
+        checked_range(labels, len(self.probs))
 
 
 def _version(tensor: Tensor) -> int:

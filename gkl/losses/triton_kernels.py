@@ -352,16 +352,20 @@ class TritonGKL(torch.autograd.Function):
         """Gradients, from the logits anew and the statistics."""
         wanted = ctx.needs_input_grad[:2]
         *saved, counted = ctx.saved_tensors
-        grad = first_derivative(grad, *saved[:2])
-        launch: Any = (
-            torch.ops.gkl.closed_form_backward if torch.compiler.is_compiling() else _launch_backward
-        )
-        gradients = launch(*saved, grad, *ctx.scalars, *ctx.switches, *wanted)
+        compiling = torch.compiler.is_compiling()  # such a graph holds the logits and refuses by itself
+        grad = grad if compiling else first_derivative(grad)
+        launch: Any = torch.ops.gkl.closed_form_backward if compiling else _launch_backward
+        # is_grads_batched: a kernel takes one of them.
+        several = not compiling and torch._C._functorch.is_legacy_batchedtensor(grad)
+        one = torch.ones(grad.shape, device=saved[0].device) if several else grad
+        gradients = launch(*saved, one, *ctx.scalars, *ctx.switches, *wanted)
         if counted is not None:
             gradients = [
                 g.masked_fill_(~counted[:, None], 0.0) if w else g
                 for g, w in zip(gradients, wanted, strict=True)
             ]
+        if several:
+            gradients = [(g * grad.unsqueeze(-1)).to(g.dtype) for g in gradients]
         return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 12
 
 

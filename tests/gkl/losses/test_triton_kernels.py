@@ -81,6 +81,18 @@ CASES: dict[str, dict[str, Any]] = {
     "student alone, asymmetry kept": {"wanted": "student", "break_asymmetry": False},
     "teacher alone": {"wanted": "teacher"},
     "teacher alone, asymmetry kept": {"wanted": "teacher", "break_asymmetry": False},
+    "some count": {"counted": True, "batch": 30},
+    "some count, mean": {"counted": True, "batch": 30, "reduction": "mean"},
+    "some count, class rows, mean, float16": {
+        "counted": True, "batch": 30, "weights": "class", "reduction": "mean", "dtype": "float16",
+    },
+    "some count, of the teacher, student alone": {
+        "counted": True, "batch": 30, "weights": None, "wanted": "student", "temperature": 4.0,
+    },
+    "some count, pair weight made of the squares": {"counted": True, "batch": 30, "pair_weight": torch.amax},
+    "some count, pair weight given": {"counted": True, "batch": 30, "pair_weight": 3.5},
+    "class rows, the power in the kernel": {"weights": "class", "batch": 30, "anew": True, "offset": 1e4},
+    "class rows, the power in the kernel, gamma 0": {"weights": "class", "batch": 30, "anew": True, "gamma": 0.0},
     "columns apart": {"layout": "columns"},
     "rows apart": {"layout": "rows"},
     "weights that share a row": {"layout": "shared", "gamma": 1.0},
@@ -128,8 +140,11 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
     pair_weight = case.get("pair_weight")
     if isinstance(pair_weight, list):
         pair_weight = torch.tensor(pair_weight)
+    counted = torch.arange(batch) % 3 != 1 if case.get("counted") else None
+    if counted is not None:
+        student[~counted], teacher[~counted], labels[~counted] = torch.nan, -torch.inf, 255
     options = {name: case[name] for name in case if name in inspect.signature(closed_form.gkl).parameters}
-    options = {"reduction": "none", **options, "pair_weight": pair_weight}
+    options = {"reduction": "none", **options, "pair_weight": pair_weight, "counted": counted}
     found, kept = [], []
     for fused, precise in ((True, lambda x: x.detach()), (False, lambda x: x.detach().double())):
         inputs = {"student": precise(student), "teacher": precise(teacher)}
@@ -138,6 +153,7 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
         wanted = [x.requires_grad_() for name, x in inputs.items() if case.get("wanted", name) == name]
         with (
             mock.patch.object(closed_form, "_fused", return_value=fused),
+            mock.patch.object(ClassPrior, "is_read_anew", return_value=case.get("anew", False)),
             torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x),
         ):
             value = closed_form.gkl(*inputs.values(), **{"weights": precise(weights), **options})
@@ -155,6 +171,31 @@ def errors(case: dict[str, Any]) -> dict[str, Any]:
             allowed = allowed + units * torch.finfo(mine.dtype).eps * exact.abs().log2().floor().exp2()
         ratios.append(((mine.double() - exact).abs() / allowed).max().item())
     return {"ratios": ratios, "dtypes": [str(x.dtype) for x in found[0]], "copies": copies}
+
+
+def derivatives() -> dict[str, Any]:
+    """What a second derivative of each kind of weights comes to, and how far many gradients at once are from one by one."""
+    found: dict[str, Any] = {}
+    prior, labels = ClassPrior(4), torch.arange(3)
+    pair = torch.randn(2, 3, 4).requires_grad_().unbind()
+    for (name, weights), reduction in product(
+        {"rows": prior[labels], "class": prior.at(labels), "sample": None}.items(), ("mean", "none")
+    ):
+        with mock.patch.object(closed_form, "_fused", return_value=True):
+            value = closed_form.gkl(*pair, weights, alpha=20.0, beta=4.0, gamma=0.4, reduction=reduction)
+        several = torch.randn(2, *value.shape)
+        together = torch.autograd.grad(value, pair, several, retain_graph=True, is_grads_batched=True)
+        alone = [torch.autograd.grad(value, pair, each, retain_graph=True) for each in several]
+        distances = [
+            (x - torch.stack(y)).abs().max().item()
+            for x, y in zip(together, zip(*alone, strict=True), strict=True)
+        ]
+        try:
+            message = str(torch.autograd.grad(value.sum(), pair, create_graph=True))
+        except RuntimeError as error:
+            message = str(error)
+        found[f"{name}, {reduction}"] = [max(distances), message]
+    return found
 
 
 # --- in the process that compiles -------------------------------------------------------------------------------------
@@ -296,6 +337,26 @@ def test_nothing_of_the_logits_size_is_copied(interpreted: dict[str, dict[str, A
         assert interpreted[name]["copies"] == 0, name
 
 
+def test_a_second_derivative_of_the_kernels_is_refused_and_many_first_ones_are_not() -> None:
+    for name, (distance, message) in in_a_process(__file__, "derive", TRITON_INTERPRET="1").items():
+        assert distance < 1e-5, name
+        assert "pass create_graph=True to the loss too" in message and "\n" not in message, (name, message)
+
+
+def test_what_is_to_be_differentiated_twice_does_not_go_to_the_kernels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(closed_form, "_fused", lambda *tensors: True)
+    monkeypatch.setattr(closed_form, "_by_kernels", pytest.fail)
+    student, teacher = torch.randn(2, 3, 4, dtype=torch.float64)
+    options: dict[str, Any] = {"alpha": 20.0, "beta": 4.0, "gamma": 0.4}
+    twice = torch.func.hessian(lambda s: closed_form.gkl(s, teacher, None, **options))(student)
+    again = torch.autograd.functional.hessian(
+        lambda s: closed_form.gkl(s, teacher, None, **options, create_graph=True), student
+    )
+    torch.testing.assert_close(twice, again)
+
+
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
     for sizes in in_a_process(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 18 and min(sizes.values()) > 0
@@ -342,6 +403,7 @@ def test_the_choice_breaks_no_graph_of_torch_compile() -> None:
 if __name__ == "__main__":
     answer(
         interpret=lambda: {name: errors(case) for name, case in CASES.items()},
+        derive=derivatives,
         compile=lambda: of_each_capability(compiled_sizes),
         trace=traced,
     )
