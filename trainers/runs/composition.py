@@ -70,13 +70,15 @@ def _parser() -> OverridesParser:
 
 def parsed(words: Sequence[str]) -> list[Override]:
     """Overrides by Hydra's grammar. Raises ConfigError naming the first that it cannot read."""
-    found = []
-    for word in words:
-        try:
-            found += _parser().parse_overrides([word])
-        except HydraException:
-            raise ConfigError(_unread(word)) from None
-    return found
+    return [copy.copy(_parsed(word)) for word in words]
+
+
+@cache
+def _parsed(word: str) -> Override:
+    try:
+        return _parser().parse_overrides([word])[0]
+    except HydraException:
+        raise ConfigError(_unread(word)) from None
 
 
 def _unread(word: str) -> str:
