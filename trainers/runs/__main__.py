@@ -15,18 +15,20 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-from omegaconf import OmegaConf
-
 from trainers.command import run_main
 from trainers.errors import ConfigError
-from trainers.runs.paths import run_folder
-from trainers.runs.processes import launch, process_group
-from trainers.runs.run import run
 from trainers.signals import end_with_parent
 
 
 def main(arguments: list[str]) -> int:
     """Command line of one run. Returns the exit code."""
+    # These take seconds to read, in which a signal is heard already and ends in its line.
+    from omegaconf import OmegaConf
+
+    from trainers.runs.paths import run_folder
+    from trainers.runs.processes import launch, process_group
+    from trainers.runs.run import run
+
     parser = argparse.ArgumentParser(prog="python -m trainers.runs", exit_on_error=False)
     parser.add_argument("config", type=Path)
     parser.add_argument("--nodes", type=int, default=1)

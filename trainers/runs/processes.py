@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ import torch.distributed as dist
 from gkl.distributed import agree, rank, world_size
 from trainers.errors import ConfigError, LostProcess, RunError, in_a_line
 from trainers.files import write_text
-from trainers.signals import ending, unheard
+from trainers.signals import ending, heeded, unheard
 
 WAIT = timedelta(minutes=30)  # of a process for the others: for what they download and decode, at most
 SHARED_SECONDS = 20.0  # for a file that another machine has written to be seen here
@@ -124,20 +124,13 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
         max_restarts=shared.restarts,
         local_addr=shared.address,
     )
+    launch_config.signals_to_handle = ",".join(
+        s.name for s in heeded()
+    )  # under nohup not SIGHUP; a field since torch 2.9
     try:
         elastic_launch(launch_config, sys.executable)("-m", "trainers.runs", str(path))
     except ChildFailedError as error:
-        number, failure = error.get_first_failure()
-        if failure.exitcode >= 0:
-            return failure.exitcode or 1
-        name = signal.Signals(-failure.exitcode).name
-        why = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        print(
-            f"error: process {number} of this run was ended by {name}{why}; the last checkpoint is intact, and the same command goes "
-            "on from there",
-            file=sys.stderr,
-        )
-        return 128 - failure.exitcode
+        return _told(*error.get_first_failure())
     except SignalException as error:
         ending()
         return 128 + int(error.sigval)
@@ -147,23 +140,37 @@ def launch(path: Path, devices: int, shared: argparse.Namespace) -> int:
                 f"the {shared.nodes} machines did not meet at {shared.endpoint} ({in_a_line(error)}); is the same command "
                 "running on each, and can each reach that address? What was finished is kept"
             ) from error
-        # A machine died while the others gathered, or the one with the endpoint did: all begin to gather anew.
-        print(
-            f"the machines lost each other ({in_a_line(error)}); meeting again",
-            file=sys.stderr,
-            flush=True,
-        )
-        again = [
-            "--nodes",
-            str(shared.nodes),
-            "--endpoint",
-            shared.endpoint,
-            "--restarts",
-            str(shared.restarts - 1),
-        ]
-        again += ["--wait", str(shared.wait), *(["--address", shared.address] if shared.address else [])]
-        os.execv(sys.executable, [sys.executable, "-m", "trainers.runs", str(path), *again])
+        _meet_again(path, shared, error)
     return 0
+
+
+def _told(number: int, failure: Any) -> int:
+    """The exit code of a process that failed; one that a signal has ended could not say so itself."""
+    if failure.exitcode >= 0:
+        return failure.exitcode or 1
+    name = signal.Signals(-failure.exitcode).name
+    why = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+    print(
+        f"error: process {number} of this run was ended by {name}{why}; the last checkpoint is intact, and the same command goes on "
+        "from there",
+        file=sys.stderr,
+    )
+    return 128 - int(failure.exitcode)
+
+
+def _meet_again(path: Path, shared: argparse.Namespace, error: Exception) -> NoReturn:
+    """A machine died while the others gathered, or the one with the endpoint did: all begin to gather anew."""
+    print(f"the machines lost each other ({in_a_line(error)}); meeting again", file=sys.stderr, flush=True)
+    again = [
+        "--nodes",
+        str(shared.nodes),
+        "--endpoint",
+        shared.endpoint,
+        "--restarts",
+        str(shared.restarts - 1),
+    ]
+    again += ["--wait", str(shared.wait), *(["--address", shared.address] if shared.address else [])]
+    os.execv(sys.executable, [sys.executable, "-m", "trainers.runs", str(path), *again])
 
 
 def _check_endpoint(endpoint: str, wait: float) -> None:

@@ -211,6 +211,19 @@ def test_processes_end_with_their_launcher_and_a_killed_one_is_named(tmp_path: P
     assert err.strip().splitlines()[-1].startswith("error: process 1 of this run was ended by SIGKILL")
 
 
+def test_under_nohup_a_hangup_reaches_no_process_of_a_run(tmp_path: Path) -> None:
+    same = ["epochs=6", "devices=2", "bn_groups=2"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it to what it starts
+    try:
+        process = start(tmp_path, *same)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(lambda: stamp(tmp_path) > 0, process)
+    os.killpg(process.pid, signal.SIGHUP)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and "stopped" not in err
+
+
 def test_a_second_run_on_the_same_output_is_refused(tmp_path: Path) -> None:
     process = start(tmp_path, "epochs=1000")
     wait_for(lambda: bool(list(tmp_path.glob("outputs/**/history.jsonl"))), process)
