@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         data = instantiate(config["data"])
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
-            console.say(str(load_checkpoint(model, path)))
+            console.say(str(load_checkpoint(model, path, config["checkpoint_key"])))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.to(device).eval()

@@ -23,6 +23,7 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     wide_resnet,
 )
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
+from gkl.models.normalise import Normalisation
 from gkl.models.timm_network import TimmNetwork
 
 __all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]
@@ -31,13 +32,14 @@ __all__ = ["CheckpointMismatch", "LoadReport", "create", "load_checkpoint"]
 def create(
     name: str,
     num_classes: int,
-    normalisation: str | None = None,
+    normalisation: Normalisation = None,
     timm_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> nn.Module:
     """A freshly initialised network: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
 
-    name: any of timm's or ours. normalisation: whose statistics it shifts and scales images by. timm_options, options: what
+    name: any of timm's or ours. normalisation: whose statistics it shifts and scales images by, a name in STATISTICS,
+    its own mean and std, or none; None: as the network has it by itself. timm_options, options: what
     else timm's, or our, network takes.
     Raises ValueError for an unknown name, naming the closest ones, and for fewer than two classes.
     """

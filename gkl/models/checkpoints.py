@@ -1,28 +1,30 @@
-"""Weights from our runs, the authors', RobustBench's or anyone's plain state dict. Never a pickle with code.
+"""Weights from our runs, the authors', RobustBench's or anyone's checkpoint. Never a pickle with code.
 
 report = load_checkpoint(model, "model.pt")  # or an error that names what does not fit
 print(report)  # 212 of the model's 212 tensors matched; found under 'state_dict'; ...
 """
 
 import re
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from gkl.models.checkpoint_files import WRAPPING, read, some, state_dict
+from gkl.models.normalise import Normalise, Statistics, described, same
 from gkl.models.timm_network import TimmNetwork
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-# What DataParallel and DDP, torch.compile, RobustBench and a Sequential put before the network's own names.
-PREFIX = re.compile(r"^((module|_orig_mod|model|0)\.)+")
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
 # timm's BEiT hold a table that is computed anew.
 UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
+# Statistics of a normalising layer before the network: RobustBench's, the robustness library's, and what else people call them.
+MEANS = {"mean": "std", "mu": "sigma", "new_mean": "new_std", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}  # fmt: skip
+# What a training keeps beside its network and no forward pass reads; counters and scores of any name are told by their shape.
+BESIDE = re.compile(r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,11 @@ class LoadReport:
     unexpected: tuple[str, ...]  # in the file alone
     mismatched: tuple[str, ...]  # "name: (its shape) in the file, (its shape) in the model"
     unused: tuple[str, ...]  # in the file alone and known to be in no forward pass
-    wrapper: str | None  # the key under which the state dict was found
+    wrapper: str | None = None  # the key under which the state dict was found
+    others: tuple[str, ...] = ()  # keys of the file's other state dicts
+    prefix: str = ""  # what the network's names begin with in the file
+    beside: tuple[str, ...] = ()  # counters and metrics that a training keeps beside its network
+    normalised: str | None = None  # what became of the normalisation that the file holds
 
     @property
     def fits(self) -> bool:
@@ -45,15 +51,20 @@ class LoadReport:
     def __str__(self) -> str:
         total = len(self.matched) + len(self.missing) + len(self.mismatched)
         parts = [f"{len(self.matched)} of the model's {total} tensors matched"]
-        parts += [f"found under {self.wrapper!r}"] if self.wrapper else []
+        found = f"found under {self.wrapper!r}" if self.wrapper else ""
+        if self.others:
+            found += f" and not {' or '.join(map(repr, self.others[:4]))}, which checkpoint_key=... takes"
+        parts += [found] if found else []
+        parts += [f"there as {self.prefix}*"] if self.prefix else []
         lists = {
             "missing in the file": self.missing,
             "not in the model": self.unexpected,
             "of another shape": self.mismatched,
             "unused and left out": self.unused,
+            "of the training and left out": self.beside,
         }
-        parts += [f"{len(names)} {what} ({_some(names)})" for what, names in lists.items() if names]
-        return "; ".join(parts)
+        parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
+        return "; ".join([*parts, self.normalised] if self.normalised else parts)
 
 
 class CheckpointMismatch(ValueError):
@@ -64,103 +75,151 @@ class CheckpointMismatch(ValueError):
         self.report = report
 
 
-def load_checkpoint(model: nn.Module, path: str | Path) -> LoadReport:
-    """Fill a model from a state dict, plain or under one of WRAPPERS, saved by torch or as .safetensors.
+def load_checkpoint(model: nn.Module, path: str | Path, key: str | None = None) -> LoadReport:
+    """Fill a model from a checkpoint saved by torch or as .safetensors, whatever modules wrapped the network.
 
-    Prefixes of wrapping modules are stripped. The model changes only if the file fills all of it.
-    Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code or no state dict;
-    CheckpointMismatch (a ValueError) for weights of another architecture or number of classes.
+    key: of the state dict in the file, see gkl.models.checkpoint_files.state_dict. A normalisation that the file holds becomes the
+    model's where that has none. The model changes only if the file fills all of it.
+    Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code, no state dict, or several networks;
+    CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation.
     """
-    if isinstance(model, TimmNetwork):  # its files have timm's names, ours a prefix that is stripped
-        return load_checkpoint(model.model, path)
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pt, .pth or .safetensors file")
-    found, wrapper = _state_dict(_read(path), path)
-    wanted = model.state_dict()
-    state: dict[str, Tensor] = {}
-    for key, tensor in found.items():
-        name = key if key in wanted else PREFIX.sub("", key.replace("_orig_mod.", ""))
-        if name in state:
-            raise ValueError(f"{path} holds several networks ({name} twice); save the state dict of one")
-        state[name] = tensor
-    both = [name for name in wanted if name in state]
-    shapes = {name: (tuple(state[name].shape), tuple(wanted[name].shape)) for name in both}
-    wrong = {name: (a, b) for name, (a, b) in shapes.items() if a != b}
-    extra = [name for name in state if name not in wanted]
-    report = LoadReport(
-        matched=tuple(name for name in both if name not in wrong),
-        missing=tuple(name for name in wanted if name not in state),
-        unexpected=tuple(name for name in extra if not UNUSED.search(name)),
-        mismatched=tuple(f"{name}: {a} in the file, {b} in the model" for name, (a, b) in wrong.items()),
-        unused=tuple(name for name in extra if UNUSED.search(name)),
-        wrapper=wrapper,
-    )
+    tensors, wrapper, others = state_dict(read(path), path, key)
+    network: Any = model.model if isinstance(model, TimmNetwork) else model  # in files it has timm's names
+    own = network.state_dict()
+    given = _by_own_name(tensors, own, path)
+    prefix, *copies = _prefixes(given, own, path, wrapper)
+    state = {name: given[prefix + name] for name in own if prefix + name in given}
+    taken = {place + name for place in (prefix, *copies) for name in state}
+    left = {key: tensor for key, tensor in given.items() if key not in taken}
+    report, statistics = _report(state, own, left, prefix)
+    report = replace(report, wrapper=wrapper, others=others)
     if not report.fits:
-        what = _diagnosis(report, list(wrong.values()), getattr(model, "num_classes", None))
+        what = _diagnosis(report, state, own, getattr(model, "num_classes", None))
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
-    model.load_state_dict({name: state[name] for name in both}, strict=False)
+    if statistics:
+        _normalise_by(statistics, model, path, report)
+    network.load_state_dict(state, strict=False)
     return report
 
 
-def archive_damage(file: IO[bytes]) -> str | None:
-    """Why an archive that torch.save wrote is not whole, None for a whole one: torch.load does not look at the checksums."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            name = archive.testzip()
-    except (OSError, MemoryError):  # of the machine, not of the file
-        raise
-    except Exception as error:  # damaged archives fail in every way there is
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
-    return f"the checksum of {name} is wrong" if name else None
+def _by_own_name(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The file's tensors, WRAPPING left out of their names where the model's own have none. Raises ValueError for a name twice."""
+    bare = {WRAPPING.sub("", name): name for name in own}
+    if len(bare) < len(own):
+        bare = {name: name for name in own}
+    found: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        parts = WRAPPING.sub("", key).split(".")
+        ends = (n for n in range(len(parts)) if ".".join(parts[n:]) in bare)
+        start = next(ends, None)
+        name = ".".join(parts)
+        if start is not None:
+            name = "".join(f"{part}." for part in parts[:start]) + bare[".".join(parts[start:])]
+        name = key if key in own else name
+        if name in found:
+            raise ValueError(f"{path} holds several networks ({name} twice); save the state dict of one")
+        found[name] = tensor
+    return found
 
 
-def _read(path: Path) -> Any:
-    """What a file holds, tensors and plain containers only."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        if zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                if damaged := archive_damage(file):
-                    raise ValueError(damaged)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # damaged files fail in every way there is
-        if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} holds Python objects ({forbidden[1]}) that could run code, and was not loaded; "
-                "where you trust it, save its state dict alone: torch.save(model.state_dict(), path)"
-            ) from error
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged or no checkpoint ({why}); copy or download it again") from error
+def _prefixes(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, wrapper: str | None
+) -> list[str]:
+    """What the network's names begin with in the file, the same network's again after it where modules share it.
+
+    Where it is not all there, what most of its names begin with. Raises ValueError for several networks.
+    """
+    met: Counter[str] = Counter({"": 0})
+    for key, tensor in given.items():
+        parts = key.split(".")
+        for n in range(len(parts)):
+            name = ".".join(parts[n:])
+            if name in own:
+                met[key.removesuffix(name)] += 2 if tensor.shape == own[name].shape else 1
+    needed = [name for name in own if not name.endswith(".num_batches_tracked")]
+    whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
+    if len(whole) > 1 and ("" in whole or not _alike([[given[p + n] for n in needed] for p in whole])):
+        asked = " or ".join(f"checkpoint_key={f'{wrapper}.' if wrapper else ''}{p[:-1]}" for p in whole if p)
+        raise ValueError(f"{path} holds several networks ({needed[0]} twice); say which: {asked}")
+    return whole or [max(met, key=lambda prefix: (met[prefix], -len(prefix)))]
 
 
-def _state_dict(content: Any, path: Path) -> tuple[dict[str, Tensor], str | None]:
-    """The tensors by name, and the wrapper they were found under."""
-    wrapper = None
-    if isinstance(content, Mapping):
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-    state = content if wrapper is None else content[wrapper]
-    if isinstance(state, Mapping) and state and all(isinstance(value, Tensor) for value in state.values()):
-        return dict(state), wrapper
-    what = type(content).__name__
-    if isinstance(content, Mapping):
-        what = f"a dict of {_some(tuple(map(str, content)))}" if content else "an empty dict"
-    raise ValueError(
-        f"{path} holds no state dict (tensors by name, plain or under {', '.join(WRAPPERS)}), but {what}; "
-        "save one with torch.save(model.state_dict(), path)"
-    )
+def _alike(copies: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether they are one network, which modules of the file share (an attack and what it attacks)."""
+    return all(torch.equal(a, b) for other in copies[1:] for a, b in zip(copies[0], other, strict=True))
 
 
-def _diagnosis(report: LoadReport, wrong: list[tuple[Any, Any]], num_classes: int | None) -> str:
-    """What sets the file apart; wrong: the shapes that differ, in the file and in the model."""
-    names_fit = report.matched and not report.missing and not report.unexpected
-    if names_fit and all(a[1:] == b[1:] and b[:1] == (num_classes,) for a, b in wrong):
-        return f"which has {num_classes} classes and the file {wrong[0][0][0]}"
+def _report(
+    state: Mapping[str, Tensor], own: Mapping[str, Tensor], left: Mapping[str, Tensor], prefix: str
+) -> tuple[LoadReport, Statistics | None]:
+    """How the network `state`, in the file named `prefix`*, and what is left there meet the model; and the file's normalisation."""
+    statistics, told = _statistics(left)
+    parts = {name.partition(".")[0] for name in own}
+    unused = [key for key in left if UNUSED.search(key.removeprefix(prefix))]
+    beside = [k for k, t in left.items() if k not in told and _beside(k.removeprefix(prefix), t, parts)]
+    wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
+    return LoadReport(
+        matched=tuple(name for name in state if name not in wrong),
+        missing=tuple(name for name in own if name not in state),
+        unexpected=tuple(key for key in left if key not in (*unused, *beside, *told)),
+        mismatched=tuple(
+            f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
+            for name in wrong
+        ),
+        unused=tuple(key.removeprefix(prefix) for key in unused),
+        prefix=prefix,
+        beside=tuple(beside),
+        normalised=f"normalised by the file's {described(statistics)}" if statistics else None,
+    ), statistics
+
+
+def _statistics(left: Mapping[str, Tensor]) -> tuple[Statistics | None, tuple[str, ...]]:
+    """Mean and standard deviation of the three channels among a file's tensors, None for none or several; and their names."""
+    found: dict[str, Statistics] = {}
+    for key, tensor in left.items():
+        stem, _, name = key.rpartition(".")
+        spread = left.get(f"{stem}.{MEANS.get(name)}".lstrip("."))
+        if spread is not None and tensor.numel() == spread.numel() == 3 and tensor.is_floating_point():
+            pair = {"mean": tensor.flatten().tolist(), "std": spread.flatten().tolist()}
+            found |= {key: pair, f"{stem}.{MEANS[name]}".lstrip("."): pair}
+    several = [pair for pair in found.values() if not same(pair, next(iter(found.values())))]
+    return (None, ()) if several or not found else (next(iter(found.values())), tuple(found))
+
+
+def _beside(name: str, tensor: Tensor, parts: set[str]) -> bool:
+    """Whether a tensor of no layer: a counter or score, or what a loss or metric keeps. parts: the model's own layers."""
+    if name.partition(".")[0] in parts or name.endswith("num_batches_tracked"):
+        return False
+    return tensor.numel() == 1 or not tensor.is_floating_point() or bool(BESIDE.search(name))
+
+
+def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: LoadReport) -> None:
+    """Have the model normalise as its file does. Raises CheckpointMismatch where it is to normalise otherwise, or cannot."""
+    layer = getattr(model, "normalise", None)
+    if type(layer) is nn.Identity:
+        device = next(model.parameters()).device
+        model.normalise = Normalise(statistics).to(device)
+    elif not (isinstance(layer, Normalise) and same(layer.statistics(), statistics)):
+        has = "as " + described(layer.statistics()) if isinstance(layer, Normalise) else "nothing"
+        raise CheckpointMismatch(
+            f"{path} normalises its pictures by {described(statistics)}, and the {type(model).__name__} here {has}; "
+            "leave model.normalisation out, or give the file's",
+            report,
+        )
+
+
+def _diagnosis(
+    report: LoadReport, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int | None
+) -> str:
+    """What sets the file apart."""
+    if len(report.matched) == len(own):
+        top = sorted({name.partition(".")[0] for name in report.unexpected})
+        return f"which is all there, with more around it that the model has not ({some(tuple(top))})"
+    wrong = [(tuple(t.shape), tuple(own[n].shape)) for n, t in state.items() if t.shape != own[n].shape]
+    if report.matched and not report.missing and not report.unexpected:
+        if all(a[1:] == b[1:] and b[:1] == (num_classes,) for a, b in wrong):
+            return f"which has {num_classes} classes and the file {wrong[0][0][0]}"
     return "being of another architecture, depth or width, or incomplete"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

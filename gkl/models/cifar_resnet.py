@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, kaiming_, register_model, staged_blocks
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 
 class BasicBlock(nn.Module):
@@ -48,7 +48,7 @@ class CifarResNet(TappedClassifier):
         depth: int,
         widths: tuple[int, int, int, int],
         num_classes: int = 100,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """widths: of stem and stages. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=widths[3])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet as torchvision
 
 from gkl.models.classifier import TappedClassifier, register_model, staged_blocks
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 
 class BasicBlock(torchvision.BasicBlock):  # type: ignore[misc]
@@ -51,7 +51,7 @@ class ImageNetResNet(TappedClassifier):
         groups: int = 1,
         width_per_group: int = 64,
         num_classes: int = 1000,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """blocks: of each stage. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=512 * block.expansion)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, register_model
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 # channels and stride of each depthwise block, by stage
 STAGES = (
@@ -30,7 +30,7 @@ class MobileNetV1(TappedClassifier):
 
     classifier_name = "fc"
 
-    def __init__(self, num_classes: int = 1000, normalisation: str | None = None) -> None:
+    def __init__(self, num_classes: int = 1000, normalisation: Normalisation = None) -> None:
         """normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=1024)
         self.normalise = normaliser(normalisation)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, normal_, register_model
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 # expansion, channels at full width, blocks, stride of the first
 SETTINGS = (
@@ -46,7 +46,7 @@ class MobileNetV2(TappedClassifier):
 
     classifier_name = "classifier.0"
 
-    def __init__(self, width: float, num_classes: int = 100, normalisation: str | None = None) -> None:
+    def __init__(self, width: float, num_classes: int = 100, normalisation: Normalisation = None) -> None:
         """width: factor of the channels. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=1280)
         self.normalise = normaliser(normalisation)

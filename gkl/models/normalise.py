@@ -1,5 +1,7 @@
 """Shift and scale of the input channels, inside a network: what goes in is always a picture in [0, 1]."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -14,18 +16,24 @@ STATISTICS = {  # mean and standard deviation of the training pictures' channels
 }
 
 
+Statistics = Mapping[
+    str, Sequence[float]
+]  # {"mean": three numbers, "std": three numbers}, of pictures in [0, 1]
+Normalisation = (
+    str | Statistics | None
+)  # by name or in numbers; None: as the network has it by itself, most have none
+
+
 class Normalise(nn.Module):
     """Shift and scale of the channels; no part of the state dict, since published files do not hold them."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, statistics: str) -> None:
-        """statistics: a name in STATISTICS."""
+    def __init__(self, normalisation: str | Statistics) -> None:
+        """normalisation: a name in STATISTICS, or mean and std. Raises ValueError for anything else."""
         super().__init__()
-        if statistics not in STATISTICS:
-            raise ValueError(f"normalisation must be one of {', '.join(STATISTICS)}, got {statistics}")
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in STATISTICS[statistics])
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in mean_and_std(normalisation))
         self.register_buffer("mean", mean, persistent=False)
         self.register_buffer("std", std, persistent=False)
 
@@ -33,7 +41,53 @@ class Normalise(nn.Module):
         """Images in [0, 1] -> the same shape."""
         return (x - self.mean) / self.std
 
+    def statistics(self) -> Statistics:
+        """Its mean and std."""
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
 
-def normaliser(statistics: str | None) -> nn.Module:
-    """The layer that a network begins with; None takes pictures as they are."""
-    return Normalise(statistics) if statistics else nn.Identity()
+
+class Unchanged(nn.Identity):
+    """Pictures as they are, because that was asked for: no file's normalisation takes its place."""
+
+
+def normaliser(normalisation: Normalisation) -> nn.Module:
+    """The layer that a network begins with; None takes pictures as they are, and so does "none", whatever a checkpoint says."""
+    if normalisation is None:
+        return nn.Identity()
+    return Unchanged() if normalisation == "none" else Normalise(normalisation)
+
+
+def mean_and_std(normalisation: str | Statistics) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of a name in STATISTICS, or as given. Raises ValueError for another name, and for what no channels' statistics are."""
+    if isinstance(normalisation, str):
+        if normalisation not in STATISTICS:
+            raise ValueError(
+                f"normalisation must be one of {', '.join(STATISTICS)}, none, or {{mean:[r,g,b],std:[r,g,b]}}, got {normalisation}"
+            )
+        return STATISTICS[normalisation]
+    parts = normalisation if isinstance(normalisation, Mapping) else {}
+    given = [parts.get(name) for name in ("mean", "std")]
+    if set(parts) != {"mean", "std"} or not all(
+        isinstance(values, Sequence) and len(values) == 3 and all(isinstance(v, int | float) for v in values)
+        for values in given
+    ):
+        raise ValueError(f"normalisation must be {{mean:[r,g,b],std:[r,g,b]}} or a name, got {normalisation}")
+    mean, std = (tuple(float(v) for v in values) for values in given)  # type: ignore[union-attr]
+    if not (all(0 <= v <= 1 for v in mean) and all(0 < v <= 1 for v in std)):
+        raise ValueError(
+            f"normalisation needs mean in [0, 1] and std in (0, 1], got {mean} and {std}; pictures are in [0, 1], divide by 255"
+        )
+    return mean, std
+
+
+def same(one: Statistics, other: Statistics) -> bool:
+    """Whether two normalise alike, up to the digits that people write."""
+    return all(
+        abs(a - b) < 1e-4 for name in ("mean", "std") for a, b in zip(one[name], other[name], strict=True)
+    )
+
+
+def described(statistics: Statistics) -> str:
+    """For a person."""
+    shown = [", ".join(f"{value:.4g}" for value in statistics[name]) for name in ("mean", "std")]
+    return f"mean ({shown[0]}) and std ({shown[1]})"

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from gkl.models.batch_norm import activated
 from gkl.models.classifier import Classifier, register_model
+from gkl.models.normalise import Normalisation, normaliser
 
 
 class PreActBlock(nn.Module):
@@ -30,16 +31,19 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(Classifier):
-    """Four stages of widths 64 to 512; images taken as they are; torch's own initialisation.
+    """Four stages of widths 64 to 512; torch's own initialisation.
 
     Source: the PreActResNet of DM-AT (after kuangliu/pytorch-cifar), parameter names included.
     """
 
     classifier_name = "linear"
 
-    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int = 10) -> None:
-        """blocks: in each stage."""
+    def __init__(
+        self, blocks: tuple[int, int, int, int], num_classes: int = 10, normalisation: Normalisation = None
+    ) -> None:
+        """blocks: in each stage. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=512)
+        self.normalise = normaliser(normalisation)
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.layer1 = _stage(blocks[0], 64, 64, 1)
         self.layer2 = _stage(blocks[1], 64, 128, 2)
@@ -50,7 +54,7 @@ class PreActResNet(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 512, H / 8, W / 8)."""
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(self.normalise(x))))))
         return activated(self.bn, out, F.relu)
 
 

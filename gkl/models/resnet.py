@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, kaiming_, register_model, staged_blocks
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 
 class BasicBlock(nn.Module):
@@ -82,7 +82,7 @@ class ResNet(TappedClassifier):
         blocks: tuple[int, int, int, int],
         strides: tuple[int, int, int, int],
         num_classes: int = 10,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """blocks, strides: of each stage. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=512 * block.expansion)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, register_model, staged_blocks
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 
 def shuffled(x: Tensor, groups: int) -> Tensor:
@@ -65,7 +65,7 @@ class ShuffleNetV1(TappedClassifier):
         blocks: tuple[int, int, int],
         groups: int,
         num_classes: int = 100,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """widths, blocks: of each stage. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=widths[-1])
@@ -146,7 +146,7 @@ class ShuffleNetV2(TappedClassifier):
         widths: tuple[int, int, int, int],
         blocks: tuple[int, int, int],
         num_classes: int = 100,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """widths: of the stages and of the last 1x1 convolution. blocks: of stride 1 in each stage. normalisation: as above."""
         super().__init__(num_classes, num_features=widths[3])

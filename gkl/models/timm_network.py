@@ -6,14 +6,14 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, Taps
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 from gkl.rng import uniform
 
 
 class TimmNetwork(TappedClassifier):
     """A network of timm's behind its normalisation; feature methods find no stages in it."""
 
-    def __init__(self, model: Any, normalisation: str | None) -> None:
+    def __init__(self, model: Any, normalisation: Normalisation) -> None:
         """model: as timm makes it. normalisation: a name in STATISTICS."""
         super().__init__(model.num_classes, model.num_features)
         self.model: Any = keyed_drop_path(model)

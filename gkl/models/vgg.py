@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.models.classifier import TappedClassifier, normal_, register_model
-from gkl.models.normalise import normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 WIDTHS = (64, 128, 256, 512, 512)
 
@@ -23,7 +23,7 @@ class VGG(TappedClassifier):
         self,
         convolutions: tuple[int, int, int, int, int],
         num_classes: int = 100,
-        normalisation: str | None = None,
+        normalisation: Normalisation = None,
     ) -> None:
         """convolutions: in each block. normalisation: None takes images as they are; else a name in STATISTICS."""
         super().__init__(num_classes, num_features=WIDTHS[-1])

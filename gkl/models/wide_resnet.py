@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gkl.models.batch_norm import activated
 from gkl.models.classifier import Classifier, TappedClassifier, register_model
-from gkl.models.normalise import Normalise, normaliser
+from gkl.models.normalise import Normalisation, normaliser
 
 
 class Block(nn.Module):
@@ -58,7 +58,7 @@ class WideResNet(TappedClassifier):
     classifier_name = "fc"
 
     def __init__(
-        self, depth: int, width: int, num_classes: int = 10, normalisation: str | None = None
+        self, depth: int, width: int, num_classes: int = 10, normalisation: Normalisation = None
     ) -> None:
         """depth: 6 n + 4, n blocks in each of three stages. width: times 16, 32 and 64 channels in them.
 
@@ -142,12 +142,12 @@ class SwishWideResNet(Classifier):
     classifier_name = "logits"
 
     def __init__(
-        self, depth: int, width: int, num_classes: int = 10, normalisation: str | None = None
+        self, depth: int, width: int, num_classes: int = 10, normalisation: Normalisation = None
     ) -> None:
-        """depth, width: as in WideResNet. normalisation: of STATISTICS; None: the one of as many classes."""
+        """depth, width: as in WideResNet. normalisation: None takes the one of as many classes."""
         super().__init__(num_classes, num_features=64 * width)
         try:
-            self.normalise = Normalise(normalisation or f"cifar{num_classes}")
+            self.normalise = normaliser(normalisation or f"cifar{num_classes}")
         except ValueError as error:
             raise ValueError(
                 f"{error}; with {num_classes} classes say which, as in normalisation=cifar10"

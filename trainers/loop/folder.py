@@ -150,9 +150,8 @@ def damage(content: bytes) -> str | None:
 
     A run writes archives: what neither begins nor ends as one was something else, unless the disk has lost it.
     """
-    from gkl.models.checkpoints import (
-        archive_damage,
-    )  # seconds, with every network of timm's; most look at a folder's names alone
+    # Seconds, with every network of timm's; most look at a folder's names alone.
+    from gkl.models.checkpoint_files import archive_damage
 
     if not content.strip(b"\0"):
         return "it is empty" if not content else "all of it is zeros"

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gkl.models import create
-from gkl.models.normalise import STATISTICS
+from gkl.models.normalise import mean_and_std
 from gkl.models.timm_network import TimmNetwork
 from trainers.errors import RunError
 from trainers.files import write_atomically, write_text
@@ -98,10 +98,9 @@ def timm_config(record: Record, settings: Mapping[str, Any], model: Any) -> dict
         if key not in ("name", "timm_options") and value is not None
     }
     size = record["config"]["data"].get("image_size") or {"digits": 8}.get(record["data"]["name"], 32)
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if isinstance(model, TimmNetwork):
-        normalisation = options.pop("normalisation", None)
-        mean, std = STATISTICS.get(normalisation, (mean, std))
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if isinstance(model, TimmNetwork) and (normalisation := options.pop("normalisation", "none")) != "none":
+        statistics = mean_and_std(normalisation)
     return {
         "architecture": settings["name"],
         "num_classes": model.num_classes,
@@ -113,8 +112,8 @@ def timm_config(record: Record, settings: Mapping[str, Any], model: Any) -> dict
             "input_size": [3, size, size],
             "interpolation": "bilinear",
             "crop_pct": 1.0,
-            "mean": list(mean),
-            "std": list(std),
+            "mean": list(statistics[0]),
+            "std": list(statistics[1]),
             "license": "mit",
             "paper_ids": "arXiv:2503.08038",
         },

@@ -14,6 +14,7 @@ import torch
 
 from gkl.attacks.pgd import Norm
 from gkl.evaluation.autoattack import Version
+from gkl.models.normalise import mean_and_std
 from trainers.errors import ConfigError
 from trainers.loop.training import Setup, Training
 from trainers.runs.ranges import check_ranges
@@ -99,6 +100,19 @@ def check_sections(config: Mapping[str, Any]) -> None:
     for name, types in SECTIONS.items():
         if config.get(name):
             _check_section(name, config[name], types)
+    _check_normalisation(config)
+
+
+def _check_normalisation(node: Any, where: str = "") -> None:
+    """That every network's normalisation is one."""
+    for name, child in node.items() if isinstance(node, Mapping) else ():
+        place = f"{where}.{name}".lstrip(".")
+        if name == "normalisation" and child not in (None, "none"):
+            try:
+                mean_and_std(child)
+            except ValueError as error:
+                raise ConfigError(f"{place}: {error}") from error
+        _check_normalisation(child, place)
 
 
 def _check_section(section: str, found: Any, types: Mapping[str, Any]) -> None:

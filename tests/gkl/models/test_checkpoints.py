@@ -1,18 +1,23 @@
-"""Published layouts, damaged files and files with code, against the loader."""
+"""Published layouts, what trainings wrap and save beside, damaged files and files with code, against the loader."""
 
 import argparse
 import copy
 import os
+from collections import defaultdict
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gkl.models
-from gkl.models import CheckpointMismatch, load_checkpoint
+from gkl.models import CheckpointMismatch, create, load_checkpoint
+from gkl.models.normalise import Normalise
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 
 WRAPPED = {
@@ -267,7 +272,7 @@ def test_code_in_a_file_is_not_run(legacy: bool, tmp_path: Path) -> None:
     assert trap.exists()
 
 
-@pytest.mark.parametrize("extra", [nn.Linear(2, 2), argparse.Namespace(lr=0.1)], ids=["module", "namespace"])
+@pytest.mark.parametrize("extra", [nn.Linear(2, 2), Fraction(1, 2)], ids=["module", "fraction"])
 def test_objects_in_a_file_are_refused_by_name(extra: Any, tmp_path: Path) -> None:
     path = save({"state_dict": WideResNet(10, 1).state_dict(), "extra": extra}, tmp_path)
     with pytest.raises(
@@ -280,3 +285,212 @@ def test_no_file(tmp_path: Path) -> None:
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(FileNotFoundError, match="no checkpoint at"):
             load_checkpoint(WideResNet(10, 1), path)
+
+
+# --- as other trainings save ------------------------------------------------------------------------------------------
+
+MEAN, STD = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3])
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def robustness(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The robustness library's: the network and its normaliser, and both again inside the attack."""
+    shape = (3, 1, 1)
+    return {
+        "model": {
+            **{f"module.normalizer.new_{n}": t.view(shape) for n, t in (("mean", MEAN), ("std", STD))},
+            **under("module.model.", state),
+            **{
+                f"module.attacker.normalize.new_{n}": t.view(shape) for n, t in (("mean", MEAN), ("std", STD))
+            },
+            **under("module.attacker.model.", state),
+        },
+        "epoch": 3,
+    }
+
+
+def lightning(state: dict[str, Tensor]) -> dict[str, Any]:
+    metrics = {"train_acc.tp": torch.zeros(10, dtype=torch.int64), "val_loss.mean_value": torch.tensor(0.3)}
+    return {
+        "state_dict": {**under("model.", state), **metrics, "criterion.weight": torch.ones(10)},
+        "hyper_parameters": {"lr": 0.1, "betas": (0.9, 0.99)},
+        "pytorch-lightning_version": "2.1.0",
+        "optimizer_states": [{"state": {0: {"momentum_buffer": torch.zeros(3)}}}],
+    }
+
+
+def sequential(state: dict[str, Tensor]) -> dict[str, Any]:
+    """RobustBench's normalised networks."""
+    return {**under("1.", state), "0.mean": MEAN, "0.std": STD}
+
+
+def buffers(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        **under("module.", state),
+        "module.mu": MEAN.view(1, 3, 1, 1),
+        "module.sigma": STD.view(1, 3, 1, 1),
+    }
+
+
+def averaged(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {"n_averaged": torch.tensor(7), **under("module.", state)}
+
+
+def compiled_inside(state: dict[str, Tensor]) -> dict[str, Any]:
+    return {f"net._orig_mod.module.{k}".replace("layer.", "layer._orig_mod."): v for k, v in state.items()}
+
+
+AS_SAVED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], bool]] = {
+    "sequential": (sequential, True),
+    "buffers": (buffers, True),
+    "robustness": (robustness, True),
+    "lightning": (lightning, False),
+    "averaged": (averaged, False),
+    "averaged in a module": (lambda s: under("ema.", averaged(s)), False),
+    "compiled inside": (compiled_inside, False),
+    **{f"{p}*": (lambda s, p=p: under(p, s), False) for p in ("net.", "backbone.", "encoder.net.0.", "module.model.1.")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", AS_SAVED)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_others_save_loads_with_its_normalisation(layout: str, suffix: str, tmp_path: Path) -> None:
+    """The file's network, pictures normalised as it does, is what the model computes afterwards."""
+    made, normalised = AS_SAVED[layout]
+    source, model = WideResNet(10, 1, num_classes=10).eval(), WideResNet(10, 1, num_classes=10).eval()
+    content = made(source.state_dict())
+    if suffix == ".safetensors":
+        content = content.get("state_dict", content.get("model", content))
+        save_file({k: v.clone() for k, v in content.items()}, tmp_path / "model.safetensors")
+    else:
+        save(content, tmp_path)
+    report = load_checkpoint(model, tmp_path / f"model{suffix}")
+    assert len(report.matched) == len(source.state_dict()) and report.fits
+    x = torch.rand(2, 3, 8, 8)
+    wanted = (x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1) if normalised else x
+    assert torch.equal(model(x), source(wanted))
+    assert (
+        "normalised by the file's mean (0.4, 0.5, 0.6) and std (0.2, 0.25, 0.3)" in str(report)
+    ) == normalised
+
+
+@pytest.mark.parametrize("kind", ["timm", "torchvision", "numpy", "lightning"])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_settings_and_numbers_beside_the_weights_are_not_made(
+    kind: str, legacy: bool, tmp_path: Path
+) -> None:
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    state = source.state_dict()
+    args = argparse.Namespace(lr=0.1, output=tmp_path, classes=[1, 2], scores=np.arange(3.0))
+    content = {
+        "timm": {"epoch": 3, "arch": "wrn", "state_dict": state, "args": args, "metric": np.float64(31.5)},
+        "torchvision": {"model": state, "lr_scheduler": {"last_epoch": 3}, "args": args},
+        "numpy": {"net": state, "acc": np.float32(90.0), "history": np.ones((2, 2)), "best": defaultdict(list, a=[1])},
+        "lightning": {"state_dict": state, "hyper_parameters": argparse.Namespace(path=Path("x"), other=object())},
+    }[kind]  # fmt: skip
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=not legacy)
+    load_checkpoint(model, tmp_path / "model.pt")
+    assert_equal(model, source)
+
+
+class Making:
+    """An object of a class that a placeholder stands for, if it were made."""
+
+    def __reduce__(self) -> Any:
+        return np.save, (str(Path(os.environ["TRAP"])), np.zeros(1))
+
+
+def test_a_function_of_numpy_in_a_file_is_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAP", str(tmp_path / "trap.npy"))
+    path = save({"model": WideResNet(10, 1).state_dict(), "extra": Making()}, tmp_path)
+    load_checkpoint(WideResNet(10, 1), path)
+    assert not (tmp_path / "trap.npy").exists()
+    torch.load(path, weights_only=False)  # the trap is one
+    assert (tmp_path / "trap.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("state_dict", "state_dict_ema"), ("model", "model_ema"), ("net", "ema.net")]
+)
+def test_of_weights_and_their_average_the_weights_unless_asked(key: str, other: str, tmp_path: Path) -> None:
+    source, average = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    outer, _, inner = other.partition(".")
+    second: Any = averaged(average.state_dict())
+    path = save({key: source.state_dict(), outer: {inner: second} if inner else second}, tmp_path)
+    model = WideResNet(10, 1)
+    report = load_checkpoint(model, path)
+    assert_equal(model, source)
+    assert f"found under '{key}' and not '{other}', which checkpoint_key=... takes" in str(report)
+    report = load_checkpoint(model, path, other)
+    assert_equal(model, average)
+    assert f"found under '{other}' and not '{key}'" in str(report)
+
+
+def test_a_key_reaches_into_the_names_of_a_state_dict(tmp_path: Path) -> None:
+    """A module that trains one network beside another: neither is taken unasked."""
+    student, teacher = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    both = under("module.student.", student.state_dict()) | under("module.teacher.", teacher.state_dict())
+    path = save({"state_dict": both}, tmp_path)
+    model = WideResNet(10, 1)
+    told = r"several networks \(conv1.weight twice\); say which: checkpoint_key=state_dict.student or checkpoint_key=state_dict.teacher$"
+    with pytest.raises(ValueError, match=told):
+        load_checkpoint(model, path)
+    load_checkpoint(model, path, "state_dict.student")
+    assert_equal(model, student)
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "told"),
+    [
+        ({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, None, "several state dicts .a, b.; say which: checkpoint_key=a"),
+        ({"model": {"x": torch.ones(1)}}, "ema", "no state dict under checkpoint_key=ema; it holds model"),
+        ({"x": torch.ones(1)}, "ema", "no state dict under checkpoint_key=ema; its tensors lie under no key"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_needed_or_is_not_there(content: Any, key: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=told):
+        load_checkpoint(WideResNet(10, 1), save(content, tmp_path), key)
+
+
+@pytest.mark.parametrize("place", ["head.weight", "model.head.weight", "model.fc2.weight"])
+def test_a_layer_more_is_not_another_architecture_and_not_left_out(place: str, tmp_path: Path) -> None:
+    """Every tensor has its place, and yet the file's network computes something else."""
+    state = under("model.", WideResNet(10, 1).state_dict()) | {place: torch.ones(10, 10)}
+    with pytest.raises(CheckpointMismatch, match="46 of the model's 46") as caught:
+        load_checkpoint(WideResNet(10, 1), save(state, tmp_path))
+    assert "which is all there, with more around it that the model has not" in str(caught.value)
+    assert "architecture" not in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", ["cifar10", "none", {"mean": [0.1] * 3, "std": [0.2] * 3}])
+def test_a_normalisation_other_than_the_file_s_is_refused(asked: Any, tmp_path: Path) -> None:
+    path = save(sequential(create("wrn_10_1", 10).state_dict()), tmp_path)
+    with pytest.raises(
+        CheckpointMismatch, match=r"normalises its pictures by mean \(0.4, 0.5, 0.6\)"
+    ) as caught:
+        load_checkpoint(create("wrn_10_1", 10, asked), path)
+    assert "\n" not in str(caught.value) and "leave model.normalisation out, or give the file's" in str(
+        caught.value
+    )
+    own = {"mean": MEAN.tolist(), "std": STD.tolist()}
+    assert load_checkpoint(create("wrn_10_1", 10, own), path).fits
+
+
+def test_a_normalisation_that_the_model_cannot_take_on(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    path = save(under("net.", model.state_dict()) | {"mu": MEAN, "sigma": STD}, tmp_path)
+    with pytest.raises(
+        CheckpointMismatch, match="normalises its pictures by .* and the Sequential here nothing"
+    ):
+        load_checkpoint(model, path)
+
+
+def test_timm_s_network_takes_on_the_file_s_normalisation(tmp_path: Path) -> None:
+    source, model = create("resnet10t", 10).eval(), create("resnet10t", 10).eval()
+    load_checkpoint(model, save(sequential(source.model.state_dict()), tmp_path))  # type: ignore[operator, union-attr]
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), source((x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)))
+    assert isinstance(model.normalise, Normalise)

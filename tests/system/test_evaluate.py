@@ -1,0 +1,63 @@
+"""scripts/evaluate.py with other people's files: what it says of them, and the numbers that follow."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gkl.models import create
+from tests.system.test_commands import Command, command  # noqa: F401  (a fixture)
+
+QUICK = ["data=digits", "device=cpu", "evaluation=screen", "evaluation.images=10", "evaluation.epsilon=0.05"]
+
+
+def numbers(out: str) -> dict[str, Any]:
+    found = json.loads(out)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """As a training of torchvision's saves, behind RobustBench's normalisation."""
+    torch.manual_seed(0)
+    state = create("wrn_10_1", num_classes=10).state_dict()
+    average = create("wrn_10_1", num_classes=10).state_dict()
+    statistics = {"0.mean": torch.tensor([0.4, 0.5, 0.6]), "0.std": torch.tensor([0.2, 0.25, 0.3])}
+    content = {
+        "model": {f"1.{key}": value for key, value in state.items()} | statistics,
+        "model_ema": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in average.items()}},
+        "args": argparse.Namespace(lr=0.1),
+    }
+    torch.save(content, tmp_path / "theirs.pt")
+    return tmp_path / "theirs.pt"
+
+
+def test_which_weights_and_whose_normalisation_are_said_and_chosen(command: Command, theirs: Path) -> None:  # noqa: F811
+    given = [f"checkpoint={theirs}", "model=wrn_10_1", *QUICK]
+    code, out, err = command("evaluate", *given)
+    assert code == 0, err
+    assert (
+        "46 of the model's 46 tensors matched; found under 'model' and not 'model_ema', which checkpoint_key=... takes; "
+        "there as 1.*; normalised by the file's mean (0.4, 0.5, 0.6) and std (0.2, 0.25, 0.3)\n" in err
+    )
+    own = "model.normalisation={mean:[0.4,0.5,0.6],std:[0.2,0.25,0.3]}"
+    assert numbers(command("evaluate", *given, own)[1]) == numbers(out)
+    code, averages, err = command("evaluate", *given, "checkpoint_key=model_ema")
+    assert (
+        code == 0 and "found under 'model_ema' and not 'model'" in err and numbers(averages) != numbers(out)
+    )
+
+
+def test_another_normalisation_than_the_file_s_is_one_line(command: Command, theirs: Path) -> None:  # noqa: F811
+    code, _, err = command(
+        "evaluate", f"checkpoint={theirs}", "model=wrn_10_1", "model.normalisation=cifar10", *QUICK
+    )
+    assert code == 2 and err.count("\n") == 1, err
+    assert (
+        "normalises its pictures by mean (0.4, 0.5, 0.6) and std (0.2, 0.25, 0.3), and the WideResNet here as"
+        in err
+    )
