@@ -20,6 +20,7 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     resnet,
     shufflenet,
     vgg,
+    vit,
     wide_resnet,
 )
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint

@@ -11,6 +11,8 @@ STATISTICS = {  # mean and standard deviation of the training pictures' channels
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     # as RepDistiller and mdistiller have them
     "cifar100_kd": ((0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    # as USB has them
+    "cifar100_usb": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
     # as torchvision has them, and everyone after it
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }

@@ -8,6 +8,8 @@ for epoch in range(1, epochs + 1):
 evaluate_at(swa.state)
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ class Average:
     """Exponential average of parameters and float buffers: a <- decay * a + (1 - decay) * w from `start_epoch` on.
 
     Batch-norm running statistics are averaged with the weights and not estimated anew, as the authors' swa.py does;
-    integer buffers are copied. In `start_epoch` the average is a copy of the model.
+    integer buffers are copied. In `start_epoch` the average is a copy of the model; from 0 on it begins with the initial weights.
     every: "epoch" (their average over the files of epochs 1..200 has decay 0.9) or "step" (their EMA: 0.9996).
     """
 
@@ -32,8 +34,10 @@ class Average:
         self.decay, self.every, self.start_epoch = decay, every, start_epoch
         self.state: dict[str, Tensor] = {}
 
-    def prepare(self, steps: int) -> None:
-        """Told once how many steps the training has."""
+    def prepare(self, steps: int, model: nn.Module) -> None:
+        """Told once how many steps the training has, and the model as it begins."""
+        if self.start_epoch == 0:
+            self.state = {key: value.detach().clone() for key, value in model.state_dict().items()}
 
     def phase(self, epoch: int) -> int:
         """What after_step does in an epoch: -1 nothing, 0 a copy, 1 the average."""
@@ -77,6 +81,19 @@ class Average:
         self.state = {key: value.to(device) for key, value in state["state"].items()}
 
 
+@contextmanager
+def swapped(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model's parameters are those of a state."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.data = state[name]
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
+
+
 class RampedAverage(Average):
     """The average of DM-AT: parameters alone, its decay rising with the steps taken after a warm-up.
 
@@ -91,7 +108,7 @@ class RampedAverage(Average):
         super().__init__(decay, every="step")
         self.warmup, self.steps, self.taken = warmup, 0, 0
 
-    def prepare(self, steps: int) -> None:
+    def prepare(self, steps: int, model: nn.Module) -> None:
         """Told once how many steps the training has."""
         self.steps = steps
 

@@ -1,7 +1,9 @@
 """Optimizers as the recipes use them."""
 
+from typing import Any
+
 import torch
-from timm.optim import Lamb, param_groups_weight_decay
+from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -32,3 +34,25 @@ def sgd(
 def lamb(model: nn.Module, *, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
     """timm's LAMB (You et al. 2020), no weight decay on biases and norms: strong ImageNet recipes."""
     return Lamb(param_groups_weight_decay(model, weight_decay), lr=lr)
+
+
+def adamw(
+    model: nn.Module, *, lr: float, weight_decay: float = 0.0, layer_decay: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW, no weight decay on biases, norms, class token and positions; a transformer's layers learn at lr * layer_decay ** depth.
+
+    depth: how many layers lie above (Bao et al. 2022). Source: USB's get_optimizer, whose groups timm's are.
+    """
+    groups: list[dict[str, Any]] = []
+    for network in (
+        m for m in model.modules() if hasattr(m, "group_matcher")
+    ):  # timm's own, which know their layers
+        kept: Any = network
+        found = param_groups_layer_decay(
+            kept, weight_decay, no_weight_decay_list=kept.no_weight_decay(), layer_decay=layer_decay
+        )
+        groups += [{**group, "lr": lr * group.pop("lr_scale")} for group in found]
+    taken = {id(p) for group in groups for p in group["params"]}
+    if rest := [p for p in model.parameters() if id(p) not in taken]:
+        groups.append({"params": rest})
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)

@@ -1,6 +1,7 @@
 """Learning rates as a function of the epoch, to the digit of the published code.
 
-A schedule is a function (epoch 1..epochs, epochs) -> factor of the base learning rate, or of another setting.
+A schedule is a function (epoch 1..epochs, epochs) -> factor of the base learning rate, or of another setting; with
+schedule_every=step one of (step 0..steps-1, steps), counted over the whole training.
 """
 
 import math
@@ -61,6 +62,16 @@ def one_cycle(
     if step <= turn:
         return _cosine(start, peak, step / turn if turn > 0 else 1.0)
     return _cosine(peak, end, (step - turn) / (last - turn) if last > turn else 1.0)
+
+
+def usb_cosine(step: int, steps: int, *, warmup: int) -> float:
+    """step / warmup until `warmup`, then cos(7/16 pi (step - warmup) / (steps - warmup)): by step, from 0. It ends at 0.195.
+
+    Source: get_cosine_schedule_with_warmup of USB, as FixMatch has it.
+    """
+    if step < warmup:
+        return step / max(1, warmup)
+    return max(0.0, math.cos(math.pi * 7 / 16 * (step - warmup) / max(1, steps - warmup)))
 
 
 def _cosine(start: float, end: float, share: float) -> float:

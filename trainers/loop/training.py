@@ -32,8 +32,9 @@ from trainers.loop.method import Method
 class Setup:
     """What every training has, whatever its method.
 
-    model: takes images in [0, 1]. augment: gkl.data.augment.Views, of pictures in files gkl.data.crops.ResizedCrop. momentum: the
-    optimizer's, by epoch; None leaves it as it is. averages: of the weights, by name.
+    model: takes images in [0, 1]. augment: gkl.data.augment.Views, of pictures in files gkl.data.crops.ResizedCrop. schedule: of the
+    learning rate, asked with epoch and epochs, or every step with its number from 0 and how many there are. momentum: the optimizer's,
+    by epoch; None leaves it as it is. averages: of the weights, by name.
     generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
     len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the first ones, or
     with held_out_by_class the first of each class.
@@ -59,6 +60,7 @@ class Setup:
     channels_last: bool
     compile: bool
     device: torch.device
+    schedule_every: Literal["epoch", "step"] = "epoch"
     momentum: Callable[[int, int], float] | None = None
     generated: Callable[..., Any] | None = None
     generated_share: float = 0.0
@@ -87,12 +89,8 @@ class Training:
 
     def __init__(self, setup: Setup, method: Method) -> None:
         self.setup, self.method = setup, method
-        self.data, self.seed, self.epochs, self.workers = (
-            setup.data,
-            setup.seed,
-            setup.epochs,
-            setup.worker_processes,
-        )
+        self.data, self.seed, self.epochs = setup.data, setup.seed, setup.epochs
+        self.workers = setup.worker_processes
         self.compute = Compute(
             setup.device, setup.precision, channels_last=setup.channels_last, bn_groups=setup.bn_groups
         )
@@ -113,7 +111,7 @@ class Training:
             )
         method.bind(self)
         self.optimizer = setup.optimizer(method.trained_module())
-        self.base_lr = self.optimizer.param_groups[0]["lr"]
+        self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.fuse_optimizer()
         self.say: Callable[[str], None] = lambda line: print(
             line, file=sys.stderr
@@ -123,7 +121,7 @@ class Training:
             self.replayed = Replayed(self.device, warn=lambda line: self.say(f"warning: {line}"))
         self.averages = setup.averages
         for average in self.averages.values():
-            average.prepare(self.epochs * self.steps_per_epoch)
+            average.prepare(self.epochs * self.steps_per_epoch, self.model)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -133,6 +131,9 @@ class Training:
         if self.replayed is not None and (reason := self.unrecordable()):
             self.say(f"warning: steps are not recorded as CUDA graphs, which is slower: {reason}")
             self.replayed = None
+        if self.setup.schedule_every == "step":
+            steps = self.steps_per_epoch
+            self._set_rates(self.setup.schedule((epoch - 1) * steps + step, self.epochs * steps))
         graphs, started = compiled_graphs(), time.monotonic()
         inputs = self.method.inputs(self.batch(epoch, step), epoch, step)
         if self.replayed is None:
@@ -235,26 +236,29 @@ class Training:
     def start_epoch(self, epoch: int) -> None:
         """Learning rate, order of the samples, and what the method sets."""
         self.epoch = epoch
-        for group in self.optimizer.param_groups:
-            lr = self.base_lr * self.setup.schedule(epoch, self.epochs)
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-            if self.setup.momentum is not None:
+        if self.setup.schedule_every == "epoch":
+            self._set_rates(self.setup.schedule(epoch, self.epochs))
+        if self.setup.momentum is not None:
+            for group in self.optimizer.param_groups:
                 group["momentum"] = self.setup.momentum(epoch, self.epochs)
         self.batches.start_epoch(epoch)
         self.method.start_epoch(epoch)
+
+    def _set_rates(self, factor: float) -> None:
+        """Each group's learning rate, a factor of its own base."""
+        self.lr = max(self.base_lrs) * factor
+        for group, base in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(base * factor)
+            else:
+                group["lr"] = base * factor
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """Average the weights, measure."""
         self.method.end_epoch()
         for average in self.averages.values():
             average.after_epoch(self.model, epoch)
-        return {
-            "lr": self.base_lr * self.setup.schedule(epoch, self.epochs),
-            **self.method.epoch_metrics(epoch),
-        }
+        return {"lr": self.lr, **self.method.epoch_metrics(epoch)}
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
         """The networks a run ends with, as state dicts: `last`, each average by its name, and the method's own."""

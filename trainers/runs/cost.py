@@ -36,7 +36,9 @@ class Size(NamedTuple):
 SIZES = {
     "cifar10": Size(50_000, 10_000, 32, 10),
     "cifar100": Size(50_000, 10_000, 32, 100),
+    "cifar100_few": Size(50_000, 10_000, 32, 100),
     "digits": Size(1_437, 360, 8, 10),
+    "digits_few": Size(1_437, 360, 8, 10),
     "digits_files": Size(514, 360, 32, 10),
     "imagenet": Size(1_281_167, 50_000, 224, 1000),
     "imagenet_lt": Size(115_846, 50_000, 224, 1000),
@@ -113,6 +115,9 @@ def needed_flops(
     if config.get("evaluation"):
         autoattack = (config["evaluation"]["images"] or size.test) * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": autoattack * (further_attacks + (not recorded))}
+    shown = (
+        config["data"].get("steps_per_epoch", 0) * config["batch_size"] or size.train
+    )  # pictures of an epoch
     if not trained:
         epochs = config["epochs"]
         attack = instantiate(config["attack"]) if config.get("attack") else None
@@ -124,7 +129,7 @@ def needed_flops(
         for epoch in range(1, epochs + 1):
             steps = attack.budget(epoch, epochs)["steps"] if attack else 0
             for network, each in count(config, epoch, steps).items():
-                forwards[network] = forwards.get(network, 0.0) + size.train * each
+                forwards[network] = forwards.get(network, 0.0) + shown * each
         forwards["model"] += epochs * (size.test + chosen)
     return sum(
         n * forward_flops(_at(config, network), size.side, size.classes) for network, n in forwards.items()

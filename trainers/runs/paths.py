@@ -12,7 +12,7 @@ from trainers.loop.folder import RunFolder
 from trainers.runs import records
 from trainers.runs.identity import config_hash, training_hash
 from trainers.runs.targets import CONFIGS, instantiate
-from trainers.runs.teacher import teacher_config
+from trainers.runs.teacher import source, teacher_config
 
 
 def folders() -> dict[str, str]:
@@ -51,13 +51,14 @@ def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
     teacher = teacher_config(config)
     if teacher is None:
         return config
-    return {**config, "teacher": {**config["teacher"], "record": str(record_path(teacher))}}
+    key = source(config) or ""
+    return {**config, key: {**config[key], "record": str(record_path(teacher))}}
 
 
 def check_teacher(config: dict[str, Any]) -> None:
     """Raises ConfigError naming the teacher whose record or weights a student run lacks."""
-    if config.get("teacher"):
-        instantiate(with_teacher(config)["teacher"]).check()
+    if key := source(config):
+        instantiate(with_teacher(config)[key]).check()
 
 
 def _check_writable(results: Path) -> None:

@@ -17,7 +17,7 @@ from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
 from trainers.runs.paths import record_path, run_folder, with_teacher
 from trainers.runs.records import assessment_path, is_whole, read_record, validate_assessment
 from trainers.runs.targets import CONFIGS, instantiate, unknown
-from trainers.runs.teacher import teacher_config
+from trainers.runs.teacher import source, teacher_config
 
 Overrides = Mapping[str, Any]  # dotted setting -> value
 STATES = ("done", "failed", "started", "missing")
@@ -28,7 +28,6 @@ ABSENT = {
         "7": "Table VII (CLIP) is not built yet",
         "8": "Table VIII (LLaVA) is not built yet",
         "9": "Table IX is the heading of Tables X to XII: make table10, table11 or table12",
-        "22": "Table XXII (semi-supervised learning) is not built yet",
         "23": "Table XXIII (segmentation) is not built yet",
     },
     "figure": {"2": "Figure 2, the drawing of the gradients' paths, is not built yet"},
@@ -67,18 +66,19 @@ class Cell:
     def teacher(self) -> "Cell | None":
         """The run that must be done before, where a student learns from another run."""
         made = teacher_config(self.config)
-        return Cell("teacher", made) if made else None
+        return Cell(source(self.config) or "", made) if made else None
 
     @property
     def stale(self) -> str | None:
         """What a finished run was made with and is another now: its teacher's weights. None where it is not known to be."""
-        made = read_record(record_path(self.config)).get("teacher") if self.recorded else None
-        now = instantiate(with_teacher(self.config)["teacher"]).sha256 if made else None
+        key = source(self.config)
+        made = read_record(record_path(self.config)).get(key) if key and self.recorded else None
+        now = instantiate(with_teacher(self.config)[key]).sha256 if key and made else None
         if made is None or now is None or made["sha256"] == now:
             return None
         return (
-            f"the run of {record_path(self.config)} was taught by the weights {made['sha256'][:12]}, and its teacher's are {now[:12]} now; "
-            "move the record away to run anew, or bring the teacher's weights back"
+            f"the run of {record_path(self.config)} began with the {key}'s weights {made['sha256'][:12]}, and these are {now[:12]} now; "
+            f"move the record away to run anew, or bring the {key}'s weights back"
         )
 
     @property
@@ -172,7 +172,11 @@ def cells(
             for seed in seeds if seeds is not None else SEEDS[scale]:
                 cell = Cell(row, {**config, "seed": seed})
                 found.setdefault(cell.record, cell)
-    teachers = {cell.record: cell for cell in (c.teacher for c in found.values()) if cell}
+    teachers: dict[Path, Cell] = {}
+    layer = [cell.teacher for cell in found.values()]
+    while before := {cell.record: cell for cell in layer if cell and cell.record not in teachers}:
+        teachers = {**before, **teachers}  # a teacher's own teacher comes first
+        layer = [cell.teacher for cell in before.values()]
     return [*({k: found.get(k, cell) for k, cell in teachers.items()} | found).values()]
 
 

@@ -1,4 +1,4 @@
-"""The teacher of a student run: where its weights come from.
+"""The teacher of a student run, or the weights that a run begins with: where they come from.
 
 A student learns from a run of this repository (`weights: own`), whose record names it, or from a published file.
 """
@@ -119,9 +119,15 @@ def _sha256(file: Path, stamp: tuple[int, ...]) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def source(config: Mapping[str, Any]) -> str | None:
+    """Which section of a configuration names a network that must be trained before, None for none."""
+    return next((key for key in ("teacher", "initial") if config.get(key)), None)
+
+
 def teacher_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The run that trains a student's teacher: its experiment at the student's scale, with what both share; None for none."""
-    teacher = config.get("teacher")
+    """The run that must be done before, a student's teacher: its experiment at this scale, with what both share; None for none."""
+    key = source(config)
+    teacher = config[key] if key else None
     if not teacher or teacher["weights"] != "own":
         return None
     place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]

@@ -254,7 +254,7 @@ def test_a_student_run_names_its_teacher_first_missing_then_found(tmp_path: Path
         ("reproduce", "table=17", "rows=[kd]", "columns=[resnet56_resnet20]"),
     ):
         code, out, err = called(script, tmp_path, *words)
-        assert code == 2 and "and its teacher's are 000000000000 now; move the record away" in err, out
+        assert code == 2 and "and these are 000000000000 now; move the record away" in err, out
         assert err.count("\n") == 1
     written.write_text(whole)
     (tmp_path / "outputs" / teacher["checkpoint"]["path"]).unlink()
