@@ -28,6 +28,7 @@ HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses.close
 NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.cifar": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
+    "gkl.data.decoding": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.digits": ("data", ("PIL", "numpy", "sklearn")),
     "gkl.data.files": ("data", ("PIL", "numpy")),
     "gkl.data.generated": ("data", ("numpy",)),

@@ -2,7 +2,8 @@
 
     content("pictures.zip") == content("pictures/")        # the same files, packed and unpacked
 
-Names count from where the files' common folder ends, contents by size and CRC-32, which an archive has written down.
+Names count from where the files' common folder ends, contents by size and CRC-32, which an archive has written down. What systems
+and editors leave among pictures (`hidden`) counts nowhere.
 """
 
 import hashlib
@@ -13,6 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CHUNK = 1 << 20
+LEFT_BY_SYSTEMS = {
+    "__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or a folder above it begins with a point or is what a system has put there: no picture, no class."""
+    parts = name.split("/")
+    return any((p.startswith(".") and p.strip(".")) or p.lower() in LEFT_BY_SYSTEMS for p in parts)
 
 
 def content(root: str | Path, kept: Path | None = None) -> str | None:
@@ -28,7 +38,8 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            return _digest({i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()})
+            members = {i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()}
+            return _digest({n: found for n, found in members.items() if not hidden(n)})
     except zipfile.BadZipFile:
         return _digest({path.name: (path.stat().st_size, _crc(path))})
 
@@ -55,9 +66,9 @@ def _of_folder(path: Path, kept: Path | None) -> str:
 def _below(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every file that is not hidden and not made by this package, by its path from `path` on."""
     for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        folders[:] = [f for f in folders if not hidden(f)]
         for name in names:
-            if not name.startswith(".") and name != "gkl-shards.npz":
+            if not hidden(name) and name != "gkl-shards.npz":
                 file = os.path.join(folder, name)
                 yield os.path.relpath(file, path), os.stat(file)
 

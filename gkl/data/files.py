@@ -16,11 +16,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from gkl.data.batches import Batch, epoch_order, steps_in
 from gkl.data.crops import CentreCrop, Picture, ResizedCrop
-from gkl.data.stores import Decoder, Store, by_class, decode, open_store
+from gkl.data.stores import Decoder, PictureError, Store, by_class, open_store
 from gkl.distributed import Shard
 from gkl.rng import sample_keys
 
@@ -34,12 +34,8 @@ class Split:
     labels: Tensor
 
     def read(self, number: int, decoder: Decoder) -> Picture:
-        """A picture by its number. Raises ValueError naming one that is missing or damaged."""
-        name = self.names[number].decode()
-        try:
-            return decode(self.store.read(name), decoder)
-        except (ValueError, OSError, KeyError) as error:
-            raise ValueError(f"{self.store.path}: picture {name} {error}") from error
+        """A picture by its number. Raises PictureError naming one that is missing or damaged."""
+        return self.store.picture(self.names[number].decode(), decoder)
 
 
 def split(store: Store, files: Sequence[tuple[str, int]]) -> Split:
@@ -214,22 +210,36 @@ class FileViews(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __init__(self, part: Split, crop: Callable[..., Tensor], size: int, decoder: Decoder) -> None:
         self.part, self.crop, self.size, self.decoder = part, crop, size, decoder
 
-    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, drawn: tuple[int, int]) -> tuple[Tensor, int] | PictureError:
+        """An error is given back and not raised: a worker process would wrap it in a traceback."""
         number, key = drawn
-        return self.crop(self.part.read(number, self.decoder), self.size, key=key), number
+        try:
+            return self.crop(self.part.read(number, self.decoder), self.size, key=key), number
+        except PictureError as error:
+            return error
 
 
 def loader(views: FileViews, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
-    """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes."""
-    return iter(
-        DataLoader(
-            views,
-            batch_sampler=batches,  # type: ignore[arg-type]
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_single_thread if workers else None,
-        )
-    )
+    """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes.
+
+    Raises PictureError.
+    """
+    for batch in DataLoader(
+        views,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_single_thread if workers else None,
+        collate_fn=_batched,
+    ):
+        if isinstance(batch, PictureError):
+            raise batch
+        yield batch
+
+
+def _batched(items: Sequence[Any]) -> Any:
+    """A batch of views, or what is wrong with the first that is none."""
+    return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
 
 
 def _single_thread(worker: int) -> None:

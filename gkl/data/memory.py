@@ -7,7 +7,6 @@ Pictures in folders or in a zip archive of folders are decoded once.
 """
 
 import hashlib
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from gkl.data.augment import Views
 from gkl.data.batches import Batch, epoch_order, first_of_each_class, steps_in
-from gkl.data.stores import Store, decode
+from gkl.data.stores import Store
 from gkl.distributed import Shard
 
 
@@ -222,13 +221,10 @@ def in_memory(
 
 
 def decoded(files: Sequence[str], store: Store, size: int) -> Tensor:
-    """Pictures as squares of `size` pixels, (N, 3, size, size) uint8. Raises ValueError naming a damaged one."""
+    """Pictures as squares of `size` pixels, (N, 3, size, size) uint8. Raises PictureError naming a damaged one."""
 
     def one(file: str) -> np.ndarray[Any, Any]:
-        try:
-            rgb = decode(store.read(file), "pillow")
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{store.path}: picture {file} {error}") from error
+        rgb = store.picture(file, "pillow")
         assert isinstance(rgb, Image.Image)
         return np.asarray(
             rgb if rgb.size == (size, size) else rgb.resize((size, size), Image.Resampling.BICUBIC)

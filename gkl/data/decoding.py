@@ -1,0 +1,79 @@
+"""One picture from its bytes: the same pixels by either decoder, and none that a header could make crash.
+
+decode(Path("n01440764_10026.JPEG").read_bytes(), "torchvision")     # (3, H, W) uint8
+"""
+
+import io
+import re
+import warnings
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+# What Pillow is asked to read; none of it starts another program, as PostScript would.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+PICTURES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".webp", ".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff",
+    ".gif",
+)  # fmt: skip
+UNREAD = (
+    ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd", ".exr", ".tga", ".dcm", ".npy",
+)  # fmt: skip
+PIXELS = 178_956_970  # of a picture, at most: Pillow's own bound
+Decoder = Literal["pillow", "torchvision"]
+# torchvision announces that its decoders will move to torchcodec; until they do they are the fastest (benchmarks/decoding.py).
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning, r"torchvision\.io")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half of PIXELS
+
+
+class Unknown(ValueError):
+    """A whole picture whose pixels mean what nobody here knows."""
+
+
+def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
+    """A picture in RGB: Pillow's, or for torchvision a (3, H, W) uint8 tensor. Raises ValueError for one that cannot be.
+
+    Both give the same pixels: torchvision decodes JPEG in RGB or grey, and Pillow the rest. Of 16 bits the upper 8, of several
+    frames the first; transparency and what Exif says of rotation are left out.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # the header alone
+            width, height = picture.size
+            if width * height > PIXELS:
+                raise Image.DecompressionBombError
+            # Of damaged PNG torchvision ends the process (libpng's jump out of its C++), and it is no faster there.
+            if (
+                decoder == "torchvision"
+                and picture.format in ("JPEG", "MPO")
+                and picture.mode in ("L", "RGB")
+            ):
+                raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return torchvision.io.decode_image(raw, torchvision.io.ImageReadMode.RGB)
+            rgb = _in_rgb(picture)
+        return rgb if decoder == "pillow" else pil_to_tensor(rgb)
+    except Image.DecompressionBombError:
+        raise ValueError(f"says that it has more than {PIXELS:,} pixels; replace or remove it") from None
+    except UnidentifiedImageError:
+        why = "it is no picture that is read here" if data else "it is empty"
+    except Unknown:
+        raise
+    except Exception as error:  # of damaged bytes decoders raise anything
+        why = re.sub(r"^.*\.cpp:\d+, ", "", " ".join(str(error).split()))[:200] or type(error).__name__
+    raise ValueError(f"is damaged ({why}); replace or remove it")
+
+
+def _in_rgb(picture: Image.Image) -> Image.Image:
+    sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
+    if sixteen:  # Pillow would cut off at 255
+        levels = np.asarray(picture).astype(np.uint16)
+        return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise Unknown(
+            f"has pixels of 32 bits (mode {picture.mode}), whose range nothing says; convert it to 8 or 16 bits"
+        )
+    return picture.convert("RGB")
