@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 HAS_TRITON = find_spec("triton") is not None
 Activation = Callable[[Tensor], Tensor]
@@ -137,13 +136,56 @@ class SplitBatchNorm2d(GhostBatchNorm2d):
         return self.auxiliary(x, activation) if self.divert else super().forward(x, activation)
 
 
+class GhostBatchNormAct2d(GhostBatchNorm2d):
+    """timm's batch norm with what follows it inside, grouped. Source: timm.layers.BatchNormAct2d."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
+        """(B, C, H, W) -> the same shape. activation: applied to the result, after its own."""
+        y = self.act(self.drop(super().forward(x)))
+        return y if activation is None else activation(y)
+
+
+class SplitBatchNormAct2d(SplitBatchNorm2d, GhostBatchNormAct2d):
+    """As SplitBatchNorm2d of timm's."""
+
+
+# A batch norm's class -> the one that groups it, and the one that splits it.
+GROUPED: dict[type[nn.Module], type[GhostBatchNorm2d]] = {
+    nn.BatchNorm2d: GhostBatchNorm2d,
+    BatchNormAct2d: GhostBatchNormAct2d,
+}
+SPLIT: dict[type[nn.Module], type[SplitBatchNorm2d]] = {
+    GhostBatchNorm2d: SplitBatchNorm2d,
+    GhostBatchNormAct2d: SplitBatchNormAct2d,
+}
+
+
 def split_batch_norm(model: nn.Module) -> nn.Module:
-    """Give every batch norm a second set of weights and statistics, initially equal; in place, returns the model."""
+    """Give every batch norm a second set of weights and statistics, initially equal; in place, returns the model.
+
+    Raises ValueError for a class of batch norm that cannot have it.
+    """
+    if unknown := _ungrouped(model):
+        raise ValueError(f"a second set of statistics needs a plain BatchNorm2d or timm's, got {unknown}")
     ghost_batch_norm(model, 1)
-    for module in [m for m in model.modules() if type(m) is GhostBatchNorm2d]:
+    for module in [m for m in model.modules() if type(m) in SPLIT]:
         module.add_module("auxiliary", copy.deepcopy(module))
-        module.__class__ = SplitBatchNorm2d
+        module.__class__ = SPLIT[type(module)]
     return model
+
+
+def _ungrouped(model: nn.Module) -> str | None:
+    """The first batch norm whose own forward no class here has, None if there is none."""
+    known = (*GROUPED, *GROUPED.values(), *SPLIT.values())
+    others = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and type(module) not in known
+    ]
+    return f"{type(others[0][1]).__name__} at {others[0][0]}" if others else None
 
 
 @contextmanager
@@ -163,21 +205,17 @@ def ghost_batch_norm(model: nn.Module, groups: int) -> nn.Module:
     """Make every BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
 
     Parameters, buffers and their names stay, and so does eval mode. groups = 1 is plain batch norm.
-    Raises ValueError for groups < 1, and for a subclass of BatchNorm2d, whose own forward would be lost.
+    Raises ValueError for groups < 1, and for groups > 1 of a class of batch norm whose own forward would be lost.
     """
     if groups < 1:
         raise ValueError(f"batch norm needs groups >= 1, got {groups}; 1 normalises the whole batch together")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and type(module) not in (
-            nn.BatchNorm2d,
-            GhostBatchNorm2d,
-            SplitBatchNorm2d,
-        ):
-            kind = type(module).__name__
-            raise ValueError(f"only a plain BatchNorm2d can be grouped, got {kind} at {name}; use groups=1")
+    if groups > 1 and (unknown := _ungrouped(model)):
+        raise ValueError(
+            f"only a plain BatchNorm2d or timm's can be grouped, got {unknown}; set bn_groups=1, which leaves it as it is"
+        )
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = GhostBatchNorm2d  # in place of a copy: parameters, buffers and hooks stay
+        if type(module) in GROUPED:
+            module.__class__ = GROUPED[type(module)]  # not a copy: parameters, buffers and hooks stay
         if isinstance(module, GhostBatchNorm2d):
             module.groups = groups
     return model
@@ -216,58 +254,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def folded(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy for evaluation alone, in which each batch norm that is all that reads a convolution's output is part of that convolution.
-
-    The same function up to rounding, without a pass over the maps per batch norm. network: in eval mode. example: images on which
-    it is seen who reads what.
-    """
-    copied = copy.deepcopy(network)
-    made: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the outputs are kept, so that an id stays one tensor's
-    readers: dict[int, int] = {}
-    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d, int]] = []
-
-    class Readers(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            for leaf in tree_leaves((args, kwargs)):
-                if id(leaf) in made:
-                    readers[id(leaf)] = readers.get(id(leaf), 0) + 1
-            return func(*args, **(kwargs or {}))
-
-    def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(module, nn.Conv2d):
-            made[id(output)] = (module, output)
-        elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in made and module.track_running_stats:
-            pairs.append((made[id(inputs[0])][0], module, id(inputs[0])))
-
-    hooks = [module.register_forward_hook(seen) for module in copied.modules()]
-    with torch.no_grad(), Readers():
-        copied(example)
-    for hook in hooks:
-        hook.remove()
-    norms = [norm for _, norm, _ in pairs]
-    convolutions = [convolution for convolution, _ in made.values()]
-    for convolution, norm, output in pairs:
-        once = norms.count(norm) == 1 and convolutions.count(convolution) == 1
-        if readers[output] == 1 and once and norm.running_var is not None and norm.running_mean is not None:
-            scale = (norm.running_var + norm.eps).rsqrt() * (
-                1.0 if norm.weight is None else norm.weight.detach()
-            )
-            shift = (
-                -norm.running_mean
-                if convolution.bias is None
-                else convolution.bias.detach() - norm.running_mean
-            )
-            shift = shift * scale + (0.0 if norm.bias is None else norm.bias.detach())
-            convolution.weight.data = convolution.weight.detach() * scale[:, None, None, None]
-            convolution.bias = nn.Parameter(shift, requires_grad=False)
-            for parent in copied.modules():
-                for name, child in parent.named_children():
-                    if child is norm:
-                        setattr(parent, name, nn.Identity())
-    return copied
 
 
 @contextmanager

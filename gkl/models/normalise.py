@@ -64,7 +64,7 @@ def mean_and_std(normalisation: str | Statistics) -> tuple[tuple[float, ...], tu
     if isinstance(normalisation, str):
         if normalisation not in STATISTICS:
             raise ValueError(
-                f"normalisation must be one of {', '.join(STATISTICS)}, none, or {{mean:[r,g,b],std:[r,g,b]}}, got {normalisation}"
+                f"normalisation must be none, {{mean:[r,g,b],std:[r,g,b]}} or one of {', '.join(STATISTICS)}, got {normalisation}"
             )
         return STATISTICS[normalisation]
     parts = normalisation if isinstance(normalisation, Mapping) else {}

@@ -14,11 +14,11 @@ from gkl.models import batch_norm
 from gkl.models.batch_norm import (
     activated,
     eval_mode,
-    folded,
     frozen_parameters,
     frozen_statistics,
     ghost_batch_norm,
 )
+from gkl.models.folding import folded
 from tests.gkl.models.test_triton_batch_norm import BOUND, CASES, COMMON, made, results
 
 pytestmark = pytest.mark.gpu

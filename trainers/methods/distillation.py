@@ -20,8 +20,9 @@ from gkl.distributed import rank, world_size
 from gkl.evaluation.kept import fingerprint
 from gkl.evaluation.shots import accuracy_by_shots
 from gkl.losses.objectives import CrossEntropy, LabelLoss
-from gkl.models.batch_norm import eval_mode, folded, frozen_statistics
+from gkl.models.batch_norm import eval_mode, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
+from gkl.models.folding import folded
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
 from trainers.errors import ConfigError

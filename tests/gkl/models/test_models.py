@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 import gkl.models
@@ -15,12 +16,12 @@ from gkl.models.batch_norm import (
     activated,
     auxiliary_batch_norm,
     eval_mode,
-    folded,
     frozen_statistics,
     ghost_batch_norm,
     set_group_size,
     split_batch_norm,
 )
+from gkl.models.folding import folded
 from gkl.models.normalise import STATISTICS
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 from tests.gkl.models.test_distillation_models import NETWORKS
@@ -446,3 +447,71 @@ def test_folded_batch_norm_is_the_same_function(name: str, left: int) -> None:
         torch.testing.assert_close(lean(x), network(x), rtol=1e-11, atol=1e-11)
     assert sum(isinstance(module, nn.BatchNorm2d) for module in lean.modules()) == left < len(norms)
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)] == norms
+
+
+# --- timm's batch norm, which has its activation inside ---------------------------------------------------------------
+
+
+def with_activation() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        BatchNormAct2d(4, act_layer=nn.SiLU),
+        nn.Conv2d(4, 2, 3, bias=False),
+        BatchNormAct2d(2),
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_timm_s_batch_norm_is_grouped_with_its_activation(groups: int) -> None:
+    model = with_activation()
+    grouped = ghost_batch_norm(copy.deepcopy(model), groups)
+    x = torch.rand(4, 3, 8, 8)
+    wanted = torch.cat([model[:2](chunk) for chunk in x.chunk(groups)])
+    torch.testing.assert_close(grouped[:2](x), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_timm_s_batch_norm_in_eval_mode_and_split() -> None:
+    model = lively(with_activation()).eval()
+    x = torch.rand(4, 3, 8, 8).double()
+    grouped = ghost_batch_norm(copy.deepcopy(model), 2)
+    assert torch.equal(grouped(x), model(x))
+    split = split_batch_norm(copy.deepcopy(model)).eval()
+    assert {*grouped.state_dict()} < {*split.state_dict()}
+    assert torch.equal(split(x), model(x))
+    with torch.no_grad():
+        split[1].auxiliary.bias += 1.0  # type: ignore[operator, union-attr]
+    assert torch.equal(split(x), model(x))
+    with auxiliary_batch_norm(split):
+        assert not torch.equal(split(x), model(x))
+
+
+def test_a_batch_norm_of_another_class_cannot_have_a_second_set() -> None:
+    class Fused(nn.BatchNorm2d):
+        pass
+
+    assert type(ghost_batch_norm(nn.Sequential(Fused(3)), 1)[0]) is Fused  # as it is
+    with pytest.raises(ValueError, match="needs a plain BatchNorm2d or timm's, got Fused at 0"):
+        split_batch_norm(nn.Sequential(Fused(3)))
+    with pytest.raises(ValueError, match="got Fused at 0; set bn_groups=1, which leaves it as it is"):
+        ghost_batch_norm(nn.Sequential(Fused(3)), 2)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that does more with its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Shifted(nn.BatchNorm2d):
+    """A batch norm that does more than normalise."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def test_folding_keeps_what_a_layer_does_beside() -> None:
+    others = nn.Sequential(Standardised(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), Shifted(4))
+    x = torch.rand(2, 3, 8, 8).double()
+    for model in (lively(with_activation()).eval(), lively(others).eval()):
+        torch.testing.assert_close(folded(model, x)(x), model(x), rtol=1e-5, atol=1e-6)

@@ -44,9 +44,9 @@ def test_a_normalisation_is_another_run_and_none_named_is_the_same() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([*AT, "model.normalisation=cifar1"], "model.normalisation: .* must be one of cifar10"),
+        ([*AT, "model.normalisation=cifar1"], "model.normalisation: .* must be none, .* or one of cifar10"),
         ([*AT, "model.normalisation={mean:[125,123,114],std:[63,62,67]}"], "divide by 255"),
-        ([*KD, "teacher.network.normalisation=x"], "teacher.network.normalisation: .* must be one of"),
+        ([*KD, "teacher.network.normalisation=x"], "teacher.network.normalisation: .* must be none"),
     ],
 )
 def test_a_wrong_normalisation_is_told_before_anything_starts(words: list[str], told: str) -> None:
