@@ -32,6 +32,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.digits": ("data", ("PIL", "numpy", "sklearn")),
     "gkl.data.files": ("data", ("PIL", "numpy")),
     "gkl.data.generated": ("data", ("numpy",)),
+    "gkl.data.layout": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),

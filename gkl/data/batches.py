@@ -91,6 +91,22 @@ class Dataset(Protocol):
         """Test images (b, 3, H, W) uint8 and labels (b,) by number, batch by batch."""
 
 
+def check_labels(name: str, classes: int, **parts: Tensor) -> None:
+    """Raises ValueError for a label of a part of a data set that is none of its classes."""
+    for part, labels in parts.items():
+        low, high = (int(value) for value in labels.aminmax()) if len(labels) else (0, 0)
+        if low < 0 or high >= classes:
+            raise ValueError(f"{name} {part} labels must lie in 0..{classes - 1}, got {low}..{high}")
+
+
+def check_trainable(name: str, labels: Tensor) -> None:
+    """Raises ValueError for a data set that can be tested with alone."""
+    if not len(labels):
+        raise ValueError(
+            f"{name} has no pictures to train with, only to test with; put them in train/<class>/ at data.root"
+        )
+
+
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """The samples 0..count-1 in an epoch's order, (count,)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed((seed << 20) + epoch))

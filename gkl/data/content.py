@@ -63,14 +63,31 @@ def _of_folder(path: Path, kept: Path | None) -> str:
     return found
 
 
+def walk(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder from `path` on, "" first, and the names of its files; nothing hidden. Links are followed.
+
+    Raises OSError for a folder that cannot be read, ValueError for a link to a folder that it lies in.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(path, followlinks=True, onerror=refuse):
+        folders[:] = [f for f in folders if not hidden(f)]
+        for link in (os.path.join(folder, f) for f in folders if os.path.islink(os.path.join(folder, f))):
+            if Path(folder).resolve().is_relative_to(Path(link).resolve()):
+                raise ValueError(f"{link} is a link to a folder that it lies in; remove it")
+        at = os.path.relpath(folder, path)
+        yield "" if at == "." else at, [name for name in names if not hidden(name)]
+
+
 def _below(path: Path) -> Iterator[tuple[str, os.stat_result]]:
     """Every file that is not hidden and not made by this package, by its path from `path` on."""
-    for folder, folders, names in os.walk(path, followlinks=True):
-        folders[:] = [f for f in folders if not hidden(f)]
+    for at, names in walk(path):
         for name in names:
-            if not hidden(name) and name != "gkl-shards.npz":
-                file = os.path.join(folder, name)
-                yield os.path.relpath(file, path), os.stat(file)
+            if name != "gkl-shards.npz":
+                file = os.path.join(at, name)
+                yield file, os.stat(path / file)
 
 
 def _digest(files: dict[str, tuple[int, int]]) -> str:

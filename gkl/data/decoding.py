@@ -25,14 +25,15 @@ UNREAD = (
     ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd", ".exr", ".tga", ".dcm", ".npy",
 )  # fmt: skip
 PIXELS = 178_956_970  # of a picture, at most: Pillow's own bound
+LONGEST = 1000  # times the other side: resized by the shorter one, a line of pixels would fill the memory
 Decoder = Literal["pillow", "torchvision"]
 # torchvision announces that its decoders will move to torchcodec; until they do they are the fastest (benchmarks/decoding.py).
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning, r"torchvision\.io")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half of PIXELS
 
 
-class Unknown(ValueError):
-    """A whole picture whose pixels mean what nobody here knows."""
+class Unfit(ValueError):
+    """A whole picture that is not read."""
 
 
 def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
@@ -46,6 +47,10 @@ def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
             width, height = picture.size
             if width * height > PIXELS:
                 raise Image.DecompressionBombError
+            if max(width, height) > LONGEST * min(width, height):
+                raise Unfit(
+                    f"is of {width} x {height} pixels, one side more than {LONGEST} times the other; replace or remove it"
+                )
             # Of damaged PNG torchvision ends the process (libpng's jump out of its C++), and it is no faster there.
             if (
                 decoder == "torchvision"
@@ -60,7 +65,7 @@ def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
         raise ValueError(f"says that it has more than {PIXELS:,} pixels; replace or remove it") from None
     except UnidentifiedImageError:
         why = "it is no picture that is read here" if data else "it is empty"
-    except Unknown:
+    except Unfit:
         raise
     except Exception as error:  # of damaged bytes decoders raise anything
         why = re.sub(r"^.*\.cpp:\d+, ", "", " ".join(str(error).split()))[:200] or type(error).__name__
@@ -73,7 +78,7 @@ def _in_rgb(picture: Image.Image) -> Image.Image:
         levels = np.asarray(picture).astype(np.uint16)
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
-        raise Unknown(
+        raise Unfit(
             f"has pixels of 32 bits (mode {picture.mode}), whose range nothing says; convert it to 8 or 16 bits"
         )
     return picture.convert("RGB")

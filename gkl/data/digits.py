@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from gkl.data.files import ImageFiles, first_of_classes, long_tail
+from gkl.data.layout import train_and_test
 from gkl.data.memory import ImageData
-from gkl.data.stores import Decoder, open_store, train_and_test
+from gkl.data.stores import Decoder, open_store
 
 
 def digits() -> ImageData:

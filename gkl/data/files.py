@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from gkl.data.batches import Batch, epoch_order, steps_in
+from gkl.data.batches import Batch, check_labels, check_trainable, epoch_order, steps_in
 from gkl.data.crops import CentreCrop, Picture, ResizedCrop
-from gkl.data.stores import Decoder, PictureError, Store, by_class, open_store
+from gkl.data.decoding import Decoder
+from gkl.data.layout import classes_of
+from gkl.data.stores import PictureError, Store, open_store
 from gkl.distributed import Shard
 from gkl.rng import sample_keys
 
@@ -67,14 +69,16 @@ class ImageFiles:
     in_memory: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not (self.image_size <= self.resize and len(self.train.labels) and len(self.test.labels)):
+        if not (self.image_size <= self.resize and len(self.test.labels)):
             raise ValueError(
-                f"{self.name} needs pictures to train and to test with, and resize >= image_size, got {len(self.train.labels)}, "
-                f"{len(self.test.labels)}, {self.resize} and {self.image_size}"
+                f"{self.name} needs pictures to test with, and resize >= image_size, got {len(self.test.labels)}, "
+                f"{self.resize} and {self.image_size}"
             )
+        check_labels(self.name, self.num_classes, train=self.train_labels, test=self.test_labels)
 
     def batches(self, *, augment: Any, **settings: Any) -> "FileBatches":
         """A training's batches, see FileBatches. Raises ValueError for settings that pictures in files cannot have."""
+        check_trainable(self.name, self.train_labels)
         if not isinstance(augment, ResizedCrop):
             raise ValueError(f"{self.name} needs augment=resized_crop, got {type(augment).__name__}")
         idle = ("generated", "generated_share", "held_out", "held_out_by_class", "views_together")
@@ -275,7 +279,7 @@ def other_pictures(
     classes: how many there must be. Raises FileNotFoundError or ValueError naming what is missing or unknown.
     """
     store = open_store(path, "pictures", "set assessment.root=... to the folder above it")
-    found = by_class([f"{path.name}/{name}" for name in store.names], path.name)
+    found = classes_of(store, (path.name,), top=f"{path.name}/")[path.name]
     if unknown := sorted(set(found) - set(class_names)):
         raise ValueError(
             f"{path} has {len(unknown)} classes that the data set has not, the first is {unknown[0]}"

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from gkl.data.content import check_content
 from gkl.data.files import ImageFiles, split
+from gkl.data.layout import train_and_test
 from gkl.data.memory import ImageData, in_memory
-from gkl.data.stores import Decoder, Shards, Store, open_store, train_and_test
+from gkl.data.stores import Decoder, Shards, Store, open_store
 
 
 def image_folder(
@@ -23,13 +24,14 @@ def image_folder(
     picture). train_per_class, test_per_class: only the first so many files of each class by name.
     content: what gkl.data.content says of the pictures, if they must be those.
     Raises FileNotFoundError or ValueError naming what is missing, which picture is damaged, or which classes differ.
+    Where there is no train/, it can be evaluated with and not trained on.
     """
     check_content(root, content)
     store = open_store(Path(root))
     train, test = train_and_test(store)
     return in_memory(
         name or store.path.stem,
-        sorted(train),
+        sorted(test),
         train,
         test,
         store,
@@ -67,15 +69,20 @@ def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]
     """Class names, and the training and test files with their labels."""
     if isinstance(store, Shards):
         pairs = list(zip(store.names, store.labels.tolist(), strict=True))
-        parts = [[p for p in pairs if word in p[0].lower()] for word in ("train", "val")]
+        train, test = ([p for p in pairs if word in p[0].lower()] for word in ("train", "val"))
         classes = int(store.labels.max()) + 1 if len(store.labels) else 0
-        if not all(parts):
+        if not test:
             raise ValueError(
                 f"{store.path} needs shards with train and with val in their paths, got {len(store.shards)} others"
             )
-        return tuple(map(str, range(classes))), parts
+        if train and (bare := sorted({*range(classes)} - {label for _, label in train})):
+            raise ValueError(
+                f"{store.path}: {len(bare):,} of {classes:,} classes have no training picture, the first is {bare[0]}; number classes "
+                "from 0 on, without gaps"
+            )
+        return tuple(map(str, range(classes))), [train, test]
     train, test = train_and_test(store)
-    names = tuple(sorted(train))
+    names = tuple(sorted(test))
     return names, [[(f, k) for k, c in enumerate(names) for f in part[c]] for part in (train, test)]
 
 

@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from gkl.data.augment import Views
-from gkl.data.batches import Batch, epoch_order, first_of_each_class, steps_in
+from gkl.data.batches import (
+    Batch,
+    check_labels,
+    check_trainable,
+    epoch_order,
+    first_of_each_class,
+    steps_in,
+)
 from gkl.data.stores import Store
 from gkl.distributed import Shard
 
@@ -51,13 +58,9 @@ class ImageData:
                     f"{self.name} needs {part} images (N, 3, H, W) uint8 and N labels, got {tuple(images.shape)} "
                     f"{images.dtype} and {len(labels)}"
                 )
-            if not len(labels):
-                raise ValueError(f"{self.name} has no {part} images")
-            low, high = (int(value) for value in labels.aminmax())
-            if low < 0 or high >= self.num_classes:
-                raise ValueError(
-                    f"{self.name} {part} labels must lie in 0..{self.num_classes - 1}, got {low}..{high}"
-                )
+        if not len(self.test_labels):
+            raise ValueError(f"{self.name} has no test images")
+        check_labels(self.name, self.num_classes, train=self.train_labels, test=self.test_labels)
 
     in_memory: ClassVar[bool] = True
     shots: ClassVar[None] = None
@@ -69,6 +72,7 @@ class ImageData:
 
     def batches(self, *, augment: Any, workers: int = 0, **settings: Any) -> "MemoryBatches":
         """A training's batches, see MemoryBatches; no worker processes are needed. Raises ValueError for settings that do not fit."""
+        check_trainable(self.name, self.train_labels)
         if not isinstance(augment, Views):
             raise ValueError(f"{self.name} needs augment=basic or autoaug, got {type(augment).__name__}")
         return MemoryBatches(self, augment, **settings)
@@ -216,7 +220,7 @@ def in_memory(
     for split, limit in ((train, train_per_class), (test, test_per_class)):
         chosen = [(file, k) for k, c in enumerate(classes) for file in split[c][:limit]]
         images.append(decoded([file for file, _ in chosen], store, image_size))
-        labels.append(torch.tensor([k for _, k in chosen]))
+        labels.append(torch.tensor([k for _, k in chosen], dtype=torch.int64))
     return ImageData(name, len(classes), images[0], labels[0], images[1], labels[1], tuple(classes))
 
 

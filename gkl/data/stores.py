@@ -1,16 +1,15 @@
 """Encoded pictures where they lie: a folder, a zip archive, or tar shards; read by name, in any order, by any process.
 
 store = open_store(Path("imagenet"))
-picture = decode(store.read(store.names[0]), "pillow")
+picture = store.picture(store.names[0], "pillow")
 """
 
 import os
-import re
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gkl.data.content import hidden
-from gkl.data.decoding import PICTURES, Decoder, decode
+from gkl.data.content import hidden, walk
+from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode
 
 LARGEST = 1 << 30  # bytes of a picture's file
+PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 class PictureError(ValueError):
@@ -32,11 +32,12 @@ class PictureError(ValueError):
 class Store:
     """Files by name, "train/n01440764/n01440764_10026.JPEG"; may be handed to worker processes.
 
-    names: of the pictures. others: of the files that are none; what is hidden is in neither.
+    names: of the pictures. unread: of pictures whose endings are not read. empty: folders without any. Nothing hidden.
     """
 
     names: Sequence[str]
-    others: Sequence[str] = ()
+    unread: Sequence[str] = ()
+    empty: Sequence[str] = ()
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -65,11 +66,16 @@ class Store:
                 why = str(error)
         raise PictureError(f"{self.path}: picture {name} {why}")
 
-    def listed(self, names: Iterable[str]) -> None:
-        """Take the names of files that are there, in order and hidden ones left out."""
-        found = sorted({name for name in names if not hidden(name)})
-        self.names = [name for name in found if name.lower().endswith(PICTURES)]
-        self.others = [name for name in found if not name.lower().endswith(PICTURES)]
+    def listed(self, files: Iterable[str], folders: Iterable[str]) -> None:
+        """Take the names of what is there."""
+        files = sorted({name for name in files if not hidden(name)})
+        self.names = [name for name in files if name.lower().endswith(PICTURES)]
+        self.unread = [name for name in files if name.lower().endswith(UNREAD)]
+        full: set[str] = set()
+        for name in (*self.names, *self.unread):
+            while (name := os.path.dirname(name)) and name not in full:
+                full.add(name)
+        self.empty = sorted({name for name in folders if not hidden(name)} - full)
 
 
 def _fitting(size: int) -> int:
@@ -83,7 +89,10 @@ class Folder(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.listed(_below(path))
+        below = list(walk(path))
+        self.listed(
+            [os.path.join(at, name) for at, names in below for name in names], [at for at, _ in below if at]
+        )
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
@@ -94,19 +103,33 @@ class Folder(Store):
         return (self.path / name).read_bytes()
 
 
-def _below(path: Path) -> Iterator[str]:
-    for folder, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not hidden(name)]
-        yield from (os.path.relpath(os.path.join(folder, file), path) for file in files)
-
-
 class Zip(Store):
     """A zip archive. Each process opens it for itself: a file position cannot be shared."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._opened: tuple[int, zipfile.ZipFile] | None = None
-        self.listed(info.filename for info in self._archive().infolist() if not info.is_dir())
+        self._state = _state(path)
+        try:
+            members = self._archive().infolist()
+        except zipfile.BadZipFile as error:
+            raise ValueError(f"{path} is damaged ({error}); fetch or pack it again") from error
+        folders = [i.filename.rstrip("/") for i in members if i.is_dir()]
+        self.listed((i.filename for i in members if not i.is_dir()), folders)
+        self._check(members)
+
+    def _check(self, members: Sequence[zipfile.ZipInfo]) -> None:
+        """Raises ValueError for pictures that cannot be unpacked."""
+        pictures = set(self.names)
+        for what, shut in (
+            ("encrypted", [i.filename for i in members if i.flag_bits & 1]),
+            ("packed in an unknown way", [i.filename for i in members if i.compress_type not in PACKED]),
+        ):
+            if shut := [name for name in shut if name in pictures]:
+                raise ValueError(
+                    f"{self.path}: {len(shut):,} of {len(pictures):,} pictures are {what}, the first is {shut[0]}; pack them anew, "
+                    "with deflate and without a password"
+                )
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
@@ -115,6 +138,7 @@ class Zip(Store):
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():
+            _unchanged(self.path, self._state)
             self._opened = (os.getpid(), zipfile.ZipFile(self.path))
         return self._opened[1]
 
@@ -133,7 +157,10 @@ class Shards(Store):
         super().__init__(path)
         self.shards = _tars(path)
         kept = path / "gkl-shards.npz"
-        state = np.array([_as_it_is(path, shard) for shard in self.shards])
+        self._states = [_state(shard) for shard in self.shards]
+        state = np.array(
+            [f"{p.relative_to(path)} {s}" for p, s in zip(self.shards, self._states, strict=True)]
+        )
         index = _kept_index(kept, state)
         if index is None:
             index = {"shards": state, **_tar_index(path, self.shards)}
@@ -142,7 +169,6 @@ class Shards(Store):
                 np.savez(temporary, allow_pickle=False, **index)
                 temporary.rename(kept)
         self.names = index["names"].tolist()
-        self.others = index["others"].tolist()
         self.labels = torch.from_numpy(index["labels"])
         self.places = dict(zip(self.names, index["places"].tolist(), strict=True))
 
@@ -150,14 +176,20 @@ class Shards(Store):
         """A picture's bytes."""
         shard, start, size = self.places[name]
         with open(self.shards[shard], "rb") as file:
+            _unchanged(file.fileno(), self._states[shard])
             file.seek(start)
             return file.read(_fitting(size))
 
 
-def _as_it_is(path: Path, shard: Path) -> str:
-    """What says that a shard is the one that was indexed: written anew, it has another time or inode."""
-    found = shard.stat()
-    return f"{shard.relative_to(path)} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
+def _state(file: Path | int) -> str:
+    """What says that a file is the one that it was: written anew, it has another time or inode."""
+    found = os.stat(file)
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ino}"
+
+
+def _unchanged(file: Path | int, state: str) -> None:
+    if _state(file) != state:
+        raise ValueError("is in an archive that was written anew since this run began; start again")
 
 
 def _tars(path: Path) -> list[Path]:
@@ -170,68 +202,62 @@ def _kept_index(path: Path, state: "np.ndarray[Any, Any]") -> dict[str, Any] | N
     try:
         with np.load(path, allow_pickle=False) as file:
             index = dict(file)
-        return index if np.array_equal(index["shards"], state) and "others" in index else None
+        return index if np.array_equal(index["shards"], state) else None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
 
 def _tar_index(root: Path, shards: Sequence[Path]) -> dict[str, Any]:
-    """names (N,), labels (N,), places (N, 3): shard, first byte, bytes; others: files that are no pictures and no labels.
-
-    A name is the shard's, then the picture's.
-    """
-    names, labels, places, others = [], [], [], []
+    """names (N,), labels (N,) and places (N, 3): shard, first byte, bytes. A name is the shard's, then the picture's."""
+    names, labels, places = [], [], []
     for number, shard in enumerate(shards):
-        top = shard.relative_to(root).with_suffix("")
         try:
-            found, classes, rest = _members(shard)
+            found, classes = _members(shard)
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{shard} is damaged ({error}); replace it") from error
-        others += [str(top / name) for name in rest]
+            raise ValueError(
+                f"{shard} is damaged or no plain tar ({error}); fetch or write it again"
+            ) from error
         for key, (name, start, size) in found.items():
             if key not in classes:
                 raise ValueError(f"{shard}: picture {name} has no {key}.cls beside it with its class")
-            names.append(str(top / name))
+            names.append(str(shard.relative_to(root).with_suffix("") / name))
             labels.append(classes[key])
             places.append((number, start, size))
     return {
         "names": np.array(names, dtype=np.str_),
-        "others": np.array(others, dtype=np.str_),
         "labels": np.array(labels, dtype=np.int64),
         "places": np.array(places, dtype=np.int64).reshape(-1, 3),
     }
 
 
-def _members(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, int], list[str]]:
-    """Pictures by key: name, first byte, bytes; classes by key; other files."""
+def _members(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, int]]:
+    """By key: a shard's pictures (name, first byte, bytes), and their classes. Raises ValueError naming what is wrong in it."""
     found: dict[str, tuple[str, int, int]] = {}
     classes: dict[str, int] = {}
-    others = []
     with tarfile.open(shard, "r:") as archive:
         for member in archive:
             key, suffix = os.path.splitext(member.name)
-            if not member.isfile() or hidden(member.name):
+            if member.isdir() or hidden(member.name):
                 continue
+            if suffix.lower() in UNREAD or (suffix.lower() in PICTURES and not member.isreg()):
+                what = "is a link" if suffix.lower() in PICTURES else "has an ending that is not read"
+                raise ValueError(f"{shard}: picture {member.name} {what}; write the shard with PNG or JPEG")
             if suffix.lower() in PICTURES:
                 if key in found:
-                    raise ValueError(f"{shard} has two pictures {member.name} and {found[key][0]} of one key")
-                found[key] = (member.name, member.offset_data, member.size)
-            elif suffix == ".cls":
-                file = archive.extractfile(member)
-                assert file is not None
-                text = file.read(32).strip()
-                if not re.fullmatch(rb"\d{1,9}", text):
                     raise ValueError(
-                        f"{shard}: {member.name} needs a class 0, 1, ..., got {text.decode(errors='replace')!r}"
+                        f"{shard} has two pictures of one key, {found[key][0]} and {member.name}"
                     )
-                classes[key] = int(text)
-            else:
-                others.append(member.name)
-        if (end := archive.offset) > shard.stat().st_size:
-            raise ValueError(
-                f"{shard} is damaged: it ends before its last picture (byte {end:,}); replace it"
-            )
-    return found, classes, others
+                found[key] = (member.name, member.offset_data, member.size)
+            elif suffix == ".cls" and (file := archive.extractfile(member)) is not None:
+                said = file.read(40).decode(errors="replace").strip()
+                if not (said.isascii() and said.isdecimal() and len(said) < 10):
+                    raise ValueError(
+                        f"{shard}: {member.name} needs a class, a number from 0 on, got {said!r}"
+                    )
+                classes[key] = int(said)
+        if archive.offset > shard.stat().st_size:
+            raise ValueError(f"{shard} is damaged: it ends within its last file; fetch or write it again")
+    return found, classes
 
 
 def open_store(
@@ -245,31 +271,3 @@ def open_store(
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip archive")
     return Zip(path)
-
-
-def by_class(names: Sequence[str], split: str) -> dict[str, list[str]]:
-    """Names of <anything/>split/<class>/<file>, by class."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.rsplit("/", 3)
-        if len(parts) >= 3 and parts[-3] == split:
-            found.setdefault(parts[-2], []).append(name)
-    return found
-
-
-def train_and_test(store: Store) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The files of train/<class>/ and test/<class>/ (or val/) by class. Raises ValueError where they are not so laid out."""
-    splits = {split: by_class(store.names, split) for split in ("train", "test", "val")}
-    test_split = "test" if splits["test"] else "val"
-    train, test = splits["train"], splits[test_split]
-    if not train or not test:
-        raise ValueError(
-            f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {len(store.names)} "
-            "pictures elsewhere"
-        )
-    if set(train) != set(test):
-        odd = sorted(set(train) ^ set(test))
-        raise ValueError(
-            f"{store.path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
-        )
-    return train, test

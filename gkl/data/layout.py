@@ -1,0 +1,103 @@
+"""Pictures laid out by class: train/<class>/<picture> and test/<class>/<picture> (or val/). What would be left out is refused.
+
+train, test = train_and_test(open_store(Path("pictures")))
+train["cat"]            # ["train/cat/1.jpg", ...]
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gkl.data.stores import Store
+
+SPLITS = ("train", "val", "test")
+ByClass = dict[str, list[str]]
+
+
+@dataclass
+class Names:
+    """The names of one split. flat: right in it, of no class. nested: deeper than in a class's folder."""
+
+    by_class: ByClass = field(default_factory=dict)
+    flat: list[str] = field(default_factory=list)
+    nested: list[str] = field(default_factory=list)
+
+    def all(self) -> list[str]:
+        """Every one."""
+        return [*(name for names in self.by_class.values() for name in names), *self.flat, *self.nested]
+
+
+def by_split(names: Iterable[str], splits: Sequence[str]) -> dict[str, Names]:
+    """Names of <anything/>split/<class>/<picture>, and what lies in a split in another way."""
+    found = {split: Names() for split in splits}
+    for name in names:
+        parts = name.split("/")
+        if parts[-3:-2] and parts[-3] in found:
+            found[parts[-3]].by_class.setdefault(parts[-2], []).append(name)
+        elif parts[-2:-1] and parts[-2] in found:
+            found[parts[-2]].flat.append(name)
+        elif inside := next((part for part in parts[:-3] if part in found), None):
+            found[inside].nested.append(name)
+    return found
+
+
+def classes_of(store: Store, splits: Sequence[str], top: str = "") -> dict[str, ByClass]:
+    """The pictures of each split by class. top: where the store's names lie. Raises ValueError for what would be left out."""
+    here, unread, empty = (
+        by_split([f"{top}{name}" for name in names], splits)
+        for names in (store.names, store.unread, [f"{folder}/" for folder in store.empty])
+    )
+    for split in splits:
+        found = here[split]
+        if not found.by_class and split != "train" and any(here[s].by_class for s in splits if s != "train"):
+            continue  # ImageNet's own test/ has no classes: the other one is tested with
+        for names, what, remedy in (
+            (found.nested, f"lie deeper than {split}/<class>/", "move them into the folders of their classes"),
+            (found.flat, f"lie in {split}/ itself", _sorting(split)),
+            (unread[split].all(), f"in {split}/ have endings that are not read", "save them as PNG or JPEG, or move them away"),
+        ):  # fmt: skip
+            if names:
+                raise ValueError(
+                    f"{store.path}: {len(names):,} pictures {what}, the first is {names[0].removeprefix(top)}; {remedy}"
+                )
+        if found.by_class and (bare := sorted(empty[split].by_class)):
+            raise ValueError(
+                f"{store.path}: {len(bare):,} folders of {split}/ have no picture in them, the first is {split}/{bare[0]}; remove "
+                "them, or put their pictures there"
+            )
+        tops = sorted({str(Path(name).parents[2]) for names in found.by_class.values() for name in names})
+        if len(tops) > 1:
+            raise ValueError(
+                f"{store.path} has {len(tops)} folders {split}/, in {tops[0]} and in {tops[1]}; set data.root to the one that is meant"
+            )
+    return {split: here[split].by_class for split in splits}
+
+
+def _sorting(split: str) -> str:
+    line = f"sort them into {split}/<class>/"
+    if split == "train":
+        return line
+    return f"{line} (ImageNet's validation pictures: run valprep.sh of github.com/soumith/imagenetloader.torch in {split}/)"
+
+
+def train_and_test(store: Store) -> tuple[ByClass, ByClass]:
+    """The files of train/<class>/ and test/<class>/ (or val/) by class; where there is no train/, for an evaluation, none to train with.
+
+    Raises ValueError where they are not so laid out.
+    """
+    splits = classes_of(store, SPLITS)
+    test_split = "test" if splits["test"] else "val"
+    train, test = splits["train"], splits[test_split]
+    if not test:
+        found = "none to test with" if train else f"{len(store.names)} pictures elsewhere"
+        raise ValueError(
+            f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {found}"
+        )
+    if not train:
+        return {name: [] for name in test}, test
+    if set(train) != set(test):
+        odd = sorted(set(train) ^ set(test))
+        raise ValueError(
+            f"{store.path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
+        )
+    return train, test
