@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test test-all check eval doctor speed5 bench gpu docs docs-serve lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test test-all torture check eval doctor speed5 bench gpu docs docs-serve lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -67,6 +67,9 @@ test: $(STAMP) ## the tests but the long ones: no network, no GPU, no downloads
 
 test-all: $(STAMP) ## every test
 	@$(PY) -m pytest -n auto --dist worksteal $(ARGS)
+
+torture: $(STAMP) ## half an hour of random kills, damage and full disks over every method; nothing may be lost (TORTURE_SEED repeats one)
+	@RUN_SLOW=1 $(PY) -m pytest -q -s -n 0 tests/system/test_torture.py $(ARGS)
 
 check: $(STAMP) ## linter, formatter and type checker
 	@$(PY) -m ruff check .
