@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gkl.data.cifar import cifar100
 from gkl.data.digits import digits
+from gkl.data.image_folder import image_folder
 from gkl.data.memory import ImageData
 from gkl.data.randaugment import rand_augment
 from gkl.distributed import Shard
@@ -38,10 +39,13 @@ class FewLabels(ImageData):
     steps_per_epoch: int
     unlabelled: int
 
-    def batches(self, *, augment: Any, workers: int = 0, **settings: Any) -> "FewBatches":  # type: ignore[override]
-        """A training's batches. Raises ValueError for settings that do not fit."""
+    def batches(self, *, augment: Any, workers: int = 0, **settings: Any) -> Any:
+        """A training's batches; seen as other pictures are (basic), all of them without labelled ones apart, as pretraining wants.
+
+        Raises ValueError for settings that do not fit.
+        """
         if not isinstance(augment, WeakStrong):
-            raise ValueError(f"{self.name} needs augment=weak_strong, got {type(augment).__name__}")
+            return super().batches(augment=augment, workers=workers, **settings)
         for name in ("generated", "held_out"):
             if settings.pop(name, None):
                 raise ValueError(f"{self.name} takes no {name}; leave it out")
@@ -245,3 +249,19 @@ def digits_few(
         steps_per_epoch=steps_per_epoch,
         unlabelled=unlabelled,
     )
+
+
+def image_folder_few(
+    root: str, image_size: int, *, labels: int, draws: Draws, seed: int, steps_per_epoch: int, unlabelled: int = 1,
+    train_per_class: int | None = None, test_per_class: int | None = None, content: str | None = None,
+) -> FewLabels:  # fmt: skip
+    """Any pictures with few labels; see `gkl.data.image_folder` and `few_labels`."""
+    pictures = image_folder(root, image_size, None, train_per_class, test_per_class, content)
+    own = {
+        "labels": labels,
+        "draws": draws,
+        "seed": seed,
+        "steps_per_epoch": steps_per_epoch,
+        "unlabelled": unlabelled,
+    }
+    return few_labels(pictures, **own)  # type: ignore[arg-type]

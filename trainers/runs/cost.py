@@ -115,9 +115,8 @@ def needed_flops(
     if config.get("evaluation"):
         autoattack = (config["evaluation"]["images"] or size.test) * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": autoattack * (further_attacks + (not recorded))}
-    shown = (
-        config["data"].get("steps_per_epoch", 0) * config["batch_size"] or size.train
-    )  # pictures of an epoch
+    counted = config["data"].get("steps_per_epoch") if config.get("consistency") else None
+    shown = counted * config["batch_size"] if counted else size.train  # pictures of an epoch
     if not trained:
         epochs = config["epochs"]
         attack = instantiate(config["attack"]) if config.get("attack") else None

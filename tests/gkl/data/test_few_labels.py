@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gkl.data.augment import Views
 from gkl.data.digits import digits
 from gkl.data.few_labels import Draws, FewLabels, WeakStrong, digits_few, few_labels, labelled_pictures
 from gkl.data.randaugment import rand_augment
@@ -160,5 +161,18 @@ def test_bad_input_is_one_line() -> None:
             data().batches(augment=WeakStrong(), device=torch.device("cpu"), shard=Shard(1), seed=0, **change)
     with pytest.raises(ValueError, match="takes no held_out"):
         batches(held_out=0.5)
-    with pytest.raises(ValueError, match="needs augment=weak_strong, got int"):
+    with pytest.raises(ValueError, match="needs augment=basic or autoaug, got int"):
         data().batches(augment=3)
+
+
+def test_for_pretraining_it_is_as_any_other_data() -> None:
+    made = data().batches(
+        augment=Views(padding=1),
+        device=torch.device("cpu"),
+        shard=Shard(1),
+        batch_size=100,
+        seed=0,
+        drop_last=True,
+    )
+    made.start_epoch(1)
+    assert made.steps_per_epoch == 14 and made.batch(1, 0).images.shape == (100, 3, 8, 8)
