@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.losses.closed_form import gkl_loss
+from gkl.losses.inputs import checked_labels, positions_of
 from gkl.losses.prior import ClassPrior
 
 
@@ -50,6 +51,8 @@ class GKLLoss(nn.Module):
         counted: as `gkl_loss`, beside ignore_index.
         """
         if self.ignore_index is not None:
+            # As int64: torch compares uint8's 156 with -100 as equal.
+            labels = checked_labels(labels, teacher_logits).long().view(positions_of(teacher_logits))
             known = labels != self.ignore_index
             counted = known if counted is None else known & counted
         loss = gkl_loss(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gkl.distributed import all_reduce, rank
 from gkl.losses.closed_form import ClassRows, part_of, parts, smooth
 from gkl.losses.inputs import (
+    at_least_float32,
     checked_classes,
     checked_counted,
     checked_labels,
@@ -85,7 +86,7 @@ class ClassPrior(nn.Module):
     def rows(self, labels: Tensor, gamma: float) -> Tensor:
         """prior[labels] ** gamma, (B, C); the power is taken once an epoch over the (C, C) table."""
         if self.is_read_anew():
-            return smooth(self._looked_up(self.probs, labels), gamma, validate=False)
+            return smooth(at_least_float32(self._looked_up(self.probs, labels)), gamma, validate=False)
         return self._looked_up(self.table(gamma)[0], labels)
 
     def totals(self, labels: Tensor, gamma: float) -> Tensor:
@@ -128,7 +129,8 @@ class ClassPrior(nn.Module):
         if counted is not None:
             labels = torch.where(counted, labels, 0)
         self._check(labels)
-        if self.sums.device != self.probs.device:  # moved as FSDP does, buffer by buffer
+        # Moved as FSDP does, buffer by buffer. DataParallel's replicas add to the one module's sums.
+        if self.sums.device != self.probs.device and not getattr(self, "_is_replica", False):
             self.sums, self.counts = (x.to(self.probs.device) for x in (self.sums, self.counts))
         if logits.ndim == 2:
             self._add(logits, labels, counted)
@@ -138,13 +140,15 @@ class ClassPrior(nn.Module):
             self._add(part_of(logits, part), labels[rows], None if counted is None else counted[rows])
 
     def _add(self, logits: Tensor, labels: Tensor, counted: Tensor | None) -> None:
-        probs = F.softmax(logits.to(self.probs.dtype) / self.temperature, dim=-1).double()
+        dtype = torch.float64 if self.probs.dtype == torch.float64 else torch.float32
+        probs = F.softmax(logits.to(dtype) / self.temperature, dim=-1).double()
         # Neither a choice of rows nor bincount: both read values back and so wait for a GPU.
         if counted is None:
             each = torch.ones_like(labels, dtype=self.counts.dtype)
         else:
             each = counted.to(self.counts.dtype)
             probs = torch.where(counted.unsqueeze(-1), probs, 0.0)  # not a product: NaN times 0 is NaN
+        labels, probs, each = (x.to(self.sums.device) for x in (labels, probs, each))
         self.sums.index_add_(0, labels, probs)
         self.counts.index_add_(0, labels, each)
 
@@ -225,12 +229,12 @@ class ClassPrior(nn.Module):
         """The table and its sums from probs as it is now, in the tensors of the kept ones where these fit."""
         kept = self._smoothed.get(gamma)
         with torch.inference_mode(False):  # an evaluation may be the first to ask, a training the next
-            table = smooth(self.probs, gamma, validate=False)
+            table = smooth(at_least_float32(self.probs), gamma, validate=False)
             totals = table.sum(-1)
-            if kept and (kept.table.device, kept.table.dtype) == (table.device, table.dtype) and gamma != 1.0:
-                table = kept.table.copy_(table)
             if kept and (kept.totals.device, kept.totals.dtype) == (totals.device, totals.dtype):
                 totals = kept.totals.copy_(totals)
+                if table is not self.probs and kept.table is not kept.source:
+                    table = kept.table.copy_(table)
         self._smoothed[gamma] = kept = Smoothed(table, totals, self.probs, _version(self.probs))
         return kept
 

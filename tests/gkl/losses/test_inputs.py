@@ -53,6 +53,9 @@ USES: dict[str, Callable[[ClassPrior, Tensor], object]] = {
     "gkl_loss": lambda prior, labels: gkl_loss(torch.zeros(4, 3), torch.zeros(4, 3), prior.at(labels), **SETTINGS),
     "update": lambda prior, labels: prior.update(torch.zeros(4, 3), labels),
     "GKLLoss": lambda prior, labels: GKLLoss(3, **SETTINGS)(torch.zeros(4, 3), torch.zeros(4, 3), labels),
+    "ignore_index": lambda prior, labels: GKLLoss(3, **SETTINGS, ignore_index=77)(
+        torch.zeros(4, 3), torch.zeros(4, 3), labels
+    ),
 }  # fmt: skip
 WRONG: dict[str, tuple[Any, str]] = {
     "(B, 1)": (torch.zeros(4, 1, dtype=torch.int64), r"got \(4, 1\) of torch\.int64.*labels\.squeeze\(-1\)"),
@@ -240,6 +243,21 @@ def test_the_module_leaves_out_its_ignore_index(ignored: int) -> None:
     torch.testing.assert_close(found, expected, **EXACT)
 
 
+@pytest.mark.parametrize(("dtype", "ignored", "label"), [(torch.uint8, -100, 156), (torch.int8, 255, -1)])
+def test_an_ignore_index_that_the_labels_dtype_cannot_hold_ignores_no_other_label(
+    dtype: torch.dtype, ignored: int, label: int
+) -> None:
+    """torch compares uint8's 156 with -100 as equal, and int8's -1 with 255."""
+    criterion = GKLLoss(200, **SETTINGS, ignore_index=ignored)
+    labels = torch.tensor([0, label], dtype=dtype)
+    if label < 0:
+        with pytest.raises(ValueError, match="got -1"):
+            criterion(torch.zeros(2, 200), torch.ones(2, 200), labels)
+    else:
+        criterion(torch.zeros(2, 200), torch.ones(2, 200), labels)
+        assert criterion.prior.counts[[0, label]].tolist() == [1.0, 1.0]
+
+
 SEQUENCE, MAP = torch.zeros(2, 4, 3), torch.zeros(2, 3, 4, 4)  # (B, T, C) with 3 classes; (B, C, H, W)
 ZEROS = {
     n: torch.zeros(2, *shape, dtype=torch.int64) for n, shape in (("T", (4,)), ("HW", (4, 4)), ("CH", (3, 4)))
@@ -332,8 +350,8 @@ from gkl import ClassPrior, gkl_loss
 weights, layout = sys.argv[1:]
 torch.manual_seed(0)
 form = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}[layout]
-student, teacher = (torch.empty(2, 150, 300, 300).to(memory_format=form).normal_().requires_grad_() for _ in range(2))
-labels, prior = torch.randint(150, (2, 300, 300)), ClassPrior(150)
+student, teacher = (torch.empty(2, 150, 200, 200).to(memory_format=form).normal_().requires_grad_() for _ in range(2))
+labels, prior = torch.randint(150, (2, 200, 200)), ClassPrior(150)
 labels[:, ::7] = 255
 
 def peak():

@@ -196,6 +196,30 @@ def test_moved_to_another_device_everything_goes_along() -> None:
     assert {x.device.type for x in numbers(prior)} == {"meta"}
 
 
+@pytest.mark.parametrize("gamma", [0.4, 1.0])
+def test_probs_that_someone_rounds_are_read_in_float32(gamma: float) -> None:
+    """As FSDP's buffer_dtype does it: the weights are what bfloat16 holds of them, and all else is as precise as ever."""
+    model = trained(Model())
+    one, other = model.prior, copy.deepcopy(model.prior)
+    y = torch.arange(5)
+    before = one.rows(y, gamma).clone()
+    one.probs = one.probs.bfloat16()
+    assert one.rows(y, gamma).dtype == one.totals(y, gamma).dtype == torch.float32
+    torch.testing.assert_close(one.rows(y, gamma), one.probs.float() ** gamma)
+    torch.testing.assert_close(before, other.rows(y, gamma), rtol=0, atol=0)
+    for prior in (one, other):
+        prior.update(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)), y)
+    assert one.sums.equal(other.sums)
+
+
+def test_a_replica_of_data_parallel_adds_to_the_module_s_sums() -> None:
+    model = Model()
+    replica = model.prior._replicate_for_data_parallel()
+    replica._buffers["probs"] = model.prior.probs.clone()
+    replica.update(torch.zeros(5, 5), torch.arange(5))
+    assert model.prior.counts.sum() == 5
+
+
 class Kept:
     """Averages of a network as people write them. Each writes into the copy's buffers, which then fit its tables no more."""
 
