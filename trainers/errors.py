@@ -13,6 +13,10 @@ class LostProcess(RunError):
     """Another process of the run is gone or does not answer; why, another may know."""
 
 
+class NotBegun(RunError):
+    """A step that could not begin, and has changed nothing: what the steps before it have come to can be saved."""
+
+
 class Interrupted(BaseException):
     """Stopped by a signal, with everything saved that was worth saving. No Exception: nothing that catches those swallows it."""
 

@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, first_of_classes, long_tail
 from gkl.data.layout import train_and_test
 from gkl.data.memory import ImageData
-from gkl.data.stores import Decoder, open_store
+from gkl.data.stores import open_store
 
 
 def digits() -> ImageData:

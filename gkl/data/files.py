@@ -170,10 +170,11 @@ class FileBatches:
         return self.samples(step)
 
     def batch(self, epoch: int, step: int) -> Batch:
-        """This process's part of a step; its images are views already."""
+        """This process's part of a step; its images are views already. Raises PictureError."""
         if self.next != (epoch, step):
             crops = FileViews(self.data.train, self.augment, self.data.image_size, self.data.decoder)
             self.stream = loader(crops, _Steps(self, epoch, step), self.workers)
+        self.next = (0, 0)  # unless it comes
         images, index = next(self.stream)
         self.next = (epoch, step + 1)
         x, y, view = (
@@ -208,7 +209,7 @@ class _Steps:
             yield self.batches.plan(self.epoch, step)
 
 
-class FileViews(torch.utils.data.Dataset[tuple[Tensor, int]]):
+class FileViews(torch.utils.data.Dataset[tuple[Tensor, int] | PictureError]):
     """One view of a picture by (number, key)."""
 
     def __init__(self, part: Split, crop: Callable[..., Tensor], size: int, decoder: Decoder) -> None:
@@ -241,7 +242,7 @@ def loader(views: FileViews, batches: Iterable[Sequence[tuple[int, int]]], worke
         yield batch
 
 
-def _batched(items: Sequence[Any]) -> Any:
+def _batched(items: list[Any]) -> Any:
     """A batch of views, or what is wrong with the first that is none."""
     return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
 

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gkl.data.content import check_content
+from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, split
 from gkl.data.layout import train_and_test
 from gkl.data.memory import ImageData, in_memory
-from gkl.data.stores import Decoder, Shards, Store, open_store
+from gkl.data.stores import Shards, Store, open_store
 
 
 def image_folder(
@@ -69,18 +70,18 @@ def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]
     """Class names, and the training and test files with their labels."""
     if isinstance(store, Shards):
         pairs = list(zip(store.names, store.labels.tolist(), strict=True))
-        train, test = ([p for p in pairs if word in p[0].lower()] for word in ("train", "val"))
+        parts = [[p for p in pairs if word in p[0].lower()] for word in ("train", "val")]
         classes = int(store.labels.max()) + 1 if len(store.labels) else 0
-        if not test:
+        if not parts[1]:
             raise ValueError(
                 f"{store.path} needs shards with train and with val in their paths, got {len(store.shards)} others"
             )
-        if train and (bare := sorted({*range(classes)} - {label for _, label in train})):
+        if parts[0] and (bare := sorted({*range(classes)} - {label for _, label in parts[0]})):
             raise ValueError(
                 f"{store.path}: {len(bare):,} of {classes:,} classes have no training picture, the first is {bare[0]}; number classes "
                 "from 0 on, without gaps"
             )
-        return tuple(map(str, range(classes))), [train, test]
+        return tuple(map(str, range(classes))), parts
     train, test = train_and_test(store)
     names = tuple(sorted(test))
     return names, [[(f, k) for k, c in enumerate(names) for f in part[c]] for part in (train, test)]

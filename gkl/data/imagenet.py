@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles
 from gkl.data.image_folder import image_files
-from gkl.data.stores import Decoder
 
 IMAGENET = {"classes": 1000, "train": 1_281_167, "test": 50_000}
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, split
 from gkl.data.imagenet import check_there
-from gkl.data.stores import Decoder, open_store
+from gkl.data.stores import open_store
 
 # The published lists of ImageNet-LT (Liu et al. 2019): lines, and classes with > 100, 20..100 and < 20 training pictures.
 LISTS = {"train": 115_846, "val": 20_000, "test": 50_000}

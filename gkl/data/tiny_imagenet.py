@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from gkl.data.content import check_content
+from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, first_of_classes, long_tail
 from gkl.data.memory import ImageData, in_memory
-from gkl.data.stores import Decoder, Store, open_store
+from gkl.data.stores import Store, open_store
 
 
 def tiny_imagenet(

@@ -12,6 +12,7 @@ from gkl.data.augment import to_float
 from gkl.data.batches import first_of_each_class
 from gkl.data.files import ImageFiles
 from gkl.data.memory import ImageData
+from gkl.data.stores import PictureError
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import (
     AutoAttackResult,
@@ -20,7 +21,7 @@ from gkl.evaluation import (
     pgd_robust,
 )
 from gkl.models.batch_norm import eval_mode
-from trainers.errors import LostProcess
+from trainers.errors import LostProcess, RunError
 from trainers.loop.console import Console
 
 DESCRIBED = {"aa": "AutoAttack standard", "screen": "screen (APGD-CE, APGD-T)"}
@@ -32,6 +33,14 @@ def eval_batch_size(device: torch.device) -> int:
     return 500 if device.type == "cuda" else 50
 
 
+def batches_of(data: ImageData | ImageFiles, *chosen: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """The data's `test_batches`. Raises RunError for a picture that cannot be read."""
+    try:
+        yield from data.test_batches(*chosen)
+    except PictureError as error:
+        raise RunError(f"{error}. What was finished is kept; start the same command again") from error
+
+
 def correct_flags(
     model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
 ) -> Tensor:
@@ -41,7 +50,7 @@ def correct_flags(
     flags = torch.zeros(len(data.test_labels), device=device)
     correct = []
     with eval_mode(model), torch.no_grad():
-        for x, y in data.test_batches(mine, eval_batch_size(device), workers):
+        for x, y in batches_of(data, mine, eval_batch_size(device), workers):
             logits = model(to_float(x.to(device, non_blocking=True)).to(dtype))
             correct.append(logits.argmax(-1) == y.to(device, non_blocking=True))
     if correct:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gkl.distributed import agree, all_reduce, rank, world_size
-from trainers.errors import Interrupted, RunError, in_a_line
+from trainers.errors import Interrupted, NotBegun, RunError, in_a_line
 from trainers.loop.folder import RunFolder
 from trainers.signals import signals
 
@@ -35,7 +35,10 @@ class Task(Protocol):
         """Set what is constant within epoch 1, 2, ...; also called when resuming inside it."""
 
     def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """One update. Returns this process's shares of the scalars to log: their sum over processes is the value."""
+        """One update. Returns this process's shares of the scalars to log: their sum over processes is the value.
+
+        Raises NotBegun where it has changed nothing.
+        """
 
     def end_epoch(self, epoch: int) -> dict[str, float]:
         """What follows the last step. Returns values for the history, equal on every process."""
@@ -67,7 +70,8 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
     """Train to the end of `epochs` and return the seconds spent, those before a restart included.
 
     A checkpoint is written after each epoch, every `checkpoint_minutes` within one, and on SIGTERM, SIGINT and SIGHUP.
-    Raises Interrupted after a signal, RunError for a loss that is not finite and for a checkpoint that is not this run's.
+    Raises Interrupted after a signal, RunError for a loss that is not finite, for a picture that cannot be read and for a checkpoint
+    that is not this run's.
     """
     loop = _Loop(task, epochs, folder, 60 * checkpoint_minutes, report)
     first = loop.resume()
@@ -142,7 +146,7 @@ class _Loop:
         """The steps of an epoch from `first` on, their values added to sums. Raises Interrupted after a signal."""
         steps = self.task.steps_per_epoch
         for step in range(first, steps):
-            scalars = self.task.train_step(epoch, step)
+            scalars = self.step(epoch, step, sums)
             self.report.step(epoch, self.epochs, step + 1, steps)
             due = time.monotonic() - self.saved > self.every
             own = signal_received() or (SAVE if due else 0)
@@ -157,6 +161,20 @@ class _Loop:
                 if request != SAVE:
                     raise Interrupted(_how_to_go_on(epoch, step + 1, request), request)
         self.read(epoch, sums)
+
+    def step(self, epoch: int, step: int, sums: dict[str, float]) -> dict[str, Tensor]:
+        """A step. Raises RunError for one that cannot begin, with a checkpoint of those before it."""
+        try:
+            return self.task.train_step(epoch, step)
+        except NotBegun as error:
+            kept = "the last checkpoint is intact"
+            if world_size() == 1:  # others would be in the step, and wait
+                self.read(epoch, sums)
+                self.save(Position(epoch, step, sums=sums))
+                kept = f"checkpoint saved before epoch {epoch}, step {step}"
+            raise RunError(
+                f"{error}; {kept}. With the same pictures the same command goes on from there"
+            ) from error
 
     def read(self, epoch: int, sums: dict[str, float], but: int = 0) -> int:
         """Add the values of the steps taken to the sums, of all but the last `but`; returns what was asked for after them."""

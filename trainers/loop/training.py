@@ -20,10 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches, Dataset
+from gkl.data.stores import PictureError
 from gkl.distributed import Shard, all_reduce_, broadcast_
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import eval_mode, set_group_size
 from gkl.optim.averaging import Average
+from trainers.errors import NotBegun, RunError
 from trainers.loop.compute import Compute, Precision, compiled_graphs
 from trainers.loop.method import Method
 
@@ -154,7 +156,10 @@ class Training:
         self.group_size = self.shard.group_size(self.batches.items(step))
         for network in self.method.networks():
             set_group_size(network, self.group_size)
-        return self.batches.batch(epoch, step)
+        try:
+            return self.batches.batch(epoch, step)
+        except PictureError as error:
+            raise NotBegun(str(error)) from error
 
     def see(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
         """The views (b, 3, H, W) in [0, 1] of pictures as a batch holds them; of what are views in [0, 1] already, themselves."""
@@ -272,12 +277,18 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "data": self.data.sha256,
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             **self.method.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint, on any number of processes."""
+        """Go on from a checkpoint, on any number of processes. Raises RunError where it was trained on other data."""
+        if (trained_on := state.get("data", self.data.sha256)) != self.data.sha256:
+            raise RunError(
+                f"{self.data.name} is no longer the data that this run was trained on (sha256 {trained_on[:12]}, now "
+                f"{self.data.sha256[:12]}); nothing was changed. Bring that back, or move the run's folder away to train anew"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.fuse_optimizer()

@@ -23,7 +23,7 @@ from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import pgd_robust
 from gkl.models.batch_norm import eval_mode
 from gkl.rng import sample_keys
-from trainers.loop.accuracy import attack_name, autoattack_result, eval_batch_size
+from trainers.loop.accuracy import attack_name, autoattack_result, batches_of, eval_batch_size
 from trainers.loop.console import Console
 
 
@@ -251,7 +251,7 @@ def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor
     """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
     mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
     with eval_mode(subject.model), torch.no_grad():
-        for x, y in subject.data.test_batches(mine, eval_batch_size(subject.device), subject.workers, part):
+        for x, y in batches_of(subject.data, mine, eval_batch_size(subject.device), subject.workers, part):
             yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
 
 
