@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gkl.models import load_checkpoint
+from gkl.models.own import check_answers
 from trainers.command import run_main
 from trainers.errors import ConfigError
 from trainers.loop.accuracy import autoattack, clean_accuracy
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
         data = instantiate(config["data"])
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
+            check_answers(model, data.image_size)
             console.say(str(load_checkpoint(model, path, config["checkpoint_key"])))
         except ValueError as error:
             raise ConfigError(str(error)) from error

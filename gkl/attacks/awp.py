@@ -16,8 +16,12 @@ from gkl.distributed import all_reduce_
 
 
 def perturbable(model: nn.Module) -> list[Tensor]:
-    """The parameters AWP moves: tensors of at least 2 dimensions called weight, so no bias and no batch norm."""
-    return [p for name, p in model.named_parameters() if p.ndim >= 2 and name.rsplit(".", 1)[-1] == "weight"]
+    """The parameters AWP moves: trained tensors of at least 2 dimensions called weight, so no bias and no batch norm."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.ndim >= 2 and p.requires_grad and name.rsplit(".", 1)[-1] == "weight"
+    ]
 
 
 @contextmanager
@@ -32,7 +36,10 @@ def perturbed(model: nn.Module, loss_fn: Callable[[], Tensor], gamma: float) -> 
     the learning rate cancels in the normalisation.
     """
     weights = perturbable(model)
-    ascent = torch.autograd.grad(loss_fn(), weights)
+    found = torch.autograd.grad(loss_fn(), weights, allow_unused=True)
+    weights = [w for w, g in zip(weights, found, strict=True) if g is not None]  # those the loss depends on
+    ascent = [g for g in found if g is not None]
+    del found
     with torch.no_grad():
         all_reduce_(ascent)
         norms = torch._foreach_norm(weights)

@@ -36,7 +36,12 @@ def folded(network: nn.Module, example: Tensor) -> nn.Module:
     def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if type(module) is nn.Conv2d:  # others may do more with their weights than convolve
             made[id(output)] = (module, output)
-        elif type(module) in foldable and id(inputs[0]) in made and module.track_running_stats:
+        elif (
+            isinstance(module, nn.BatchNorm2d)
+            and type(module) in foldable
+            and id(inputs[0]) in made
+            and module.track_running_stats
+        ):
             pairs.append((made[id(inputs[0])][0], module, id(inputs[0])))
 
     hooks = [module.register_forward_hook(seen) for module in copied.modules()]

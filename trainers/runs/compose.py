@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gkl import own
 from gkl.data.content import content
 from gkl.data.generated import prepared
 from trainers.errors import ConfigError
@@ -94,20 +95,28 @@ def completed_by(experiment: str) -> str | None:
 
 @cache
 def families() -> dict[str, list[str]]:
-    """File of configs/model -> the networks it makes by their names; `plain` makes any."""
+    """File of configs/model -> the networks it makes by their names; `plain` makes any other, `own` those of a person's file."""
     found = OmegaConf.to_container(OmegaConf.load(CONFIGS / "networks.yaml"))
     assert isinstance(found, dict)
-    return {**{str(family): list(names) for family, names in found.items()}, "plain": []}
+    return {**{str(family): list(names) for family, names in found.items()}, "plain": [], "own": []}
 
 
 def network(key: str, name: str) -> list[str]:
-    """What Hydra understands of model=resnet_20, a network by its own name. key: model, or model@teacher.network."""
+    """What Hydra understands of model=resnet_20, a network by its own name. key: model, or model@teacher.network.
+
+    Also of timm/resnet18, and of a person's own: net.py:Net, a name of an installed package, or a whole name of gkl.models.own.
+    """
+    name = name.removeprefix("timm/")
+    if file := own_file(name):
+        name = own.named(*file)
+    if "@" in name:
+        return [f"{key}=own", f'{key.rpartition("@")[2]}.name="{name}"']
     if name in choices("model"):
         made = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml"))
         assert isinstance(made, dict)
         # An experiment that names its network would have its own, made as this one is.
-        own = [] if made["name"] == "???" else [f'{key.rpartition("@")[2]}.name="{made["name"]}"']
-        return [f"{key}={name}", *own]
+        its = [] if made["name"] == "???" else [f'{key.rpartition("@")[2]}.name="{made["name"]}"']
+        return [f"{key}={name}", *its]
     family = next((family for family, names in families().items() if name in names), "plain")
     if family == "plain" and re.fullmatch(r"[\w.-]+", name):
         import timm
@@ -115,6 +124,8 @@ def network(key: str, name: str) -> list[str]:
         import gkl.models  # makes its networks known to timm
 
         if not timm.is_model(name):
+            if whole := own.installed(name):
+                return network(key, whole)
             ours = [
                 n
                 for n in timm.list_models()
@@ -123,6 +134,26 @@ def network(key: str, name: str) -> list[str]:
             known = sorted({*choices("model"), *ours} - {*families()})
             raise ConfigError(f"{unknown('model', name, known)}, and every name that timm knows")
     return [f"{key}={family}", f"{key.rpartition('@')[2]}.name={name}"]
+
+
+def own_file(name: str) -> tuple[str, str] | None:
+    """File and name in it of net.py:Net, None for other names. Raises ConfigError for a file alone."""
+    file, _, inside = name.strip("'\"").rpartition(":")
+    if inside.endswith(".py"):
+        raise ConfigError(f"{name} is a file; say what in it makes the network: {name}:NAME")
+    return (file, inside) if file.endswith(".py") else None
+
+
+def _own_networks(overrides: Sequence[str], outputs: str) -> list[str]:
+    """Overrides with whole names for the files of networks, each of which is kept."""
+    words = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.partition("@")[0] == "model" and (file := own_file(value)):
+            own.keep(file[0], Path(outputs) / "networks")
+            override = f"{key}={own.named(*file)}"
+        words.append(override)
+    return words
 
 
 def _words(override: str) -> list[str]:
@@ -139,9 +170,13 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
-    words = tuple(word for o in overrides for word in _words(o))
-    own = [o for o in overrides if o.partition("=")[0] not in ("experiment", "scale", "protocol", "seed")]
-    return {**copy.deepcopy(_composed(entry, words, folders)), "overrides": own}
+    try:
+        words = tuple(word for o in overrides for word in _words(o))
+    except ValueError as error:  # of a person's own network
+        raise ConfigError(str(error)) from error
+    config = copy.deepcopy(_composed(entry, words, folders))
+    given = [o for o in overrides if o.partition("=")[0] not in ("experiment", "scale", "protocol", "seed")]
+    return {**config, "overrides": _own_networks(given, config["paths"]["outputs"])}
 
 
 @cache

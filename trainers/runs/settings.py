@@ -15,6 +15,7 @@ import torch
 from gkl.attacks.pgd import Norm
 from gkl.evaluation.autoattack import Version
 from gkl.models.normalise import mean_and_std
+from gkl.models.own import check_answers
 from trainers.errors import ConfigError
 from trainers.loop.training import Setup, Training
 from trainers.runs.ranges import check_ranges
@@ -184,7 +185,11 @@ def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> T
 
     given: parts that are built already (data, model).
     """
-    setup = {name: instantiate(node) for name, node in config.items() if name in SETUP and name not in given}
+    setup = {
+        name: instantiate(node)
+        for name, node in config.items()
+        if name in SETUP and name != "model" and name not in given
+    }
     setup["seed"], setup["device"] = config["seed"], device
     parameters, _ = parameters_of(config["method"]["_target_"])
     parts = {
@@ -193,4 +198,5 @@ def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> T
     parts |= {name: given.pop(name) for name in list(given) if name in parameters}
     if "model" not in given:
         given["model"] = instantiate(config["model"], num_classes=given["data"].num_classes)
+    check_answers(given["model"], given["data"].image_size)
     return Training(Setup(**{**setup, **given}), instantiate(config["method"], **parts))

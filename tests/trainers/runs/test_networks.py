@@ -1,11 +1,14 @@
-"""Which network a run has, as a person names it: its normalisation, timm's by name."""
+"""Which network a run has, as a person names it: its normalisation, timm's by name, one from a file."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gkl.own import named
+from tests.gkl.models.test_own import NET
 from trainers.errors import ConfigError
-from trainers.runs.compose import choices, compose
+from trainers.runs.compose import choices, compose, usual
 from trainers.runs.identity import config_hash, differences
 from trainers.runs.settings import check_sections
 
@@ -23,7 +26,7 @@ def network(config: dict[str, Any], place: str = "model") -> dict[str, Any]:
 @pytest.mark.parametrize("model", [*choices("model"), "wrn_10_1", "resnet18", "vgg_8", "preact_resnet_18"])
 @pytest.mark.parametrize("value", ["cifar10", "none", OWN])
 def test_normalisation_is_an_ordinary_setting_of_every_network(model: str, value: str) -> None:
-    named = [] if model not in ("cifar100_kd", "imagenet", "plain") else ["model.name=resnet_20"]
+    named = [] if model not in ("cifar100_kd", "imagenet", "plain", "own") else ["model.name=resnet_20"]
     config = compose("train", [*AT, f"model={model}", *named, f"model.normalisation={value}"])
     found = network(config)["normalisation"]
     assert found == (value if value != OWN else {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]})
@@ -52,3 +55,61 @@ def test_a_normalisation_is_another_run_and_none_named_is_the_same() -> None:
 def test_a_wrong_normalisation_is_told_before_anything_starts(words: list[str], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_sections(compose("train", words))
+
+
+# --- a person's own, and timm's ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GKL_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(NET)
+    return tmp_path / "net.py"
+
+
+@pytest.mark.parametrize("place", ["model", "teacher.network"])
+def test_a_file_s_network_is_known_by_its_content(net: Path, place: str) -> None:
+    key = "model" if place == "model" else "model@teacher.network"
+    words = [*(AT if place == "model" else KD), f"{key}={net}:Net"]
+    config = compose("train", words)
+    name = network(config, place)["name"]
+    assert name == named(net, "Net") and network(config, place)["_target_"] == "model/own"
+    assert (Path("outputs/networks") / f"{name.partition('@')[2]}.py").read_text() == NET
+    assert config["overrides"] == [f"{key}={name}"]  # a record names the content, and no place
+    check_sections(config)
+    Path("elsewhere.py").write_text(NET)
+    assert config_hash(compose("train", [*words[:-1], f"{key}=elsewhere.py:Net"])) == config_hash(config)
+    assert config_hash(compose("train", [*words[:-1], f"{key}={name}"])) == config_hash(config)
+    net.write_text(NET + "\n# changed")
+    assert config_hash(compose("train", words)) != config_hash(config)
+
+
+def test_a_file_s_network_completes_an_experiment_s_name(net: Path) -> None:
+    config = compose("train", ["experiment=kd/c100_vanilla", "scale=smoke", "model=net.py:Net"])
+    assert config["experiment"] == f"kd/c100_vanilla/{named(net, 'Net')}"
+    assert usual(config)["model"] == config["model"]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet18"])
+@pytest.mark.parametrize("start", [AT, ["experiment=kd/c100_vanilla", "scale=smoke"]], ids=["at", "kd"])
+def test_timm_s_network_by_name(start: list[str], name: str) -> None:
+    config = compose("train", [*start, f"model={name}", "model.timm_options={drop_rate:0.1}"])
+    assert config["model"]["name"] == "resnet18" and config["model"]["timm_options"] == {"drop_rate": 0.1}
+    assert (
+        compose("evaluate", ["checkpoint=f.pt", "data=digits", f"model={name}"])["model"]["name"]
+        == "resnet18"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ("net.py", "net.py is a file; say what in it makes the network: net.py:NAME"),
+        ("none.py:Net", "no network's file none.py .No such file"),
+        ("timm/resnet19", "unknown model 'resnet19'"),
+    ],
+)
+def test_a_network_that_is_not_there_is_one_line(net: Path, model: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compose("train", [*AT, f"model={model}"])

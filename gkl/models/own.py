@@ -1,0 +1,97 @@
+"""A person's own network where this package's are expected.
+
+model = own("Net@9f86d081884c7d65", num_classes=10, folder="outputs/networks")     # see gkl.own for the name
+check_answers(model, image_size=32)
+
+What makes it is a class or function that takes num_classes and gives an nn.Module from pictures (B, 3, H, W) in [0, 1] to logits
+(B, num_classes).
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkl.models.batch_norm import eval_mode
+from gkl.models.classifier import TappedClassifier
+from gkl.models.normalise import Normalisation, normaliser
+from gkl.models.timm_network import TimmNetwork, keyed_drop_path
+from gkl.own import maker
+
+
+class OwnNetwork(TimmNetwork):
+    """A person's module behind its normalisation; feature methods find no stages in it."""
+
+    def __init__(self, model: nn.Module, num_classes: int, normalisation: Normalisation = None) -> None:
+        """model: (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
+        TappedClassifier.__init__(self, num_classes, int(getattr(model, "num_features", 0)))
+        self.model: Any = keyed_drop_path(model)
+        self.normalise = normaliser(normalisation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes). Raises ValueError for what else the module returns."""
+        logits: Any = self.model(self.normalise(x))
+        if not isinstance(logits, Tensor) or logits.shape != (len(x), self.num_classes):
+            got = (
+                f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            )
+            raise ValueError(
+                f"{type(self.model).__name__} returns {got}; a network returns its logits alone, ({len(x)}, {self.num_classes}) here"
+            )
+        return logits
+
+
+def own(
+    name: str,
+    num_classes: int,
+    folder: str,
+    normalisation: Normalisation = None,
+    options: Mapping[str, Any] | None = None,
+) -> OwnNetwork:
+    """The network of a whole name. folder: of `keep`. options: what else its class or function takes.
+
+    Raises ValueError where it is neither kept nor installed, and for what makes no network.
+    """
+    make, short = maker(name, Path(folder)), name.rpartition("@")[0]
+    try:
+        module = make(num_classes=num_classes, **(options or {}))
+    except TypeError as error:
+        raise ValueError(f"{short} cannot be made with num_classes={num_classes}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"{short} gives a {type(module).__name__}, which is no nn.Module")
+    return OwnNetwork(module, num_classes, normalisation)
+
+
+def check_answers(model: nn.Module, image_size: int) -> None:
+    """That a network of other people's takes pictures of this size and answers with logits, in either mode; ours do.
+
+    Raises ValueError.
+    """
+    if not isinstance(model, TimmNetwork):
+        return
+    tried = copy.deepcopy(model)
+    weights = next(tried.parameters(), torch.zeros(()))
+    x = torch.full((4, 3, image_size, image_size), 0.5, device=weights.device, dtype=weights.dtype)
+    what = type(model.model).__name__
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            with eval_mode(tried):
+                answers = [tried(x)]
+            answers.append(tried.train()(x))
+    except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
+        why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        raise ValueError(
+            f"{what} cannot take pictures of {image_size}x{image_size} ({why}); choose data.image_size, or for timm's that have it "
+            f"model.timm_options={{img_size:{image_size}}}"
+        ) from error
+    for answer in answers:
+        if not isinstance(answer, Tensor) or answer.shape != (4, model.num_classes):
+            got = (
+                f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+            )
+            raise ValueError(
+                f"{what} returns {got}; a network returns its logits alone, (B, {model.num_classes}) here"
+            )

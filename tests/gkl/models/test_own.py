@@ -1,0 +1,186 @@
+"""A person's own network: from a file that was named, or an installed package; what it may be made of, and what it must return."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gkl.attacks import awp
+from gkl.models import create
+from gkl.models.own import OwnNetwork, check_answers, own
+from gkl.own import installed, keep, named
+
+NET = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes, width=4):
+        super().__init__()
+        self.frozen = nn.Conv2d(3, width, 3, padding=1).requires_grad_(False)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.spare = nn.Linear(5, 5)
+        self.fc = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(self.frozen(x)).relu().mean((2, 3)))
+
+class Pair(Net):
+    def forward(self, x):
+        return super().forward(x), x
+
+class Auxiliary(Net):
+    def forward(self, x):
+        return [super().forward(x)] * 2 if self.training else super().forward(x)
+
+class Maps(Net):
+    def forward(self, x):
+        return self.frozen(x)
+
+class Fixed(Net):
+    def forward(self, x):
+        assert x.shape[-1] == 224, "wants 224"
+        return super().forward(x)
+
+def wide(num_classes, **options):
+    return Net(num_classes, width=8)
+
+def nothing(num_classes):
+    return "a string"
+
+def no_classes():
+    return Net(10)
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    (tmp_path / "net.py").write_text(NET)
+    keep(tmp_path / "net.py", tmp_path / "kept")
+    return tmp_path / "net.py"
+
+
+def made(net: Path, name: str, **options: object) -> OwnNetwork:
+    return own(named(net, name), 7, str(net.parent / "kept"), **options)  # type: ignore[arg-type]
+
+
+def test_a_class_and_a_function_make_a_network(net: Path) -> None:
+    x = torch.rand(2, 3, 8, 8)
+    for name in ("Net", "wide"):
+        model = made(net, name)
+        check_answers(model, 8)
+        assert model(x).shape == (2, 7) and torch.equal(model.forward_taps(x).logits, model(x))
+    assert made(net, "Net", options={"width": 16}).model.conv.out_channels == 16
+    normalised = made(net, "Net", normalisation="cifar10")
+    plain = OwnNetwork(normalised.model, 7)
+    assert torch.equal(normalised(x), plain(normalised.normalise(x)))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("Pair", "Pair returns a tuple; a network returns its logits alone"),
+        ("Auxiliary", "Auxiliary returns a list; a network returns its logits alone"),
+        ("Maps", r"Maps returns shape \(4, 4, 8, 8\); a network returns its logits alone"),
+        ("Fixed", r"Fixed cannot take pictures of 8x8 \(wants 224\); choose data.image_size"),
+    ],
+)
+def test_what_is_no_classifier_of_these_pictures_is_one_line(net: Path, name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        check_answers(made(net, name), 8)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nothing", "nothing gives a str, which is no nn.Module"),
+        ("no_classes", "no_classes cannot be made with num_classes=7"),
+        ("absent", "no class or function 'absent'; name it as model=FILE.py:NAME"),
+    ],
+)
+def test_what_makes_no_network_is_one_line(net: Path, name: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        made(net, name)
+
+
+def test_trying_a_network_leaves_it_and_the_generator_alone() -> None:
+    model = create("resnet10t", 10).train()
+    model.model.drop_rate = 0.5  # type: ignore[union-attr]
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    check_answers(model, 32)
+    assert torch.equal(torch.get_rng_state(), state) and model.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_timm_s_network_of_one_size_says_what_to_set() -> None:
+    with pytest.raises(ValueError, match=r"doesn't match model .224.\); .* model.timm_options=.img_size:32."):
+        check_answers(create("vit_tiny_patch16_224", 10), 32)
+    check_answers(create("vit_tiny_patch16_224", 10, timm_options={"img_size": 32}), 32)
+
+
+def test_a_file_runs_from_where_it_was_kept_alone(tmp_path: Path) -> None:
+    """Another's name of a network, as a record or a frozen configuration has it, runs nothing here."""
+    (tmp_path / "net.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{NET}")
+    name = named(tmp_path / "net.py", "Net")
+    with pytest.raises(
+        ValueError, match="no network Net@.* is kept in .*; name it on the command line, model=FILE.py:Net"
+    ):
+        own(name, 7, str(tmp_path / "kept"))
+    assert not (tmp_path / "ran").exists()
+    keep(tmp_path / "net.py", tmp_path / "kept")
+    assert not (tmp_path / "ran").exists()
+    (tmp_path / "net.py").unlink()
+    own(name, 7, str(tmp_path / "kept"))
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_kept_file_that_was_changed_is_refused(net: Path) -> None:
+    name = named(net, "Net")
+    kept = next((net.parent / "kept").iterdir())
+    kept.write_text("import os")
+    with pytest.raises(ValueError, match="the kept network .* was changed"):
+        own(name, 7, str(net.parent / "kept"))
+
+
+def test_a_file_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("import layers_beside_it")
+    keep(tmp_path / "net.py", tmp_path)
+    with pytest.raises(
+        ValueError, match="No module named 'layers_beside_it'; a network of several files is a package"
+    ):
+        own(named(tmp_path / "net.py", "Net"), 7, str(tmp_path))
+    with pytest.raises(ValueError, match="no network's file .*none.py .No such file"):
+        named(tmp_path / "none.py", "Net")
+
+
+def test_a_package_s_network_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name holds the package's content, not its version."""
+    package, info = tmp_path / "site" / "their_nets", tmp_path / "site" / "their_nets-1.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "nets.py").write_text(NET)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-nets\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gkl.models]\ntheir_net = their_nets.nets:Net\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert installed("no_such_net") is None
+    name = installed("their_net")
+    assert name is not None and "their_nets" not in sys.modules  # its name alone runs nothing
+    assert own(name, 7, str(tmp_path)).num_classes == 7
+    (package / "nets.py").write_text(NET + "\n# changed")
+    assert installed("their_net") != name
+    with pytest.raises(ValueError, match="the package of their_net has changed since"):
+        own(name, 7, str(tmp_path))
+
+
+def test_weights_are_perturbed_that_are_trained_and_used(net: Path) -> None:
+    model = made(net, "Net").model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    x = torch.rand(2, 3, 8, 8)
+    with awp.perturbed(model, lambda: nn.functional.cross_entropy(model(x), torch.tensor([0, 1])), 0.1):
+        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"conv.weight", "fc.weight"}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
