@@ -452,29 +452,33 @@ class _ClosedForm(torch.autograd.Function):
             break_asymmetry=break_asymmetry,
             needed=needed,
         )
-        value = torch.empty_like(scale, dtype=dtype)
-        grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
-        if teacher_probs is not None and needed[0]:
-            grads[0] = teacher_probs
         all_parts = parts(student)
-        for part, rows in all_parts:
-            if labels is not None:
-                weights = smoothed.index_select(0, labels[rows])
-            else:
-                weights = part_of(smoothed, part) if smoothed.ndim == 3 else smoothed[rows]
-            sums_, counted_ = (None if x is None else x[rows] for x in (sums, counted))
-            probs = None if teacher_probs is None else part_of(teacher_probs, part)
-            # The rows of a (B, C) tensor lie where they are written; those of a map are made apart.
-            places = [None if x is None or x.ndim == 3 or len(all_parts) == 1 else x[part] for x in grads]
-            logits = part_of(student, part), part_of(teacher, part)
-            found, *made = compute(*logits, weights, scale[rows], sums_, counted_, probs, *places)
-            if len(all_parts) == 1:
-                value, grads = found, [None if x is None else _shaped(x, student) for x in made]
-                continue
-            value[rows] = found
-            for whole, each in zip(grads, made, strict=True):
-                if whole is not None and each is not None and whole.ndim == 3:
-                    put_part(whole, part, each)
+        if len(all_parts) == 1:
+            weights = as_rows(smoothed) if labels is None else smoothed.index_select(0, labels)
+            probs = None if teacher_probs is None else as_rows(teacher_probs)
+            value, *found = compute(
+                as_rows(student), as_rows(teacher), weights, scale, sums, counted, probs, None, None
+            )
+            grads = [None if x is None else _shaped(x, student) for x in found]
+        else:
+            value = torch.empty_like(scale, dtype=dtype)
+            grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
+            if teacher_probs is not None and needed[0]:
+                grads[0] = teacher_probs
+            for part, rows in all_parts:
+                if labels is not None:
+                    weights = smoothed.index_select(0, labels[rows])
+                else:
+                    weights = part_of(smoothed, part) if smoothed.ndim == 3 else smoothed[rows]
+                known = [None if x is None else x[rows] for x in (sums, counted)]
+                probs = None if teacher_probs is None else part_of(teacher_probs, part)
+                # The rows of a (B, C) tensor lie where they are written; those of a map are made apart.
+                places = [None if x is None or x.ndim == 3 else x[part] for x in grads]
+                logits = part_of(student, part), part_of(teacher, part)
+                value[rows], *found = compute(*logits, weights, scale[rows], *known, probs, *places)
+                for whole, made in zip(grads, found, strict=True):
+                    if whole is not None and made is not None and whole.ndim == 3:
+                        put_part(whole, part, made)
         held = [
             x if each and torch.compiler.is_compiling() else None
             for x, each in zip((student, teacher), needed, strict=True)
@@ -679,7 +683,7 @@ def _reduce(each: Tensor, reduction: Reduction, logits: Tensor, counted: Tensor 
     """Values (positions,) of logits as the mean over those that are counted, or shaped as these are."""
     mean = _is_mean(reduction)
     if counted is None:
-        return each.mean() if mean else each.view(positions_of(logits))
+        return each.mean() if mean else each if logits.ndim == 2 else each.view(positions_of(logits))
     each = torch.where(counted, each.view(positions_of(logits)), 0.0)
     return each.sum() / counted.sum().clamp(min=1) if mean else each
 

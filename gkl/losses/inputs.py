@@ -28,7 +28,7 @@ def positions_of(logits: Tensor) -> tuple[int, ...]:
 
 def as_rows(logits: Tensor) -> Tensor:
     """(B, C, *) -> (positions, C); nothing is copied where the classes lie side by side, as in channels_last."""
-    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2)
+    return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2).contiguous()
 
 
 def checked_logits(student: Tensor, teacher: Tensor) -> None:
