@@ -4,7 +4,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report dashboard dashboard-sync release test test-all torture check eval doctor speed5 bench gpu docs docs-serve lock clean
+.PHONY: help tables figures teachers sweep-alpha sweep-beta sweep-gamma sweep-tau report claims dashboard dashboard-sync release test test-all torture check eval doctor speed5 bench gpu docs docs-serve lock clean
 
 # --- what you may set -------------------------------------------------------------------------------------------------
 SCALE    ?= paper#      paper | small | smoke
@@ -52,6 +52,9 @@ sweep-tau: table21 ## over the prior's temperature, conference version (Table XX
 
 report: $(STAMP) ## all tables, figures and the page results/report.html from the records; runs nothing
 	@$(PY) scripts/report.py
+
+claims: $(STAMP) ## results/claims.md: what the records say of each of the paper's claims, and what would decide it; runs nothing
+	@$(PY) scripts/report.py claims
 
 dashboard: $(STAMP) ## wandb workspaces that set KL against GKL, as JSON with previews in results/dashboard; needs no login
 	@$(PY) scripts/dashboard.py $(ARGS)

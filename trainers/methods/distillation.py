@@ -60,10 +60,9 @@ class Distillation(Method):
         """Load the teacher and make the distiller, whose own layers are trained with the student."""
         super().bind(training)
         self.data: Any = training.data
-        self.best: dict[str, Any] = {}
         self.label_term = self.label_loss or CrossEntropy()
         self.taught_by: TappedClassifier | None = None
-        self.origin: dict[str, Any] = {}
+        self.best, self.origin = dict[str, Any](), dict[str, Any]()
         tapped(self.model)
         if self.teacher is not None:
             loaded, self.origin = self.teacher.load(self.data.num_classes)

@@ -348,11 +348,11 @@ def markdown(table: Table) -> str:
     """The table with its notes and the provenance of every number."""
     header = _header(table)
     numbers = len(header) - len(table.labels) - 1
-    setting = f", {_plain(table.setting)}" if table.setting else ""
+    setting = f", {escaped(table.setting)}" if table.setting else ""
     lines = [
         f"## {table.title} — scale `{table.scale}`, protocol `{table.protocol}`{setting}",
         "",
-        "| " + " | ".join(map(_plain, header)) + " |",
+        "| " + " | ".join(map(escaped, header)) + " |",
         "|" + "---|" * len(table.labels) + "---:|" * numbers + "---|",
     ]
     notes: list[str] = []
@@ -363,7 +363,7 @@ def markdown(table: Table) -> str:
                 notes.append(row.note)
             status += f" [{notes.index(row.note) + 1}]"
         cells = [*row.label, *_cells(table, row), status]
-        lines.append("| " + " | ".join(map(_plain, cells)) + " |")
+        lines.append("| " + " | ".join(map(escaped, cells)) + " |")
     legend = (
         "Percent. Ours: mean ± sample standard deviation, se: standard error of the mean (seeds). "
         "Paper: the paper's printed value."
@@ -432,6 +432,6 @@ def _tex(text: str) -> str:
     return re.sub("ℓ∞|.", lambda found: TEX.get(found[0], found[0]), text)
 
 
-def _plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Text as every Markdown shows it in a cell: what would be a mark becomes an entity; an underscore within a word is none."""
     return re.sub(r"[\\|<*`~]|(?<!\w)_|_(?!\w)|&(?=#?\w+;)", lambda found: f"&#{ord(found[0])};", text)

@@ -1,0 +1,80 @@
+"""The ledger: its rule on differences whose verdict is known, its prices against simulation, and that it leaves nothing out."""
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from trainers.reports.ledger import Line, gradients_of_dkl, ledger, markdown, seeds_needed
+from trainers.reports.tables import paired_half_width
+from trainers.runs.plan import load_table
+from trainers.runs.records import read_records
+from trainers.runs.targets import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def line(*differences: float) -> Line:
+    return Line("a against b", "Table I, small", "AA", differences, 3600.0, ["a.json", "b.json"])
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((2.0, 2.1, 1.9), "supported"),
+        ((-2.0, -2.1, -1.9), "contradicted"),
+        ((1.0, -1.0, 2.0), "undecided; 44 seeds would decide it, 41.0 h more"),
+        ((3.0,), "undecided: one pair"),
+        ((1.0, -1.0), "undecided, and would be with 1000 seeds"),
+    ],
+)
+def test_the_rule(differences: tuple[float, ...], verdict: str) -> None:
+    """(1, -1, 2): mean 0.667, standard deviation 1.528; its interval, 0.667 -+ 3.79, holds 0. With 44 seeds (2.017 + 0.850) 1.528 / sqrt(44)
+    = 0.660 < 0.667, with 43 it is 0.668; a pair takes an hour."""
+    assert line(*differences).verdict == verdict
+    if len(differences) > 1:
+        low, high = line(*differences).interval or (0, 0)
+        assert (low + high) / 2 == pytest.approx(statistics.mean(differences))
+        assert (high - low) / 2 == pytest.approx(paired_half_width(differences))
+
+
+def test_so_many_seeds_decide_in_eight_of_ten_trials() -> None:
+    """Simulated: normal differences of that mean and spread, the interval of each trial."""
+    draw = np.random.default_rng(0)
+    for mean, spread in ((1.0, 1.0), (0.5, 1.0), (3.0, 1.5)):
+        n = seeds_needed(mean, spread)
+        assert n is not None
+        trials = [paired_half_width(x) < abs(np.mean(x)) for x in draw.normal(mean, spread, (2000, n))]
+        assert 0.74 < np.mean(trials) < 0.93, (mean, spread, n)  # above 0.8 where n is rounded up from little
+    assert seeds_needed(0.0, 1.0) is None
+
+
+def test_every_claim_names_rows_that_there_are() -> None:
+    for path in (CONFIGS / "claim").glob("*.yaml"):
+        claim = OmegaConf.load(path)
+        assert claim.claim.endswith((".", ").")) and claim.where
+        for pair in claim.get("pairs", []):
+            rows = {row["id"] for row in load_table(str(pair.table))["rows"]}
+            assert {pair.ours, pair.other} <= rows, path
+
+
+def test_theorem_1_is_computed() -> None:
+    assert gradients_of_dkl().startswith("supported: the largest relative difference is")
+
+
+def test_the_committed_ledger_is_that_of_the_committed_records() -> None:
+    """Every pair of records of a claim has its line: nothing is dropped. But for Theorem 1's last digits, which a machine may have its own."""
+    claims = ledger(read_records(ROOT / "results/runs"))
+    text = markdown(claims)
+    there = (ROOT / "results/claims.md").read_text()
+    assert [row for row in text.splitlines() if "relative difference" not in row] == [
+        row for row in there.splitlines() if "relative difference" not in row
+    ]
+    robust = next(claim for claim in claims if claim.name == "07_robust")
+    lines = {(one.where.split(",")[0], len(one.differences)) for one in robust.lines}
+    assert {("Table III", 5), ("Table IV", 5), ("Table IV", 3)} <= lines
+    for one in robust.lines:
+        assert len(one.records) == 2 * len(one.differences)
+        assert all((ROOT / "results/runs" / path).is_file() for path in one.records)
