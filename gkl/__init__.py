@@ -34,6 +34,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.generated": ("data", ("numpy",)),
     "gkl.data.layout": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.preparing": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
     "gkl.models": ("models", ("safetensors", "timm", "torchvision")),

@@ -9,23 +9,17 @@ Parts are those of DM-AT (Wang et al. 2023): `image` (N, H, W, 3) uint8 and `lab
 """
 
 import hashlib
-import json
-import os
-import shutil
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gkl.data.memory import ImageData
-
-ROWS = 8192  # pictures in memory at a time: 25 MB at 32x32
-INDEX = "index.json"
+from gkl.data.preparing import INDEX, ROWS, alone, prepare, read_index, written
 
 
 @dataclass(frozen=True)
@@ -52,122 +46,10 @@ class Generated:
         return torch.from_numpy(images).permute(0, 3, 1, 2), self.labels[index.cpu()]
 
 
-def prepare(parts: Sequence[Path], folder: Path) -> None:
-    """Write the parts' pictures and labels as one shard each, with a checksummed index, into folder; whole or not at all.
-
-    Raises FileNotFoundError or ValueError naming the part and what is wrong with it; FileExistsError for a folder that
-    holds other parts. A folder that holds these very parts is left as it is.
-    """
-    described = [_describe(part) for part in parts]
-    if (folder / INDEX).exists():
-        if [shard["part"] for shard in _read_index(folder)["shards"]] == described:
-            return
-        raise FileExistsError(f"{folder} holds shards of other parts; choose another folder or remove it")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        shards = [
-            {**_write_shard(part, temporary, number), "part": described[number]}
-            for number, part in enumerate(parts)
-        ]
-        sides = {tuple(shard["shape"][1:]) for shard in shards}
-        if len(sides) > 1:
-            raise ValueError(f"the parts hold pictures of different shapes: {sorted(sides)}")
-        (temporary / INDEX).write_text(json.dumps({"schema": 1, "shards": shards}, indent=1))
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _describe(part: Path) -> dict[str, Any]:
-    """A part by its name, size and the checksums of its members, which an archive has written down."""
-    if not part.is_file():
-        raise FileNotFoundError(f"no part of generated pictures at {part}")
-    try:
-        with zipfile.ZipFile(part) as archive:
-            checksums = {member.filename: member.CRC for member in archive.infolist()}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{part} is no npz file of image and label, or damaged ({error})") from error
-    return {"name": part.name, "bytes": part.stat().st_size, "crc32": checksums}
-
-
-def _write_shard(part: Path, folder: Path, number: int) -> dict[str, Any]:
-    """Stream one part to images_<number>.npy and labels_<number>.npy; returns its line of the index."""
-    digest = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(part) as archive:
-            with archive.open("image.npy") as source:
-                shape, dtype = _header(source, part)
-                if len(shape) != 4 or shape[3] != 3 or dtype != np.uint8:
-                    raise ValueError(f"{part}: image must be (N, H, W, 3) uint8, got {shape} {dtype}")
-                path = folder / f"images_{number:03d}.npy"
-                images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-                for first, rows in _rows(source, shape, part):
-                    images[first : first + len(rows)] = rows
-                    digest.update(rows.data)
-                images.flush()
-            with archive.open("label.npy") as source:
-                length, dtype = _header(source, part)
-                if length != shape[:1] or dtype.kind not in "iu":
-                    raise ValueError(f"{part}: label must be ({shape[0]},) integers, got {length} {dtype}")
-                labels = np.frombuffer(_exactly(source, shape[0] * dtype.itemsize, part), dtype)
-    except (zipfile.BadZipFile, KeyError, OSError) as error:
-        raise ValueError(f"{part} is no npz file of image and label, or damaged ({error})") from error
-    digest.update(labels.astype(np.int64).data)
-    np.save(folder / f"labels_{number:03d}.npy", labels.astype(np.int64))
-    return {
-        "shape": list(shape),
-        "sha256": digest.hexdigest(),
-        "labels": [int(labels.min()), int(labels.max())],
-    }
-
-
-def _header(source: IO[bytes], part: Path) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of the npy file that begins here. Never unpickles."""
-    try:
-        major, _ = np.lib.format.read_magic(source)
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(source)
-    except ValueError as error:
-        raise ValueError(f"{part} is damaged ({error})") from error
-    if fortran or dtype.hasobject or 0 in shape:
-        raise ValueError(
-            f"{part}: arrays must be in C order, of plain numbers and not empty, got {shape} {dtype}"
-        )
-    return shape, dtype
-
-
-def _rows(
-    source: IO[bytes], shape: tuple[int, ...], part: Path
-) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
-    size = int(np.prod(shape[1:]))
-    for first in range(0, shape[0], ROWS):
-        count = min(ROWS, shape[0] - first)
-        yield first, np.frombuffer(_exactly(source, count * size, part), np.uint8).reshape(count, *shape[1:])
-
-
-def _exactly(source: IO[bytes], size: int, part: Path) -> bytes:
-    data = source.read(size)
-    if len(data) != size:
-        raise ValueError(f"{part} is damaged: it ends before its last row")
-    return data
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-        return dict(index)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder / INDEX} cannot be read ({error}); remove {folder} and prepare it again"
-        ) from error
-
-
 def prepared(root: str) -> str | None:
     """16 hexadecimal digits of the prepared pictures in a folder, as their index has them; None where there are none."""
     folder = Path(root)
-    return _whole(_read_index(folder))[:16] if (folder / INDEX).exists() else None
+    return _whole(read_index(folder))[:16] if (folder / INDEX).exists() else None
 
 
 def _whole(index: Mapping[str, Any]) -> str:
@@ -186,7 +68,7 @@ def open_shards(root: str, num_classes: int, verify: bool = False) -> Generated:
             f"no generated pictures in {folder}; fetch DM-AT's npz parts and run "
             f"python scripts/prepare.py generated={folder} parts=[part1.npz,part2.npz]"
         )
-    index = _read_index(folder)
+    index = read_index(folder)
     shards, labels = [], []
     for number, entry in enumerate(index["shards"]):
         path = folder / f"images_{number:03d}.npy"
@@ -254,17 +136,15 @@ def generated(
         raise ValueError("generated.source=class_gaussian needs generated.images, how many to draw")
     folder = Path(root) / f"class_gaussian_{data.sha256[:12]}_{images}"
     if not (folder / INDEX).exists():
-        part = folder.with_name(f".{folder.name}.{os.getpid()}.npz")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            drawn, labels = class_gaussian(data, images)
-            np.savez(part, image=drawn, label=labels)
-            prepare([part], folder)
-        except OSError:
+        with alone(folder):
             if not (folder / INDEX).exists():  # else another run was faster
-                raise
-        finally:
-            part.unlink(missing_ok=True)
+                part = written(folder, "npz")
+                try:
+                    drawn, labels = class_gaussian(data, images)
+                    np.savez(part, image=drawn, label=labels)
+                    prepare([part], folder, data.num_classes, locked=True)
+                finally:
+                    part.unlink(missing_ok=True)
     return open_shards(str(folder), data.num_classes)
 
 

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gkl.data.content import hidden, walk
+from gkl.data.content import CHUNK, hidden, walk
 from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode
 
 LARGEST = 1 << 30  # bytes of a picture's file
@@ -255,8 +255,15 @@ def _members(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
                         f"{shard}: {member.name} needs a class, a number from 0 on, got {said!r}"
                     )
                 classes[key] = int(said)
-        if archive.offset > shard.stat().st_size:
-            raise ValueError(f"{shard} is damaged: it ends within its last file; fetch or write it again")
+        end = archive.offset
+    with open(
+        shard, "rb"
+    ) as file:  # a damaged header is the end to tarfile, as is that of the first of two tars in one
+        file.seek(end)
+        if file.read(CHUNK).strip(b"\0") or end > shard.stat().st_size:
+            raise ValueError(
+                f"{shard} is damaged, or several in one, from byte {end:,} on; fetch or write it again"
+            )
     return found, classes
 
 

@@ -5,8 +5,10 @@ What is kept where: AutoAttack's batches (outputs/.../autoattack), a teacher's l
 (results/runs), figures (results/figures), and what a process remembers of records and files that it has read.
 """
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ import torch
 from torch import nn
 
 from gkl.data.content import content
-from gkl.data.generated import generated, open_shards, prepare, prepared
+from gkl.data.generated import generated, open_shards, prepared
 from gkl.data.memory import ImageData
+from gkl.data.preparing import prepare
+from gkl.data.stores import Shards
 from gkl.evaluation.autoattack import evaluate
 from tests.trainers.methods.test_distillation import make_task
 from tests.trainers.runs.test_records_and_tables import record
@@ -102,6 +106,45 @@ def test_digests_of_folders(harm: str, tmp_path: Path) -> None:
     else:
         (pictures / "cat/1.png").unlink()
     assert content(pictures, kept) != before
+
+
+def test_the_index_of_tars(tmp_path: Path) -> None:
+    """By name, size, time and inode: of equal size, and with its time set back, a shard that was written anew is another one."""
+
+    def shard(first: str) -> None:
+        made = tmp_path / "made"  # written beside it and put in its place
+        with tarfile.open(made, "w") as tar:
+            for name, data in (
+                (f"{first}.png", b"first"),
+                (f"{first}.cls", b"1"),
+                ("z.png", b"other"),
+                ("z.cls", b"0"),
+            ):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+        made.rename(tmp_path / "train-0.tar")
+
+    shard("a")
+    before = (tmp_path / "train-0.tar").stat()
+    assert Shards(tmp_path).names == ["train-0/a.png", "train-0/z.png"]
+    kept = (tmp_path / "gkl-shards.npz").stat().st_mtime_ns
+    assert (
+        Shards(tmp_path).labels.tolist() == [1, 0]
+        and (tmp_path / "gkl-shards.npz").stat().st_mtime_ns == kept
+    )
+    shard("b")
+    os.utime(tmp_path / "train-0.tar", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (tmp_path / "train-0.tar").stat().st_size == before.st_size
+    assert Shards(tmp_path).names == ["train-0/b.png", "train-0/z.png"]
+    data = (tmp_path / "train-0.tar").read_bytes()
+    (tmp_path / "train-0.tar").write_bytes(
+        data.replace(b"z.png", b"y.png").replace(b"z.cls", b"y.cls")
+    )  # in its place, not beside it
+    with pytest.raises(
+        ValueError, match=r"train-0\.tar is damaged"
+    ):  # whose checksums are of the names before
+        Shards(tmp_path)
 
 
 def test_generated_pictures(tmp_path: Path) -> None:
@@ -208,13 +251,14 @@ def test_every_module_that_keeps_something_is_looked_at_here() -> None:
     files = [path for folder in ("gkl", "trainers") for path in (ROOT / folder).rglob("*.py")]
     found = {str(path.relative_to(ROOT)) for path in files if any(word in path.read_text() for word in words)}
     assert found == {
-        "gkl/evaluation/kept.py", "trainers/methods/teacher_logits.py", "gkl/data/content.py", "gkl/data/generated.py",
+        "gkl/evaluation/kept.py", "trainers/methods/teacher_logits.py", "gkl/data/content.py", "gkl/data/generated.py", "gkl/data/preparing.py",
         "trainers/reports/figures.py", "trainers/runs/records.py", "trainers/runs/paths.py", "trainers/loop/folder.py",
-        "gkl/data/stores.py",            # the index of tars: tests/gkl/data
+        "gkl/data/stores.py",
         "gkl/data/cifar.py", "gkl/models/published.py",   # downloads, checked by the digests that their publishers give
         "gkl/data/digits.py",            # a package's scans as files, whole or not at all
         "trainers/runs/run.py", "trainers/loop/console.py", "trainers/runs/wandb_mirror.py", "trainers/runs/launchers/slurm.py",
         # a run's own weights, progress and queue numbers, in its folder
+        "trainers/runs/processes.py",    # a file by which machines see that they share a disk, removed at once
         "trainers/reports/page.py", "trainers/reports/render.py", "trainers/reports/release.py", "trainers/reports/sweep.py",
         # drawn anew from the records each time
         "trainers/files.py",

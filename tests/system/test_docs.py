@@ -229,7 +229,7 @@ KNOWN: dict[str, Callable[[list[str]], None]] = {
     "reproduce": reproduce,
     "sweep": sweep,
     "evaluate": evaluate,
-    "prepare": settings_of("prepare", "generated", "parts", "verify"),
+    "prepare": settings_of("prepare"),
     "release": settings_of("release"),
     "dashboard": settings_of("dashboard"),
     "report": settings_of("report", "page", "claims"),

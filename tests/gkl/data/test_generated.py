@@ -1,10 +1,14 @@
 """Generated pictures: parts that the test writes, streamed into shards and read back."""
 
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,8 @@ import pytest
 import torch
 
 from gkl.data.digits import digits
-from gkl.data.generated import ROWS, class_gaussian, generated, open_shards, prepare
+from gkl.data.generated import class_gaussian, generated, open_shards
+from gkl.data.preparing import ROWS, alone, prepare
 
 
 def part(
@@ -69,6 +74,123 @@ def test_bad_parts_are_named_and_leave_nothing(tmp_path: Path, change: dict, mes
     with pytest.raises(ValueError, match=r"bad\.npz.*" + message):
         prepare([tmp_path / "bad.npz"], tmp_path / "shards")
     assert [p.name for p in tmp_path.iterdir()] == ["bad.npz"]
+
+
+def marked(path: Path, name: str, flags: int = 0, method: int | None = None) -> None:
+    """Write into a member's two headers that it is encrypted, or packed by another method."""
+    data = bytearray(path.read_bytes())
+    for magic, flag_at, name_at in ((b"PK\3\4", 6, 30), (b"PK\1\2", 8, 46)):
+        at = -1
+        while (at := data.find(magic, at + 1)) >= 0:
+            if data[at + name_at : at + name_at + len(name)] == name.encode():
+                data[at + flag_at] |= flags
+                if method is not None:
+                    data[at + flag_at + 2] = method
+    path.write_bytes(data)
+
+
+def header_of(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def lying(path: Path, shape: tuple[int, ...]) -> None:
+    """A part whose pictures' header claims more, or less, than there is."""
+    part(path, 9, 0)
+    with zipfile.ZipFile(path) as archive:
+        labels = archive.read("label.npy")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("image.npy", header_of(shape) + bytes(9 * 48))
+        archive.writestr("label.npy", labels)
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "encrypted": (lambda p: marked(p, "image.npy", flags=1), "image.npy is encrypted"),
+    "encrypted labels": (lambda p: marked(p, "label.npy", flags=1), "label.npy is encrypted"),
+    "unknown compression": (lambda p: marked(p, "image.npy", method=97), r"image.npy is packed in an unknown way \(97\)"),
+    "negative labels": (lambda p: part(p, 9, 0, label=np.arange(9) - 1), r"labels must lie in 0\.\.9, got -1\.\.7"),
+    "labels of no class": (lambda p: part(p, 9, 0, label=np.arange(9) + 2), r"labels must lie in 0\.\.9, got 2\.\.10"),
+    "a cut member": (lambda p: lying(p, (10, 4, 4, 3)), "damaged: image.npy has 432 bytes of values, and its header says 480"),
+    "a huge header": (lambda p: lying(p, (10**12, 10**5, 10**5, 3)), "its header says 30,000,000,000,000,000,000,000"),
+    "a negative header": (lambda p: lying(p, (-9, 4, 4, 3)), "not empty, got"),
+    "no labels": (lambda p: np.savez(p, image=np.zeros((9, 4, 4, 3), np.uint8)), "no npz file of image and label"),
+    "another shape": (lambda p: part(p, 9, 0, image=np.zeros((9, 8, 8, 3), np.uint8)), r"different shapes: \[\(4, 4, 3\), \(8, 8, 3\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_part_is_found_before_anything_is_written(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it comes after good ones of many GB."""
+    harm, message = FAULTS[fault]
+    part(tmp_path / "good.npz", 9, 0)
+    part(tmp_path / "bad.npz", 9, 1)
+    harm(tmp_path / "bad.npz")
+    monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_, **__: pytest.fail("a shard was begun"))
+    with pytest.raises(ValueError, match=message) as raised:
+        prepare([tmp_path / "good.npz", tmp_path / "bad.npz"], tmp_path / "shards", num_classes=10)
+    assert "\n" not in str(raised.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.npz", "good.npz"]
+
+
+def test_damage_within_the_pictures_is_found_as_they_are_read(tmp_path: Path) -> None:
+    for packed in (False, True):
+        part(tmp_path / "bad.npz", 500, 0, packed=packed)
+        data = bytearray((tmp_path / "bad.npz").read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        (tmp_path / "bad.npz").write_bytes(data)
+        with pytest.raises(ValueError, match=r"bad\.npz is no npz file of image and label, or damaged"):
+            prepare([tmp_path / "bad.npz"], tmp_path / "shards")
+        assert [p.name for p in tmp_path.iterdir()] == ["bad.npz"]
+
+
+def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part(tmp_path / "a.npz", 9, 0)
+    needed = 9 * 48 + 9 * 8
+    left = shutil.disk_usage(tmp_path)._replace(free=needed - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: left)
+    with pytest.raises(
+        ValueError, match=rf"has {needed - 1:,} bytes left, and these parts need {needed:,}; make room"
+    ):
+        prepare([tmp_path / "a.npz"], tmp_path / "shards")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_what_a_killed_one_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Killed within its rows, while another folder's is at work."""
+    part(tmp_path / "a.npz", 20, 0)
+    program = f"""
+import os, signal
+from pathlib import Path
+import gkl.data.preparing as preparing
+rows = preparing._rows
+def killed(*arguments):
+    yield from rows(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+preparing._rows = killed
+preparing.prepare([Path({str(tmp_path / "a.npz")!r})], Path({str(tmp_path / "shards")!r}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    (left,) = tmp_path.glob(".shards.*.tmp")
+    assert any(left.iterdir())
+    (tmp_path / ".shards.v2.1.tmp").mkdir()  # another folder's, "shards.v2"
+    prepare([tmp_path / "a.npz"], tmp_path / "shards")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".shards.v2.1.tmp", "a.npz", "shards"]
+
+
+def test_two_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    part(tmp_path / "a.npz", 20, 0)
+    program = f"from pathlib import Path; from gkl.data.preparing import prepare; prepare([Path({str(tmp_path / 'a.npz')!r})], Path({str(tmp_path / 'shards')!r}))"
+    with alone(tmp_path / "shards"):
+        others = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
+        time.sleep(0.5)
+        prepare([tmp_path / "a.npz"], tmp_path / "shards", locked=True)
+    for other in others:
+        assert other.wait() == 0, other.stderr and other.stderr.read()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "shards"]
 
 
 def test_missing_truncated_and_changed(tmp_path: Path) -> None:
@@ -171,5 +293,12 @@ def test_the_command(tmp_path: Path) -> None:
     assert code == 0 and "verified" in out
     code, out = run(folder)
     assert code == 2 and "parts must be a list" in out and out.count("\n") == 1
+    code, out = run(folder, "verify=true", "classes=4")
+    assert code == 2 and "has labels 0..9, the data set 4 classes" in out and out.count("\n") == 1
+    for wrong in ("classes=ten", "classes=0"):
+        code, out = run(folder, "verify=true", wrong)
+        assert code == 2 and "classes must be how many the labels are of" in out and out.count("\n") == 1
+    code, out = run(f"generated={tmp_path / 'few'}", f"parts=[{tmp_path / 'a.npz'}]", "classes=4")
+    assert code == 2 and "labels must lie in 0..3, got 0..9" in out and not (tmp_path / "few").exists()
     index = json.loads((tmp_path / "shards" / "index.json").read_text())
     assert index["shards"][0]["part"]["name"] == "a.npz" and len(index["shards"][0]["sha256"]) == 64

@@ -329,7 +329,11 @@ def test_wrong_shards_are_refused(change: dict[str, bytes], message: str, root: 
 def test_cut_and_packed_shards_are_refused(root: Path, tmp_path: Path) -> None:
     tars = sharded(root, tmp_path / "tars")
     whole = (tars / "train.tar").read_bytes()
-    for data in (whole[:1600], whole[:700], b"no tar at all" * 100):
+    at = whole.index(b"./dog_0.png")
+    flipped = (
+        whole[:at] + b"x" + whole[at + 1 :]
+    )  # in a header: once the pictures from there on were left out without a word
+    for data in (whole[:1600], whole[:700], b"no tar at all" * 100, flipped, whole + whole):
         (tars / "train.tar").write_bytes(data)
         with pytest.raises(ValueError, match=r"train\.tar is damaged"):
             image_files(str(tars), 8, 8)
