@@ -8,6 +8,7 @@ classes=100 refuses labels of no class before anything is written. A part is nev
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -16,7 +17,7 @@ from gkl.data.preparing import prepare
 from trainers.command import run_main
 from trainers.errors import ConfigError
 
-SETTINGS = {"generated": None, "parts": [], "verify": False, "classes": None}
+SETTINGS: dict[str, Any] = {"generated": None, "parts": [], "verify": False, "classes": None}
 
 
 def main(arguments: list[str]) -> int:

@@ -8,7 +8,6 @@ import os
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,7 @@ class Store:
             why = f"cannot be read ({error.strerror or error}); bring it back, or start anew without it"
         except ValueError as error:
             why = str(error)
-        except (RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error, EOFError) as error:
-            # what zipfile raises: encrypted, of a compression that it does not know, damaged
+        except Exception as error:  # of a damaged archive zipfile and what unpacks raise anything
             why = f"cannot be unpacked ({' '.join(str(error).split())}); pack the archive anew, without a password"
         else:
             try:
@@ -112,7 +110,7 @@ class Zip(Store):
         self._state = _state(path)
         try:
             members = self._archive().infolist()
-        except zipfile.BadZipFile as error:
+        except Exception as error:  # zipfile's own and others', of bytes that anybody may have written
             raise ValueError(f"{path} is damaged ({error}); fetch or pack it again") from error
         folders = [i.filename.rstrip("/") for i in members if i.is_dir()]
         self.listed((i.filename for i in members if not i.is_dir()), folders)

@@ -266,6 +266,23 @@ def test_damaged_members_are_named_by_their_path_in_the_archive(root: Path, tmp_
         image_folder(str(archive), 8)
 
 
+def test_bytes_of_an_archive_that_were_changed_give_pictures_or_a_line(root: Path, tmp_path: Path) -> None:
+    archive = zipped(root, tmp_path / "packed")
+    whole, generator = archive.read_bytes(), np.random.default_rng(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in generator.integers(0, len(data), 3):
+            data[place] = generator.integers(0, 256)
+        archive.write_bytes(data)
+        assert len(content(archive) or "") == 16
+        try:
+            store = open_store(archive)
+            for name in store.names:
+                store.picture(name, "pillow")
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
 def test_pictures_that_vanish_or_cannot_be_read_are_named(root: Path) -> None:
     data = image_files(str(root), 8, 8)
     (root / "train/cat/0.png").unlink()
