@@ -8,6 +8,7 @@ and editors leave among pictures (`hidden`) counts nowhere.
 
 import hashlib
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,8 +26,13 @@ def hidden(name: str) -> bool:
     return any((p.startswith(".") and p.strip(".")) or p.lower() in LEFT_BY_SYSTEMS for p in parts)
 
 
+def in_bytes(name: str) -> bytes:
+    """A file's name in UTF-8, also one of bytes that are none."""
+    return name.encode(errors="surrogateescape")
+
+
 def content(root: str | Path, kept: Path | None = None) -> str | None:
-    """16 hexadecimal digits, None where there is nothing at root. Raises OSError for files that cannot be read.
+    """16 hexadecimal digits, None where there is nothing at root. Raises ValueError or OSError for files that cannot be read.
 
     kept: a folder in which the digest of a folder's files is written down, under their names, sizes, times and inodes, so
     that unchanged files are read once.
@@ -47,12 +53,12 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
 def _of_folder(path: Path, kept: Path | None) -> str:
     files = dict(sorted(_below(path)))
     state = hashlib.sha256()
-    for name, stat in files.items():
-        state.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\0{stat.st_dev}\n".encode())
+    for name, at in files.items():
+        state.update(in_bytes(f"{name}\0{at.st_size}\0{at.st_mtime_ns}\0{at.st_ino}\0{at.st_dev}\n"))
     note = kept / state.hexdigest()[:32] if kept else None
     if note is not None and note.is_file() and len(text := note.read_text().strip()) == 16:
         return text
-    found = _digest({name: (stat.st_size, _crc(path / name)) for name, stat in files.items()})
+    found = _digest({name: (at.st_size, _crc(path / name)) for name, at in files.items()})
     if note is not None and os.access(
         note.parent.parent if not note.parent.exists() else note.parent, os.W_OK
     ):
@@ -87,7 +93,15 @@ def _below(path: Path) -> Iterator[tuple[str, os.stat_result]]:
         for name in names:
             if name != "gkl-shards.npz":
                 file = os.path.join(at, name)
-                yield file, os.stat(path / file)
+                try:
+                    found = os.stat(path / file)
+                except OSError as error:
+                    raise ValueError(
+                        f"{path / file} cannot be read ({error.strerror}); bring it back or remove it"
+                    ) from error
+                if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+                    raise ValueError(f"{path / file} is no regular file; remove it")
+                yield file, found
 
 
 def _digest(files: dict[str, tuple[int, int]]) -> str:
@@ -95,7 +109,7 @@ def _digest(files: dict[str, tuple[int, int]]) -> str:
     lines = sorted(
         f"{os.path.relpath(name, shared or '.')}\0{size}\0{crc}" for name, (size, crc) in files.items()
     )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    return hashlib.sha256(in_bytes("\n".join(lines))).hexdigest()[:16]
 
 
 def _crc(path: Path) -> int:

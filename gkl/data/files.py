@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from gkl.data.batches import Batch, check_labels, check_trainable, epoch_order, steps_in
+from gkl.data.content import in_bytes
 from gkl.data.crops import CentreCrop, Picture, ResizedCrop
 from gkl.data.decoding import Decoder
 from gkl.data.layout import classes_of
@@ -37,13 +38,13 @@ class Split:
 
     def read(self, number: int, decoder: Decoder) -> Picture:
         """A picture by its number. Raises PictureError naming one that is missing or damaged."""
-        return self.store.picture(self.names[number].decode(), decoder)
+        return self.store.picture(self.names[number].decode(errors="surrogateescape"), decoder)
 
 
 def split(store: Store, files: Sequence[tuple[str, int]]) -> Split:
     """A split of (name, label) pairs."""
     names = np.array(
-        [name.encode() for name, _ in files]
+        [in_bytes(name) for name, _ in files]
     )  # not str: worker processes share it without copying
     return Split(store, names, torch.tensor([label for _, label in files], dtype=torch.int64))
 
@@ -108,7 +109,7 @@ class ImageFiles:
         """Digest of the lists of files and labels: not of the pixels, which may be 150 GB."""
         digest = hashlib.sha256()
         for part in (self.train, self.test):
-            digest.update("\n".join(name.decode() for name in part.names.tolist()).encode())
+            digest.update(b"\n".join(part.names.tolist()))
             digest.update(part.labels.numpy().tobytes())
         return digest.hexdigest()
 

@@ -87,7 +87,11 @@ def tiny_imagenet_lists(path: Path) -> tuple[list[str], dict[str, list[str]], di
         parts = Path(file).parts
         if parts[-4:-3] == ("train",) and parts[-3] in train:
             train[parts[-3]].append(file)
-    for line in lists["val/val_annotations.txt"]:
-        name, label = line.split("\t")[:2]
+    for number, line in enumerate(lists["val/val_annotations.txt"], 1):
+        name, label, *_ = (*line.split("\t"), "")
+        if not name or label not in test:
+            raise ValueError(
+                f"{path}: val/val_annotations.txt, line {number} needs a picture and a class of wnids.txt, got {line[:80]!r}"
+            )
         test[label].append(str(top / "val" / "images" / name))
     return names, train, test, store

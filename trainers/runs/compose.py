@@ -245,6 +245,10 @@ def _explain(entry: str, message: str, overrides: Sequence[str]) -> str:
         key = next(name for name in match.groups() if name)
         typed = next((o for o in overrides if re.split("[=@]", o)[0].lstrip("+~").endswith(key)), key)
         return f"there is no setting {key!r} (from {typed!r}){closest(key.split('.')[-1], _all_keys(entry))}"
+    if match := re.search(
+        r"Error raised while resolving interpolation: (.+?)\s+full_key: ([\w.]+)", message, re.DOTALL
+    ):
+        return f"{' '.join(match[1].split())} (found for {match[2]})"
     if "Config group override must be" in message:
         group = next((o.partition("=")[0] for o in overrides if re.fullmatch(r"[\w@]+=(null|[\d.]*)", o)), "")
         return f"{group}=... needs a choice; one of: {', '.join(choices(group.partition('@')[0]))}"

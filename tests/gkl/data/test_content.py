@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from gkl.data.content import content
-from gkl.data.image_folder import image_folder
+from gkl.data.image_folder import image_files, image_folder
+from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.identity import config_hash
 
@@ -76,6 +77,34 @@ def test_two_folders_are_two_runs_and_a_copy_is_the_same(tmp_path: Path) -> None
 
     for data in ("image_folder", "image_files", "tiny_imagenet", "tiny_imagenet_files"):
         assert run(one, data) == run(copy, data) != run(other, data)
+
+
+def test_files_that_cannot_be_read_end_a_composition_in_a_line(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "one")
+    odd = folder / "train/a/odd.bmp"
+    for make, message in (
+        (
+            lambda: odd.symlink_to("/nowhere"),
+            r"odd\.bmp cannot be read \(No such file or directory\); bring it back or remove it",
+        ),
+        (lambda: os.mkfifo(odd), r"odd\.bmp is no regular file; remove it"),
+        (lambda: odd.symlink_to(folder), r"odd\.bmp is a link to a folder that it lies in; remove it"),
+    ):
+        make()
+        with pytest.raises(ConfigError, match=rf"^{folder}/train/a/{message} \(found for data\.content\)$"):
+            compose("train", ["experiment=at/c100_basic_gkl", "data=image_folder", f"data.root={folder}"])
+        odd.unlink()
+
+
+def test_names_that_are_no_text_count_too(tmp_path: Path) -> None:
+    folder = pictures(tmp_path / "one")
+    before = content(folder)
+    with open(os.fsencode(folder / "train/a") + b"/\xff.bmp", "wb") as file:
+        file.write((folder / "train/a/0.bmp").read_bytes())
+    assert content(folder) != before and len(content(folder, tmp_path / "kept") or "") == 16
+    assert len(image_folder(str(folder), 4).train_labels) == 5
+    files = image_files(str(folder), 4, 4)
+    assert len(files.sha256) == 64 and files.train.read(2, "pillow").size == (4, 4)  # type: ignore[union-attr, operator]
 
 
 def test_pictures_that_changed_since_the_start_are_refused(tmp_path: Path) -> None:

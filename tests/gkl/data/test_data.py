@@ -385,3 +385,14 @@ def test_what_is_no_tiny_imagenet_is_named(tmp_path: Path) -> None:
         tiny_imagenet(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is not laid out as Tiny-ImageNet"):
         tiny_imagenet(str(tmp_path))
+    whole = tmp_path / "whole"
+    (whole / "train/n01/images").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(whole / "train/n01/images/n01_0.png")
+    (whole / "val").mkdir()
+    (whole / "wnids.txt").write_text("n01\n")
+    for wrong in ("val_0.png\tn02\t0\n", "val_0.png\n", "\n"):
+        (whole / "val/val_annotations.txt").write_text(f"val_1.png\tn01\n{wrong}")
+        with pytest.raises(
+            ValueError, match=r"val_annotations\.txt, line 2 needs a picture and a class of wnids\.txt, got"
+        ):
+            tiny_imagenet(str(whole))

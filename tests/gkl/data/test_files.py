@@ -223,6 +223,10 @@ def test_other_lists_are_named(small_lists: Path, tmp_path: Path, monkeypatch: p
         ValueError, match=r"line 10: needs a path and a class, got 'train/n03/train3_0.JPEG three'"
     ):
         imagenet_lt(str(tmp_path), str(small_lists))
+    for label in ("-3", "²"):
+        train.write_text(whole.replace("JPEG 3\n", f"JPEG {label}\n"))
+        with pytest.raises(ValueError, match=r"line 10: needs a path and a class, got"):
+            imagenet_lt(str(tmp_path), str(small_lists))
     train.write_text(whole)
     monkeypatch.setattr(long_tailed, "PROFILE", (385, 479, 136))
     with pytest.raises(
