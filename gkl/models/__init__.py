@@ -6,6 +6,7 @@ print(load_checkpoint(model, "cifar100_a4b20t4.pt"))
 
 import difflib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import timm
@@ -23,6 +24,7 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     vit,
     wide_resnet,
 )
+from gkl.models.beginning import begun
 from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
 from gkl.models.normalise import Normalisation
 from gkl.models.timm_network import TimmNetwork
@@ -35,13 +37,16 @@ def create(
     num_classes: int,
     normalisation: Normalisation = None,
     timm_options: Mapping[str, Any] | None = None,
+    checkpoint: str | None = None,
+    checkpoint_key: str | None = None,
+    checkpoint_sha256: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """A freshly initialised network: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
+    """A network, freshly initialised or from a checkpoint: images (B, 3, H, W) in [0, 1] to logits (B, num_classes).
 
     name: any of timm's or ours. normalisation: whose statistics it shifts and scales images by, a name in STATISTICS,
     its own mean and std, or none; None: as the network has it by itself. timm_options, options: what
-    else timm's, or our, network takes.
+    else timm's, or our, network takes. checkpoint: see gkl.models.beginning.begun.
     Raises ValueError for an unknown name, naming the closest ones, and for fewer than two classes.
     """
     if not timm.is_model(name):
@@ -50,12 +55,13 @@ def create(
         raise ValueError(f"no network is called {name!r}; the closest names are {', '.join(closest)}")
     if num_classes < 2:
         raise ValueError(f"a classifier needs num_classes >= 2, got {num_classes}")
+    begin = partial(begun, checkpoint=checkpoint, key=checkpoint_key, sha256=checkpoint_sha256)
     entry = timm.model_entrypoint(name)
     if not entry.__module__.startswith("gkl."):
         made = timm.create_model(name, num_classes=num_classes, **{**options, **(timm_options or {})})
-        return TimmNetwork(made, normalisation)
+        return begin(TimmNetwork(made, normalisation))
     if timm_options:
         raise ValueError(f"timm_options are for timm's own networks, {name} is not one; leave them out")
     if normalisation is not None:
         options["normalisation"] = normalisation
-    return timm.create_model(name, num_classes=num_classes, **options)
+    return begin(timm.create_model(name, num_classes=num_classes, **options))

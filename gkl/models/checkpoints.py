@@ -40,6 +40,9 @@ class LoadReport:
     others: tuple[str, ...] = ()  # keys of the file's other state dicts
     prefix: str = ""  # what the network's names begin with in the file
     beside: tuple[str, ...] = ()  # counters and metrics that a training keeps beside its network
+    anew: tuple[
+        str, ...
+    ] = ()  # the head's, which the model keeps as they were: the file has another number of classes
     normalised: str | None = None  # what became of the normalisation that the file holds
 
     @property
@@ -49,7 +52,7 @@ class LoadReport:
         return not (unfilled or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        total = len(self.matched) + len(self.missing) + len(self.mismatched)
+        total = len(self.matched) + len(self.missing) + len(self.mismatched) + len(self.anew)
         parts = [f"{len(self.matched)} of the model's {total} tensors matched"]
         found = f"found under {self.wrapper!r}" if self.wrapper else ""
         if self.others:
@@ -62,6 +65,7 @@ class LoadReport:
             "of another shape": self.mismatched,
             "unused and left out": self.unused,
             "of the training and left out": self.beside,
+            "of the head made anew, for another number of classes": self.anew,
         }
         parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
         return "; ".join([*parts, self.normalised] if self.normalised else parts)
@@ -75,11 +79,13 @@ class CheckpointMismatch(ValueError):
         self.report = report
 
 
-def load_checkpoint(model: nn.Module, path: str | Path, key: str | None = None) -> LoadReport:
+def load_checkpoint(
+    model: nn.Module, path: str | Path, key: str | None = None, *, any_classes: bool = False
+) -> LoadReport:
     """Fill a model from a checkpoint saved by torch or as .safetensors, whatever modules wrapped the network.
 
     key: of the state dict in the file, see gkl.models.checkpoint_files.state_dict. A normalisation that the file holds becomes the
-    model's where that has none. The model changes only if the file fills all of it.
+    model's where that has none. any_classes: of a file with another number of classes, all but the head. The model changes only if the file fills all of it.
     Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code, no state dict, or several networks;
     CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation.
     """
@@ -96,8 +102,17 @@ def load_checkpoint(model: nn.Module, path: str | Path, key: str | None = None) 
     left = {key: tensor for key, tensor in given.items() if key not in taken}
     report, statistics = _report(state, own, left, prefix)
     report = replace(report, wrapper=wrapper, others=others)
+    classes = _classes_of(report, state, own, getattr(model, "num_classes", None))
+    if any_classes and classes is not None:
+        anew = tuple(name for name in state if state[name].shape != own[name].shape)
+        report = replace(report, anew=anew, mismatched=())
+        state = {name: tensor for name, tensor in state.items() if name not in anew}
     if not report.fits:
-        what = _diagnosis(report, state, own, getattr(model, "num_classes", None))
+        what = (
+            f"which has {model.num_classes} classes and the file {classes}"
+            if classes is not None
+            else _diagnosis(report, own)
+        )
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
     if statistics:
         _normalise_by(statistics, model, path, report)
@@ -211,15 +226,20 @@ def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: 
         )
 
 
-def _diagnosis(
+def _classes_of(
     report: LoadReport, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int | None
-) -> str:
+) -> int | None:
+    """The file's number of classes where that is all that it differs in, else None."""
+    if not report.mismatched or report.missing or report.unexpected:
+        return None
+    wrong = [(t.shape, own[n].shape) for n, t in state.items() if t.shape != own[n].shape]
+    alike = all(a[1:] == b[1:] and b[:1] == (num_classes,) and a[:1] == wrong[0][0][:1] for a, b in wrong)
+    return wrong[0][0][0] if alike and report.matched else None
+
+
+def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
     """What sets the file apart."""
     if len(report.matched) == len(own):
         top = sorted({name.partition(".")[0] for name in report.unexpected})
         return f"which is all there, with more around it that the model has not ({some(tuple(top))})"
-    wrong = [(tuple(t.shape), tuple(own[n].shape)) for n, t in state.items() if t.shape != own[n].shape]
-    if report.matched and not report.missing and not report.unexpected:
-        if all(a[1:] == b[1:] and b[:1] == (num_classes,) for a, b in wrong):
-            return f"which has {num_classes} classes and the file {wrong[0][0][0]}"
     return "being of another architecture, depth or width, or incomplete"

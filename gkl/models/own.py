@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.models.batch_norm import eval_mode
+from gkl.models.beginning import begun
 from gkl.models.classifier import TappedClassifier
 from gkl.models.normalise import Normalisation, normaliser
 from gkl.models.timm_network import TimmNetwork, keyed_drop_path
@@ -50,8 +51,11 @@ def own(
     folder: str,
     normalisation: Normalisation = None,
     options: Mapping[str, Any] | None = None,
-) -> OwnNetwork:
-    """The network of a whole name. folder: of `keep`. options: what else its class or function takes.
+    checkpoint: str | None = None,
+    checkpoint_key: str | None = None,
+    checkpoint_sha256: str | None = None,
+) -> nn.Module:
+    """The network of a whole name. folder: of `keep`. options: what else its class or function takes. checkpoint: see `begun`.
 
     Raises ValueError where it is neither kept nor installed, and for what makes no network.
     """
@@ -62,7 +66,8 @@ def own(
         raise ValueError(f"{short} cannot be made with num_classes={num_classes}: {error}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{short} gives a {type(module).__name__}, which is no nn.Module")
-    return OwnNetwork(module, num_classes, normalisation)
+    made = OwnNetwork(module, num_classes, normalisation)
+    return begun(made, checkpoint, checkpoint_key, checkpoint_sha256)
 
 
 def check_answers(model: nn.Module, image_size: int) -> None:

@@ -122,9 +122,18 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", pages_with("sh"))
-def test_commands_exist_and_take_what_is_shown(page: Path, elsewhere: Path) -> None:
-    """make knows the target, the script is there, and what it is given it understands."""
+def test_commands_exist_and_take_what_is_shown(
+    page: Path, elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """make knows the target, the script is there, and what it is given it understands; files that the page has are there."""
+    monkeypatch.chdir(elsewhere)
+    for block in blocks(page, "python"):
+        if block.title.endswith(".py"):
+            Path(block.title).write_text(block.text)
     for words in commands(page):
+        for word in words:
+            if re.fullmatch(r"(model|teacher)\.checkpoint=\w+\.pt", word):
+                Path(word.partition("=")[2]).touch()
         match words:
             case ["make", *arguments]:
                 if shutil.which("make"):

@@ -10,6 +10,7 @@ import torch
 
 from gkl.models import create
 from tests.system.test_commands import Command, command  # noqa: F401  (a fixture)
+from trainers.runs.compose import compose
 
 QUICK = ["data=digits", "device=cpu", "evaluation=screen", "evaluation.images=10", "evaluation.epsilon=0.05"]
 
@@ -61,3 +62,29 @@ def test_another_normalisation_than_the_file_s_is_one_line(command: Command, the
         "normalises its pictures by mean (0.4, 0.5, 0.6) and std (0.2, 0.25, 0.3), and the WideResNet here as"
         in err
     )
+
+
+def test_imagenet_s_attack_reads_pictures_from_their_files(command: Command, theirs: Path) -> None:  # noqa: F811
+    """At a tiny size; and what it is at its own."""
+    given = [
+        f"checkpoint={theirs}",
+        "model=wrn_10_1",
+        "device=cpu",
+        "evaluation.version=screen",
+        "evaluation.images=10",
+    ]
+    files = ["data=digits_files", "data.resize=32"]
+    code, out, err = command("evaluate", *given, *files, "evaluation=imagenet")
+    assert code == 0, err
+    assert numbers(out)["epsilon"] == pytest.approx(4 / 255) and numbers(out)["n"] == 10
+    config = compose(
+        "evaluate", ["checkpoint=f.pt", "model=resnet50", "data=imagenet", "evaluation=imagenet"]
+    )
+    assert config["evaluation"]["images"] == 5000 and config["evaluation"]["version"] == "standard"
+
+
+def test_timm_s_network_by_name(command: Command, tmp_path: Path) -> None:  # noqa: F811
+    torch.save({"state_dict": create("resnet10t", 10).model.state_dict()}, tmp_path / "timm.pt")  # type: ignore[operator, union-attr]
+    for name in ("resnet10t", "timm/resnet10t"):
+        code, out, err = command("evaluate", f"checkpoint={tmp_path}/timm.pt", f"model={name}", *QUICK)
+        assert code == 0 and numbers(out)["n"] == 10, err

@@ -6,6 +6,7 @@ Hydra composes; what a person can get wrong ends in a ConfigError of one line.
 """
 
 import copy
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -44,7 +45,12 @@ def register_resolvers() -> None:
     def content_at(root: str) -> str | None:
         return content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
 
+    def sha256(path: str | None) -> str | None:
+        there = path is not None and Path(path).is_file()  # what is missing is told where it is wanted
+        return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() if there else None
+
     OmegaConf.register_new_resolver("content", content_at, replace=True)
+    OmegaConf.register_new_resolver("sha256", sha256, replace=True)
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
     )
@@ -144,13 +150,13 @@ def own_file(name: str) -> tuple[str, str] | None:
     return (file, inside) if file.endswith(".py") else None
 
 
-def _own_networks(overrides: Sequence[str], outputs: str) -> list[str]:
+def _own_networks(overrides: Sequence[str], outputs: str | None) -> list[str]:
     """Overrides with whole names for the files of networks, each of which is kept."""
     words = []
     for override in overrides:
         key, _, value = override.partition("=")
         if key.partition("@")[0] == "model" and (file := own_file(value)):
-            own.keep(file[0], Path(outputs) / "networks")
+            own.keep(file[0], Path(outputs or "outputs") / "networks")
             override = f"{key}={own.named(*file)}"
         words.append(override)
     return words
@@ -176,7 +182,7 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     config = copy.deepcopy(_composed(entry, words, folders))
     given = [o for o in overrides if o.partition("=")[0] not in ("experiment", "scale", "protocol", "seed")]
-    return {**config, "overrides": _own_networks(given, config["paths"]["outputs"])}
+    return {**config, "overrides": _own_networks(given, config.get("paths", {}).get("outputs"))}
 
 
 @cache

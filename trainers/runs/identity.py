@@ -34,7 +34,7 @@ EXCLUDED = (
 )
 # How the weights are measured when the training is over: another measurement takes the same weights.
 MEASUREMENT = ("evaluation", "evaluate")
-EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache")
+EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache", "checkpoint")
 
 
 def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:

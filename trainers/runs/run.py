@@ -71,6 +71,8 @@ def run(config: dict[str, Any]) -> None:
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say
+    if begun := model.__dict__.pop("begun", None):
+        console.say(begun)
     if not done:
         with mirrored(config, folder, console):
             _train(config, task, folder, console, code)

@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,11 +102,11 @@ def check_sections(config: Mapping[str, Any]) -> None:
     for name, types in SECTIONS.items():
         if config.get(name):
             _check_section(name, config[name], types)
-    _check_normalisation(config)
+    _check_networks(config)
 
 
-def _check_normalisation(node: Any, where: str = "") -> None:
-    """That every network's normalisation is one."""
+def _check_networks(node: Any, where: str = "") -> None:
+    """That every network's normalisation is one, and every checkpoint that a training begins from there."""
     for name, child in node.items() if isinstance(node, Mapping) else ():
         place = f"{where}.{name}".lstrip(".")
         if name == "normalisation" and child not in (None, "none"):
@@ -113,7 +114,11 @@ def _check_normalisation(node: Any, where: str = "") -> None:
                 mean_and_std(child)
             except ValueError as error:
                 raise ConfigError(f"{place}: {error}") from error
-        _check_normalisation(child, place)
+        if name == "checkpoint" and where and child is not None and not Path(child).is_file():
+            raise ConfigError(
+                f"no checkpoint at {child}; set {place}=... to a .pt, .pth or .safetensors file"
+            )
+        _check_networks(child, place)
 
 
 def _check_section(section: str, found: Any, types: Mapping[str, Any]) -> None:

@@ -34,23 +34,33 @@ class Teacher:
     torchvision/<weights> or timm/<model> the one that these download, else <published>/ckpt_epoch_240.pth, the layout of
     RepDistiller's and mdistiller's archives, or a path of its own with a suffix.
     outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
+    weights: file: checkpoint, any file that gkl.models.load_checkpoint reads; checkpoint_sha256: its content when the run was composed.
     cache: folder for the teacher's logits on each view of each picture, or None: they are computed anew in every step.
     """
 
     network: Callable[..., nn.Module]
     run: str
     published: str
-    weights: Literal["own", "published"]
+    weights: Literal["own", "published", "file"]
     folder: str
     outputs: str
     record: str | None = None
     cache: str | None = None
+    checkpoint: str | None = None
+    checkpoint_key: str | None = None
+    checkpoint_sha256: str | None = None
 
     @property
     def file(self) -> Path:
         """Where the weights are. Raises ConfigError when the teacher's run has no record."""
         if self.weights == "published":
             return Path(self.folder) / published.file_name(self.published)
+        if self.weights == "file":
+            if self.checkpoint is None:
+                raise ConfigError(
+                    "teacher.checkpoint=... is missing: the file with the weights of teacher.network"
+                )
+            return Path(self.checkpoint)
         if self.record is None or not Path(self.record).is_file():
             raise ConfigError(
                 f"the teacher {self.run} has no record{f' at {self.record}' if self.record else ''}; train it first: "
@@ -61,7 +71,7 @@ class Teacher:
     @property
     def sha256(self) -> str | None:
         """Of the weights that teach now, None where they are missing."""
-        if self.weights == "published":
+        if self.weights != "own":
             return _sha256(self.file, stamp(self.file)) if self.file.is_file() else None
         record = Path(str(self.record))
         return str(read_record(record)["checkpoint"]["sha256"]) if is_whole(record) else None
@@ -77,6 +87,10 @@ class Teacher:
                     f"the teacher's weights {file} are missing and cannot be fetched ({error}); put the file there "
                     "(GKL_TEACHERS), or set teacher.weights=own"
                 ) from error
+        if self.weights == "file" and not file.is_file():
+            raise ConfigError(
+                f"no teacher's weights at {file}; set teacher.checkpoint=... to a .pt, .pth or .safetensors file"
+            )
         if not file.is_file():
             remedy = (
                 f"bring the file back (GKL_OUTPUTS), or move {self.record} away to train the teacher anew"
@@ -104,12 +118,20 @@ class Teacher:
                     f"the teacher's weights {file} are not those of its record {self.record}; bring them back, or move "
                     "the record away to train the teacher anew"
                 )
+        elif self.weights == "file" and sha256 != (self.checkpoint_sha256 or sha256):
+            raise ConfigError(
+                f"{file} has changed since the run was started with it; bring it back, or start a new run"
+            )
         network = self.network(num_classes=num_classes)
         try:
-            load_checkpoint(network, file)
+            load_checkpoint(network, file, self.checkpoint_key)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        named = {"run": self.run} if self.weights == "own" else {"published": self.published}
+        named = {
+            "own": {"run": self.run},
+            "published": {"published": self.published},
+            "file": {"file": file.name},
+        }[self.weights]
         return network, {**named, "sha256": sha256}
 
 

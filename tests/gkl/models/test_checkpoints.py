@@ -494,3 +494,32 @@ def test_timm_s_network_takes_on_the_file_s_normalisation(tmp_path: Path) -> Non
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(model(x), source((x - MEAN.view(3, 1, 1)) / STD.view(3, 1, 1)))
     assert isinstance(model.normalise, Normalise)
+
+
+def test_a_training_may_begin_with_another_number_of_classes(tmp_path: Path) -> None:
+    """All but the head is the file's, the head stays as it was initialised; and this is said."""
+    source, path = trained(WideResNet(10, 1, num_classes=100)), tmp_path / "model.pt"
+    save({"state_dict": source.state_dict()}, tmp_path)
+    torch.manual_seed(0)
+    fresh = create("wrn_10_1", 7)
+    torch.manual_seed(0)
+    model = create("wrn_10_1", 7, checkpoint=str(path))
+    for name, tensor in model.state_dict().items():
+        wanted = fresh if name.startswith("fc.") else source
+        assert torch.equal(tensor, wanted.state_dict()[name]), name
+    assert "44 of the model's 46 tensors matched" in model.__dict__["begun"]
+    assert (
+        "2 of the head made anew, for another number of classes (fc.weight, fc.bias)"
+        in model.__dict__["begun"]
+    )
+    with pytest.raises(CheckpointMismatch, match="which has 7 classes and the file 100"):
+        load_checkpoint(create("wrn_10_1", 7), path)
+
+
+def test_a_training_begins_from_the_same_architecture_and_the_file_it_was_given(tmp_path: Path) -> None:
+    path = save(WideResNet(16, 1, num_classes=100).state_dict(), tmp_path)
+    with pytest.raises(CheckpointMismatch, match="another architecture"):
+        create("wrn_10_1", 7, checkpoint=str(path))
+    save(WideResNet(10, 1, num_classes=7).state_dict(), tmp_path)
+    with pytest.raises(ValueError, match="model.pt has changed since the run was started with it"):
+        create("wrn_10_1", 7, checkpoint=str(path), checkpoint_sha256="0" * 64)

@@ -9,7 +9,8 @@ from gkl.own import named
 from tests.gkl.models.test_own import NET
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, compose, usual
-from trainers.runs.identity import config_hash, differences
+from trainers.runs.identity import asked, config_hash, differences, without_excluded
+from trainers.runs.paths import check_teacher
 from trainers.runs.settings import check_sections
 
 AT = ["experiment=at/c100_basic_gkl", "scale=smoke"]
@@ -113,3 +114,43 @@ def test_timm_s_network_by_name(start: list[str], name: str) -> None:
 def test_a_network_that_is_not_there_is_one_line(net: Path, model: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         compose("train", [*AT, f"model={model}"])
+
+
+# --- from a checkpoint, and taught by one -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (AT, "model"),
+        (["experiment=kd/own", "scale=smoke", "model=resnet18", "model@teacher.network=resnet34"], "teacher"),
+    ],
+)
+def test_a_checkpoint_is_known_by_its_content(words: list[str], place: str, tmp_path: Path) -> None:
+    one, other, copy = (tmp_path / name for name in ("one.pt", "other.pt", "copy.pt"))
+    one.write_bytes(b"one"), copy.write_bytes(b"one"), other.write_bytes(b"other")
+    hashes = [
+        config_hash(compose("train", [*words, *given]))
+        for given in ([], *([f"{place}.checkpoint={path}"] for path in (one, copy, other)))
+    ]
+    assert hashes[1] == hashes[2] and len({*hashes}) == 3
+    config = compose("train", [*words, f"{place}.checkpoint={one}"])
+    assert (
+        str(tmp_path) not in str(without_excluded(config))
+        and asked(config["overrides"])[-1] == f"{place}.checkpoint=PATH"
+    )
+    check_sections(config)
+    with pytest.raises(ConfigError, match=rf"no checkpoint at none.pt; set {place}.checkpoint=... to a .pt"):
+        check_sections(compose("train", [*words, f"{place}.checkpoint=none.pt"]))
+
+
+def test_a_pair_of_one_s_own_borrows_none() -> None:
+    words = ["experiment=kd/own", "scale=smoke", "model=resnet18", "model@teacher.network=resnet34"]
+    config = compose("train", [*words, "data=image_folder", "data.root=pictures"])
+    assert config["model"]["name"] == "resnet18" and config["teacher"]["network"]["name"] == "resnet34"
+    assert config["model"]["normalisation"] is None and config["distiller"]["_target_"] == "distiller/GKLKD"
+    assert compose("train", [*words, "distiller=kd"])["distiller"]["_target_"] == "distiller/KD"
+    with pytest.raises(
+        ConfigError, match="teacher.checkpoint=... is missing: the file with the weights of teacher.network"
+    ):
+        check_teacher(config)
