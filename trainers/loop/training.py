@@ -7,83 +7,25 @@ On a GPU an update is recorded as a CUDA graph and replayed (gkl.graphs).
 """
 
 import math
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl.data.augment import to_float
-from gkl.data.batches import Batches, Dataset
+from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
 from gkl.distributed import Shard, all_reduce_, broadcast_
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import eval_mode, set_group_size
-from gkl.optim.averaging import Average
 from trainers.errors import NotBegun, RunError
-from trainers.loop.compute import Compute, Precision, compiled_graphs
+from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What every training has, whatever its method.
-
-    model: takes images in [0, 1]. augment: gkl.data.augment.Views, of pictures in files gkl.data.crops.ResizedCrop. schedule: of the
-    learning rate, asked with epoch and epochs, or every step with its number from 0 and how many there are. momentum: the optimizer's,
-    by epoch; None leaves it as it is. averages: of the weights, by name.
-    generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
-    len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the first ones, or
-    with held_out_by_class the first of each class.
-    bn_groups: batch norm sees the batch in so many parts (4 cards: 4). accumulate: each process takes its part of a batch in so
-    many micro-batches, whole batch-norm groups in each. workers: processes that read and decode, where pictures stay in their
-    files. Neither of the two changes what is computed.
-    precision: of the networks alone; losses and averages are float32 (float64 in tests). fp16 scales the loss.
-    graph: record updates as CUDA graphs and replay them; auto: on a GPU. What is computed stays the same to the bit.
-    """
-
-    data: Dataset
-    model: nn.Module
-    augment: Any
-    optimizer: Callable[..., torch.optim.Optimizer]
-    schedule: Callable[[int, int], float]
-    averages: Mapping[str, Average]
-    seed: int
-    epochs: int
-    batch_size: int
-    drop_last: bool
-    bn_groups: int
-    precision: Precision
-    channels_last: bool
-    compile: bool
-    device: torch.device
-    schedule_every: Literal["epoch", "step"] = "epoch"
-    momentum: Callable[[int, int], float] | None = None
-    generated: Callable[..., Any] | None = None
-    generated_share: float = 0.0
-    held_out: float = 0.0
-    held_out_by_class: bool = False
-    accumulate: int = 1
-    workers: int | Literal["auto"] = 0
-    graph: bool | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        if self.graph is True and self.device.type != "cuda":
-            raise ValueError(
-                f"graph=true records a GPU's work, and this run is on {self.device.type}; use graph=auto"
-            )
-
-    @property
-    def worker_processes(self) -> int:
-        """How many; auto: up to 8 of this process's share of the cores."""
-        if self.workers != "auto":
-            return self.workers
-        return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+from trainers.loop.setup import Setup
 
 
 class Training:

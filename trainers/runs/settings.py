@@ -18,7 +18,8 @@ from gkl.evaluation.autoattack import Version
 from gkl.models.normalise import mean_and_std
 from gkl.models.own import check_answers
 from trainers.errors import ConfigError
-from trainers.loop.training import Setup, Training
+from trainers.loop.setup import Setup
+from trainers.loop.training import Training
 from trainers.runs.ranges import check_ranges
 from trainers.runs.targets import (
     check_values,
