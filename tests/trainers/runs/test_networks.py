@@ -1,17 +1,22 @@
 """Which network a run has, as a person names it: its normalisation, timm's by name, one from a file."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+from gkl.data.digits import digits
+from gkl.data.memory import ImageData
 from gkl.own import named
 from tests.gkl.models.test_own import NET
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, compose, usual
 from trainers.runs.identity import asked, config_hash, differences, without_excluded
 from trainers.runs.paths import check_teacher
-from trainers.runs.settings import check_sections
+from trainers.runs.settings import build, check, check_sections
 
 AT = ["experiment=at/c100_basic_gkl", "scale=smoke"]
 KD = ["experiment=kd/c100_gkl/vgg13_vgg8", "scale=smoke"]
@@ -154,3 +159,39 @@ def test_a_pair_of_one_s_own_borrows_none() -> None:
         ConfigError, match="teacher.checkpoint=... is missing: the file with the weights of teacher.network"
     ):
         check_teacher(config)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "lcnet_050", "mobilenetv3_small_050", "convnext_atto"])
+@pytest.mark.parametrize("experiment", ["at/c10_rice", "kd/c100_vanilla"])
+def test_timm_s_networks_train(experiment: str, name: str) -> None:
+    """Two steps, batch norm in groups where the experiment has them; timm's batch norm with its activation among them."""
+    words = [
+        f"experiment={experiment}",
+        "scale=smoke",
+        f"model=timm/{name}",
+        "batch_size=8",
+        "channels_last=false",
+    ]
+    groups = ["bn_groups=2"] if experiment.startswith("at/") else []
+    config = compose("train", [*words, *groups])
+    check(config, 1)
+    task = build(config, device=torch.device("cpu"), data=scans(image_size=32))
+    task.start_epoch(1)
+    for step in range(2):
+        shares = task.train_step(1, step)
+        assert all(torch.isfinite(value).all() for value in shares.values())
+
+
+def scans(image_size: int) -> ImageData:
+    """A few digits, enlarged."""
+    whole = digits()
+    train, test = (
+        F.interpolate(x[:32].float(), image_size).byte() for x in (whole.train_images, whole.test_images)
+    )
+    return dataclasses.replace(
+        whole,
+        train_images=train,
+        test_images=test,
+        train_labels=whole.train_labels[:32],
+        test_labels=whole.test_labels[:32],
+    )
