@@ -282,7 +282,7 @@ def test_ramped_average_is_gowals() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
     average = RampedAverage(decay=0.5, warmup=0.025)
-    average.prepare(steps=80)
+    average.prepare(80, model)
     wanted = [p.detach().clone() for p in model.parameters()]
     for step in range(1, 9):
         with torch.no_grad():
@@ -300,7 +300,7 @@ def test_ramped_average_is_gowals() -> None:
         torch.testing.assert_close(average.state[name], mine, rtol=1e-12, atol=1e-14)
     assert torch.equal(average.state["1.running_mean"], model[1].running_mean)
     resumed = RampedAverage(decay=0.5, warmup=0.025)
-    resumed.prepare(steps=80)
+    resumed.prepare(80, model)
     resumed.load_state_dict(copy.deepcopy(average.state_dict()), torch.device("cpu"))
     for one in (average, resumed):
         one.after_step(model, epoch=2)
@@ -338,3 +338,18 @@ def test_batch_norm_without_weight_decay() -> None:
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.5, 0.5, 0.0, 0.0]
     assert len(sgd(model, lr=0.1).param_groups) == 1
+
+
+def test_an_average_from_the_initial_weights() -> None:
+    """Mean-Teacher's: start_epoch 0; every step counts, the first one too."""
+    torch.manual_seed(0)
+    model = nn.Linear(2, 2).double()
+    wanted = model.weight.detach().clone()
+    average = Average(0.9, "step", start_epoch=0)
+    average.prepare(3, model)
+    for _ in range(3):
+        with torch.no_grad():
+            model.weight.add_(1.0)
+        average.after_step(model, epoch=1)
+        wanted = 0.9 * wanted + 0.1 * model.weight.detach()
+    torch.testing.assert_close(average.state["weight"], wanted, rtol=1e-12, atol=1e-14)

@@ -134,7 +134,7 @@ def test_class_prior() -> None:
 def test_averages(average: Average) -> None:
     def found(device: torch.device) -> dict[str, Tensor]:
         mine, model = copy.deepcopy(average), network(device)
-        mine.prepare(5)
+        mine.prepare(5, model)
         for step in range(5):
             with torch.no_grad():
                 for number, parameter in enumerate(model.parameters()):

@@ -34,7 +34,7 @@ def composed(*words: str) -> dict[str, Any]:
         ("prior.temperature=0", "prior.temperature must be above 0, got 0"),
         ("loss.temperature=-1", "loss.temperature must be above 0, got -1"),
         ("optimizer.lr=-1", "optimizer.lr must be above 0, got -1"),
-        ("averages.swa.start_epoch=0", "averages.swa.start_epoch must be at least 1, got 0"),
+        ("averages.swa.start_epoch=-1", "averages.swa.start_epoch must be at least 0, got -1"),
         ("averages.swa.start_epoch=50", "averages.swa.start_epoch=50 is past the last epoch, 10"),
         ("augment.flip=2", r"augment.flip must be in \[0, 1\], got 2"),
         ("held_out=1.0", r"held_out must be in \[0, 1\), got 1"),
