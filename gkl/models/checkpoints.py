@@ -23,8 +23,10 @@ from gkl.models.timm_network import TimmNetwork
 UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
 # Statistics of a normalising layer before the network: RobustBench's, the robustness library's, and what else people call them.
 MEANS = {"mean": "std", "mu": "sigma", "new_mean": "new_std", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}  # fmt: skip
-# What a training keeps beside its network and no forward pass reads; counters and scores of any name are told by their shape.
-BESIDE = re.compile(r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)")
+# What a training keeps beside its network and no forward pass reads; counters of any name are told by their type.
+BESIDE = re.compile(
+    r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"
+)
 
 
 @dataclass(frozen=True)
@@ -197,8 +199,9 @@ def _statistics(left: Mapping[str, Tensor]) -> tuple[Statistics | None, tuple[st
     for key, tensor in left.items():
         stem, _, name = key.rpartition(".")
         spread = left.get(f"{stem}.{MEANS.get(name)}".lstrip("."))
-        if spread is not None and tensor.numel() == spread.numel() == 3 and tensor.is_floating_point():
-            pair = {"mean": tensor.flatten().tolist(), "std": spread.flatten().tolist()}
+        if spread is not None and tensor.numel() == spread.numel() in (1, 3) and tensor.is_floating_point():
+            mean, std = (t.flatten().tolist() * (3 // t.numel()) for t in (tensor, spread))
+            pair = {"mean": mean, "std": std}
             found |= {key: pair, f"{stem}.{MEANS[name]}".lstrip("."): pair}
     several = [pair for pair in found.values() if not same(pair, next(iter(found.values())))]
     return (None, ()) if several or not found else (next(iter(found.values())), tuple(found))
@@ -208,7 +211,7 @@ def _beside(name: str, tensor: Tensor, parts: set[str]) -> bool:
     """Whether a tensor of no layer: a counter or score, or what a loss or metric keeps. parts: the model's own layers."""
     if name.partition(".")[0] in parts or name.endswith("num_batches_tracked"):
         return False
-    return tensor.numel() == 1 or not tensor.is_floating_point() or bool(BESIDE.search(name))
+    return not tensor.is_floating_point() or bool(BESIDE.search(name))
 
 
 def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: LoadReport) -> None:

@@ -523,3 +523,24 @@ def test_a_training_begins_from_the_same_architecture_and_the_file_it_was_given(
     save(WideResNet(10, 1, num_classes=7).state_dict(), tmp_path)
     with pytest.raises(ValueError, match="model.pt has changed since the run was started with it"):
         create("wrn_10_1", 7, checkpoint=str(path), checkpoint_sha256="0" * 64)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_a_normalisation_of_one_number_is_all_channels(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """As for grey pictures, and (x - 0.5) / 0.25: left out as a counter it would be another function."""
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    one = {"0.mean": torch.full(shape, 0.5), "0.std": torch.full(shape, 0.25)}
+    told = str(load_checkpoint(model, save(under("1.", source.state_dict()) | one, tmp_path)))
+    assert "normalised by the file's mean (0.5, 0.5, 0.5) and std (0.25, 0.25, 0.25)" in told
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(model.eval()(x), source.eval()((x - 0.5) / 0.25))
+
+
+@pytest.mark.parametrize("name", ["temperature", "0.weight", "net_scale"])
+def test_a_single_weight_outside_the_network_is_no_counter(name: str, tmp_path: Path) -> None:
+    """A PReLU or a learned scale around the network: without it the function is another."""
+    state = under("1.", WideResNet(10, 1).state_dict()) | {name: torch.tensor([0.25])}
+    with pytest.raises(
+        CheckpointMismatch, match=f"more around it that the model has not.*1 not in the model .{name}"
+    ):
+        load_checkpoint(WideResNet(10, 1), save(state, tmp_path))
