@@ -58,6 +58,10 @@ def create(
     begin = partial(begun, checkpoint=checkpoint, key=checkpoint_key, sha256=checkpoint_sha256)
     entry = timm.model_entrypoint(name)
     if not entry.__module__.startswith("gkl."):
+        if hidden := sorted({"pretrained", "checkpoint_path"} & {*(timm_options or {})}):
+            raise ValueError(
+                f"timm_options.{hidden[0]} loads weights that a run would not be known by; name their file: model.checkpoint=FILE"
+            )
         made = timm.create_model(name, num_classes=num_classes, **{**options, **(timm_options or {})})
         return begin(TimmNetwork(made, normalisation))
     if timm_options:

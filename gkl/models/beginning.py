@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from gkl.models.checkpoints import load_checkpoint
+from gkl.models.normalise import Normalise
 
 
 def begun(
@@ -17,15 +18,26 @@ def begun(
     """The model with a file's weights, and in its `__dict__` as "begun" a line on what was loaded; itself where checkpoint is None.
 
     A head for another number of classes stays as it was initialised. key: see load_checkpoint. sha256: of the file that is meant, None
-    for any. Raises FileNotFoundError, ValueError.
+    for any. Raises FileNotFoundError, ValueError; also for a normalisation in the file that the model was not made with: the weights
+    that are trained from here do not hold it, only the configuration does.
     """
     if checkpoint is None:
         return model
-    path = Path(checkpoint)
+    path, made_with = Path(checkpoint), getattr(model, "normalise", None)
     report = load_checkpoint(model, path, key, any_classes=True)
     if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(
             f"{path} has changed since the run was started with it; bring it back, or start a new run"
+        )
+    layer = getattr(model, "normalise", None)
+    if layer is not made_with and isinstance(layer, Normalise):
+        shown = ",".join(
+            f"{name}:[{','.join(f'{value:.7g}' for value in values)}]"
+            for name, values in layer.statistics().items()
+        )
+        raise ValueError(
+            f"{path} normalises its pictures, and a training that begins from it must say so, as its weights will not: "
+            f"model.normalisation={{{shown}}}"
         )
     model.__dict__["begun"] = f"begins from {path.name}: {report}"
     return model

@@ -48,6 +48,7 @@ def test_which_weights_and_whose_normalisation_are_said_and_chosen(command: Comm
     own = "model.normalisation={mean:[0.4,0.5,0.6],std:[0.2,0.25,0.3]}"
     assert numbers(command("evaluate", *given, own)[1]) == numbers(out)
     code, averages, err = command("evaluate", *given, "checkpoint_key=model_ema")
+    assert command("evaluate", *given, "checkpoint.key=model_ema")[1] == averages
     assert (
         code == 0 and "found under 'model_ema' and not 'model'" in err and numbers(averages) != numbers(out)
     )

@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from gkl.data.digits import digits
 from gkl.models import create
+from trainers.runs.compose import compose
+from trainers.runs.settings import build
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["scale=smoke", "epochs=1", "logger=off", "device=cpu"]
@@ -45,11 +48,12 @@ def pictures(tmp_path: Path) -> Path:
 def test_a_student_learns_from_a_file_s_teacher_on_one_s_own_pictures(tmp_path: Path, pictures: Path) -> None:
     teacher = {"state_dict_ema": {}, "state_dict": create("resnet10t", 4).state_dict()}
     torch.save(teacher, tmp_path / "teacher.pt")
-    record, _ = trained(
+    record, said = trained(
         tmp_path, "experiment=kd/own", "model=wrn_10_1", "model@teacher.network=timm/resnet10t", "teacher.checkpoint=teacher.pt",
         "data=image_folder", f"data.root={pictures}", "batch_size=8",
     )  # fmt: skip
     assert record["experiment"] == "kd/own/wrn_10_1" and record["teacher"]["file"] == "teacher.pt"
+    assert "the teacher is teacher.pt: 86 of the model's 86 tensors matched; found under 'state_dict'" in said
     assert "loss/distillation" in next((tmp_path / "results" / "runs").rglob("seed0.jsonl")).read_text()
 
 
@@ -61,3 +65,22 @@ def test_adversarial_training_begins_from_a_checkpoint_of_other_classes(tmp_path
     )  # fmt: skip
     assert "begins from c100.pt: 44 of the model's 46 tensors matched; 2 of the head made anew" in said
     assert record["config"]["model"]["checkpoint_sha256"] and "model.checkpoint=PATH" in record["overrides"]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "key"),
+    [("kd/own", "teacher.network"), ("at/c100_lbgat", "natural_model"), ("at/c10_las_at", "strategy_model")],
+)
+def test_pictures_that_another_network_of_a_run_cannot_take_are_one_line(
+    tmp_path: Path, experiment: str, key: str
+) -> None:
+    """Not the model alone: the teacher, the guide, the strategy."""
+    words = [*QUICK, f"experiment={experiment}", "model=wrn_10_1", f"model@{key}=vit_tiny_patch16_224"]
+    if key == "teacher.network":
+        torch.save(create("vit_tiny_patch16_224", 10).model.state_dict(), tmp_path / "vit.pt")  # type: ignore[operator, union-attr]
+        words.append(f"teacher.checkpoint={tmp_path}/vit.pt")
+    config = compose("train", words)
+    with pytest.raises(
+        ValueError, match="VisionTransformer cannot take pictures of 8x8.*choose data.image_size"
+    ):
+        build(config, device=torch.device("cpu"), data=digits())

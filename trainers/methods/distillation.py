@@ -23,6 +23,7 @@ from gkl.losses.objectives import CrossEntropy, LabelLoss
 from gkl.models.batch_norm import eval_mode, frozen_statistics
 from gkl.models.classifier import TappedClassifier, Taps
 from gkl.models.folding import folded
+from gkl.models.own import check_answers
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
 from trainers.errors import ConfigError
@@ -66,17 +67,16 @@ class Distillation(Method):
         tapped(self.model)
         if self.teacher is not None:
             loaded, self.origin = self.teacher.load(self.data.num_classes)
+            check_answers(loaded, self.data.image_size)
             self.taught_by = tapped(training.compute.to_device(loaded).eval().requires_grad_(False))
         sees_stages = not getattr(getattr(self.distiller, "func", None), "logits_alone", True)
-        side = self.data.image_size
-        few = torch.zeros(2, 3, side, side, device=self.device, dtype=self.dtype)
+        few = torch.zeros(2, 3, *2 * (self.data.image_size,), device=self.device, dtype=self.dtype)
         answering = self.taught_by  # the teacher where its logits are all that is wanted
         if self.taught_by is not None and not sees_stages and training.compute.half is None:
             answering = tapped(folded(self.taught_by, few))
         for network in (self.model, answering):
             if training.setup.compile and network is not None:
-                compiled: Any = torch.compile(cast(TappedClassifier, network).forward_taps)
-                network.forward_taps = compiled
+                cast(Any, network).forward_taps = torch.compile(network.forward_taps)  # type: ignore[arg-type]
         self.term = self._distiller(few, sees_stages)
         if training.setup.accumulate > 1 and self.term.whole_batch:
             raise ValueError(

@@ -24,6 +24,7 @@ from gkl.attacks.pgd import pgd, project, random_start
 from gkl.data.batches import Batch
 from gkl.distributed import all_reduce, all_reduce_, broadcast_
 from gkl.models.batch_norm import eval_mode, frozen_parameters, frozen_statistics
+from gkl.models.own import check_answers
 from gkl.rng import sample_keys, uniform
 from trainers.loop.training import Training
 from trainers.methods.pgd_at import PGDTraining
@@ -78,6 +79,7 @@ class LASAT(PGDTraining):
         )
         self.tables = [torch.tensor(t, device=self.device, dtype=self.dtype) for t in tables]
         backbone = self.strategy_model(num_classes=self.data.num_classes)
+        check_answers(backbone, self.data.image_size)
         self.strategy = training.compute.to_device(StrategyNetwork(backbone, [len(t) for t in tables]))
         self.optimizer = self.strategy_optimizer(self.strategy)
         self.strategy_lr = self.optimizer.param_groups[0]["lr"]

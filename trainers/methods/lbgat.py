@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gkl.losses.objectives import Objective
 from gkl.losses.prior import ClassPrior
+from gkl.models.own import check_answers
 from trainers.loop.training import Training
 from trainers.methods.robust import RobustMethod, TwoViews, awp_share
 
@@ -34,7 +35,9 @@ class LBGAT(RobustMethod):
         views = training.setup.augment.views
         if len(views) != 1:
             raise ValueError(f"LBGAT trains on one view, got augment.views={list(views)}")
-        self.guide = training.compute.to_device(self.natural_model(num_classes=self.data.num_classes))
+        guide = self.natural_model(num_classes=self.data.num_classes)
+        check_answers(guide, self.data.image_size)
+        self.guide = training.compute.to_device(guide)
         self.views = TwoViews(self, self.loss, self.attack_loss, self.prior)
 
     def trained_module(self) -> nn.Module:

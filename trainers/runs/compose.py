@@ -176,6 +176,7 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
+    overrides = [re.sub(r"^([\w.@]+\.)?checkpoint\.key=", r"\1checkpoint_key=", o) for o in overrides]
     try:
         words = tuple(word for o in overrides for word in _words(o))
     except ValueError as error:  # of a person's own network

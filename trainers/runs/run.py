@@ -71,8 +71,9 @@ def run(config: dict[str, Any]) -> None:
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say
-    if begun := model.__dict__.pop("begun", None):
-        console.say(begun)
+    for module in (m for network in (model, *task.method.networks()) for m in network.modules()):
+        if begun := module.__dict__.pop("begun", None):
+            console.say(begun)
     if not done:
         with mirrored(config, folder, console):
             _train(config, task, folder, console, code)

@@ -124,9 +124,10 @@ class Teacher:
             )
         network = self.network(num_classes=num_classes)
         try:
-            load_checkpoint(network, file, self.checkpoint_key)
+            report = load_checkpoint(network, file, self.checkpoint_key)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        network.__dict__["begun"] = f"the teacher is {file.name}: {report}"
         named = {
             "own": {"run": self.run},
             "published": {"published": self.published},

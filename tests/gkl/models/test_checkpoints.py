@@ -544,3 +544,22 @@ def test_a_single_weight_outside_the_network_is_no_counter(name: str, tmp_path: 
         CheckpointMismatch, match=f"more around it that the model has not.*1 not in the model .{name}"
     ):
         load_checkpoint(WideResNet(10, 1), save(state, tmp_path))
+
+
+def test_a_training_that_begins_from_a_normalised_file_must_say_so(tmp_path: Path) -> None:
+    """The weights it ends with do not hold the normalisation: measured by its configuration they would be another function."""
+    path = save(sequential(trained(WideResNet(10, 1)).state_dict()), tmp_path)
+    with pytest.raises(
+        ValueError, match="must say so.*model.normalisation={mean:.0.4,0.5,0.6.,std:.0.2,0.25,0.3.}"
+    ):
+        create("wrn_10_1", 10, checkpoint=str(path))
+    own = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    assert "46 of the model's 46" in create("wrn_10_1", 10, own, checkpoint=str(path)).__dict__["begun"]
+
+
+@pytest.mark.parametrize("option", [{"pretrained": True}, {"checkpoint_path": "f.pt"}])
+def test_weights_that_a_run_is_not_known_by_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(
+        ValueError, match="a run would not be known by; name their file: model.checkpoint=FILE"
+    ):
+        create("resnet10t", 10, timm_options=option)
