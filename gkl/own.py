@@ -4,8 +4,9 @@ name = named("net.py", "Net")           # Net@9f86d081884c7d65
 keep("net.py", folder)                  # a copy, by its digest: what a run goes on with, whatever becomes of the file
 make = maker(name, folder)              # the class or function Net of that file
 
-A file is run only from the folder that `keep` puts it in, for a person who named it; a package's entry point (group `gkl.models`)
-only while the package is what it was.
+A file is run only from the folder that `keep` puts it in, and only for a person who named it: `keep` notes its content in that person's
+own folder, so that a folder of runs that came from elsewhere, frozen configurations and kept files and all, runs nothing. A package's
+entry point (group `gkl.models`) is run only while the package is what it was.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ def named(file: str | Path, name: str) -> str:
 
 
 def keep(file: str | Path, folder: Path) -> None:
-    """Copy a file to where `own` finds it."""
+    """Copy a file to where `own` finds it, and note that this person has named it. Raises ValueError where neither can be written."""
     content = _read(file)
     path = folder / f"{_digest(content)}.py"
     if not path.is_file():
@@ -35,6 +36,20 @@ def keep(file: str | Path, folder: Path) -> None:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
         temporary.write_bytes(content)
         os.replace(temporary, path)
+    note = _note(content)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.touch()
+    except OSError as error:
+        raise ValueError(
+            f"cannot note in {note.parent} that you named {file} ({error.strerror}); choose a folder of yours: XDG_STATE_HOME=..."
+        ) from error
+
+
+def _note(content: bytes) -> Path:
+    """Where it is noted that a file of this content was named."""
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    return Path(state) / "gkl" / "networks" / hashlib.sha256(content).hexdigest()
 
 
 def installed(name: str) -> str | None:
@@ -74,15 +89,22 @@ def _digest(content: bytes) -> str:
 
 def _from_file(path: Path, name: str, digest: str) -> Callable[..., Any]:
     """What a kept file calls by this name. Raises ValueError."""
-    if _digest(path.read_bytes()) != digest:
+    content = path.read_bytes()
+    if _digest(content) != digest:
         raise ValueError(f"the kept network {path} was changed; name its file on the command line again")
+    if not _note(content).is_file():
+        raise ValueError(
+            f"the network {name} has not been named by you, and is not run; if you trust it, name it on the command line: model={path}:{name}"
+        )
     key = f"gkl_own_{digest}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
-        assert spec and spec.loader
+        assert spec
         module = sys.modules[key] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            exec(
+                compile(content, str(path), "exec"), module.__dict__
+            )  # what was looked at, and no bytecode beside it
         except Exception as error:
             del sys.modules[key]
             hint = (

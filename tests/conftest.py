@@ -22,6 +22,14 @@ from PIL import Image
 from gkl.data.digits import digits
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What a person has named is noted in a folder of the tests'."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 def answers(*command: str) -> bool:
     """Whether a program is there and says it is well."""
     return (
