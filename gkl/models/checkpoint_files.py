@@ -26,7 +26,7 @@ SETTINGS = re.compile(
     r"(easydict|addict(\.addict)?|lightning_fabric\.utilities\.data|lightning\.fabric\.utilities\.data|"
     r"pytorch_lightning\.utilities\.parsing|lightning\.pytorch\.utilities\.parsing)\.\w*Dict|"
     r"(pathlib|numpy|omegaconf|yacs|ml_collections|torchmetrics|pytorch_lightning|lightning|lightning_fabric)\.[\w.]+|"
-    r"typing\.Any)$"
+    r"typing\.Any|functools\.partial|torch\.(optim|nn\.modules\.loss)\.[\w.]+)$"  # as Lightning's hyper-parameters hold them
 )
 DICTS = re.compile(r"\.\w*Dict$")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gkl.models
-from gkl.models import CheckpointMismatch, create, load_checkpoint
+from gkl.models import CheckpointMismatch, checkpoint_files, create, load_checkpoint
 from gkl.models.normalise import Normalise
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 
@@ -563,3 +564,18 @@ def test_weights_that_a_run_is_not_known_by_are_refused(option: dict[str, Any]) 
         ValueError, match="a run would not be known by; name their file: model.checkpoint=FILE"
     ):
         create("resnet10t", 10, timm_options=option)
+
+
+def test_parts_among_lightning_s_hyper_parameters_are_not_made(tmp_path: Path) -> None:
+    """Optimizers to be made, schedules, losses: save_hyperparameters keeps what a module was made from."""
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    parts = {
+        "optimizer": functools.partial(torch.optim.SGD, lr=0.1),
+        "scheduler": functools.partial(torch.optim.lr_scheduler.StepLR, step_size=3),
+        "criterion": nn.CrossEntropyLoss(weight=torch.ones(10)),
+    }
+    content = {"state_dict": under("model.", source.state_dict()), "hyper_parameters": parts}
+    assert load_checkpoint(model, save(content, tmp_path)).fits
+    assert_equal(model, source)
+    read = checkpoint_files.read(tmp_path / "model.pt")["hyper_parameters"]
+    assert all(isinstance(part, checkpoint_files.Placeholder) for part in read.values())
