@@ -102,7 +102,7 @@ def report_data() -> None:
     for name in choices("data"):
         if name.startswith("smoke/") or name == "digits_files":
             continue  # what scale=smoke takes: the digits, which it writes itself
-        if name in ("image_folder", "image_files"):
+        if name in ("image_folder", "image_files", "image_folder_few"):
             print(f"data {name}: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
             continue
         node = compose("train", ["experiment=at/c100_basic_gkl", f"data={name}"])["data"]

@@ -117,7 +117,8 @@ def where() -> str:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     monkeypatch.setattr(Compute, "autocast", lambda self: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
-    monkeypatch.setattr(torch, "inference_mode", torch.no_grad)  # whose tensors no wrapper can hold
+    # Whose tensors no wrapper can hold.
+    monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
     tensor = torch.tensor
 
     def copied(data: Any, *, device: Any = None, **options: Any) -> Tensor:

@@ -98,7 +98,7 @@ CPU = ["device=cpu", "logger=off"]
         (f"train {GKL} paths.results=/proc/none {' '.join(CPU)} scale=smoke", r"cannot write in the results folder /proc/none: .*GKL_RESULTS"),
         (f"train {GKL} +momentun=0.9", "method/AdversarialTraining takes no momentun"),
         (f"train {GKL} +averages.swa2=1", r"averages\.swa2 must be an average of configs/averages, got 1"),
-        (f"train {GKL} evaluation=null", r"evaluation=\.\.\. needs a choice; one of: autoattack, screen"),
+        (f"train {GKL} evaluation=null", r"evaluation=\.\.\. needs a choice; one of: autoattack, imagenet, screen"),
         (f"train {GKL} paths=null", r"the configuration lacks paths; leave out .*paths=null"),
         ("sweep loss.gamma=0,1", r"a sweep needs one experiment=\.\.\.; one of: at/c100_acat"),
         (f"sweep {GKL}", r"nothing to sweep: give a setting several values, as in loss\.gamma=0,0\.2,0\.4"),

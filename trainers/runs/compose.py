@@ -183,7 +183,7 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
         raise ConfigError(str(error)) from error
     config = copy.deepcopy(_composed(entry, words, folders))
     given = [o for o in overrides if o.partition("=")[0] not in ("experiment", "scale", "protocol", "seed")]
-    return {**config, "overrides": _own_networks(given, config.get("paths", {}).get("outputs"))}
+    return {**config, "overrides": _own_networks(given, (config.get("paths") or {}).get("outputs"))}
 
 
 @cache
