@@ -283,6 +283,7 @@ def test_diffs_apply_and_are_as_the_repository_writes(page: Path, changed: Path)
             ran([sys.executable, "-m", "ruff", *check_only, *sources], changed)
 
 
+@pytest.mark.long  # a copy of the repository for each page
 @pytest.mark.skipif(not shutil.which("git"), reason="needs git on the PATH")
 @pytest.mark.parametrize(
     ("page", "changed"),

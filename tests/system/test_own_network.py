@@ -28,6 +28,7 @@ def started(path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.long  # whole runs
 def test_a_run_goes_on_without_the_file_and_another_s_does_not_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,6 +45,7 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
+@pytest.mark.long  # whole runs
 def test_a_student_learns_from_a_file_s_teacher_on_one_s_own_pictures(tmp_path: Path, pictures: Path) -> None:
     teacher = {"state_dict_ema": {}, "state_dict": create("resnet10t", 4).state_dict()}
     torch.save(teacher, tmp_path / "teacher.pt")
@@ -57,6 +58,7 @@ def test_a_student_learns_from_a_file_s_teacher_on_one_s_own_pictures(tmp_path: 
     assert "loss/distillation" in next((tmp_path / "results" / "runs").rglob("seed0.jsonl")).read_text()
 
 
+@pytest.mark.long  # whole runs
 def test_adversarial_training_begins_from_a_checkpoint_of_other_classes(tmp_path: Path) -> None:
     torch.save(create("wrn_10_1", 100).state_dict(), tmp_path / "c100.pt")
     record, said = trained(

@@ -110,6 +110,7 @@ def assert_equal(one: Any, other: Any, where: str, **tolerance: float) -> None:
         assert one == other, where
 
 
+@pytest.mark.long  # every method on two processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     for number, experiment in enumerate(EXPERIMENTS):

@@ -276,6 +276,7 @@ def test_the_stand_in_is_drawn_from_the_datas_own_pictures(tmp_path: Path) -> No
         generated(data, source="edm", name="small", root=str(tmp_path))
 
 
+@pytest.mark.long  # many calls of the script, each in a process of its own
 def test_the_command(tmp_path: Path) -> None:
     part(tmp_path / "a.npz", 30, 0)
     script = [sys.executable, "scripts/prepare.py"]

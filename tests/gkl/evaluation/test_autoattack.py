@@ -335,6 +335,7 @@ def attacker(folder: Path, **options: object) -> subprocess.Popen[bytes]:
 SCREEN = {"epsilon": 0.08, "version": "screen", "batch_size": 6, "device": CPU}
 
 
+@pytest.mark.long  # processes of their own
 def test_processes_share_each_attack_and_end_with_one_result(tmp_path: Path) -> None:
     model, data = Classifier().eval(), scans(30)
     one = evaluate(model, *data, folder=tmp_path / "one", **SCREEN)
@@ -364,6 +365,7 @@ def test_processes_share_each_attack_and_end_with_one_result(tmp_path: Path) -> 
     assert not again, "all was there"
 
 
+@pytest.mark.long  # processes of their own
 def test_a_killed_evaluation_goes_on_with_the_next_batch(tmp_path: Path) -> None:
     process = attacker(tmp_path / "killed")
     deadline = time.monotonic() + 120

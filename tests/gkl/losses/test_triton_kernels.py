@@ -316,6 +316,7 @@ def interpreted() -> dict[str, dict[str, Any]]:
     return in_a_process(__file__, "interpret", TRITON_INTERPRET="1")
 
 
+@pytest.mark.long  # the interpreter goes through every case line by line
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_the_closed_form_in_float64(interpreted: dict[str, dict[str, Any]], name: str) -> None:
     found, case = interpreted[name], CASES[name]
@@ -325,6 +326,7 @@ def test_kernels_are_the_closed_form_in_float64(interpreted: dict[str, dict[str,
     assert set(found["dtypes"][1:]) == {f"torch.{case.get('dtype', 'float32')}"}
 
 
+@pytest.mark.long  # of the same interpreted cases
 def test_nothing_of_the_logits_size_is_copied(interpreted: dict[str, dict[str, Any]]) -> None:
     """Backward keeps the logits, the weights and the prior's table themselves, and the statistics, 9 numbers a row."""
     for name in (
@@ -357,11 +359,13 @@ def test_what_is_to_be_differentiated_twice_does_not_go_to_the_kernels(
     torch.testing.assert_close(twice, again)
 
 
+@pytest.mark.long  # compiles for two GPUs
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
     for sizes in in_a_process(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 18 and min(sizes.values()) > 0
 
 
+@pytest.mark.long  # compiles
 def test_torch_compile_traces_them_whole_and_once_for_all_batches() -> None:
     """Forward's and backward's kernel in one graph; with dynamic shapes one graph for every batch size."""
     for name, kernels in in_a_process(__file__, "trace", CUDA_VISIBLE_DEVICES="").items():

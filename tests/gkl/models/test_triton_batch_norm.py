@@ -211,6 +211,7 @@ def interpreted() -> dict[str, dict[str, Any]]:
     return in_a_process(__file__, "interpret", TRITON_INTERPRET="1")
 
 
+@pytest.mark.long  # the interpreter goes through every case line by line
 @pytest.mark.parametrize("name", CASES)
 def test_kernels_are_torch_s_in_float64(interpreted: dict[str, dict[str, Any]], name: str) -> None:
     found, case = interpreted[name], COMMON | CASES[name]
@@ -221,11 +222,13 @@ def test_kernels_are_torch_s_in_float64(interpreted: dict[str, dict[str, Any]], 
     assert found["dtype"] == f"torch.{case['dtype']}" and found["layout"] and found["same"]
 
 
+@pytest.mark.long  # compiles for two GPUs
 def test_kernels_compile_for_gpus_of_two_generations(tmp_path: Path) -> None:
     for sizes in in_a_process(__file__, "compile", TRITON_CACHE_DIR=str(tmp_path)).values():
         assert len(sizes) == 56 and min(sizes.values()) > 0
 
 
+@pytest.mark.long  # compiles a network
 def test_torch_compile_traces_a_network_whole_and_makes_its_own_kernels() -> None:
     assert in_a_process(__file__, "trace", CUDA_VISIBLE_DEVICES="") == {"train": 0, "frozen": 0, "eval": 0}
 

@@ -57,6 +57,7 @@ def test_margins_are_equation_14_class_by_class() -> None:
         assert float(margins(means)[y]) == pytest.approx(float(wanted), abs=1e-15)
 
 
+@pytest.mark.long  # AutoAttack at six radii
 def test_wider_balls_leave_fewer_and_the_average_is_theirs(trained: Subject) -> None:
     metrics, details = Epsilons("epsilons", [2, 8])(trained)
     assert metrics.keys() == {"aa_2", "aa_8", "aa_average"} and details == {"n": 10}

@@ -217,6 +217,7 @@ def called(script: str, folder: Path, *arguments: str) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.long  # a teacher and two students in processes of their own
 @pytest.mark.usefixtures("scans")
 def test_a_student_run_names_its_teacher_first_missing_then_found(tmp_path: Path) -> None:
     code, _, err = called("train", tmp_path, "experiment=kd/c100_gkl/resnet56_resnet20")
