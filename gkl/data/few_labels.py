@@ -202,7 +202,7 @@ def labelled_pictures(labels: Tensor, per_class: int, draws: Draws, seed: int) -
 
 
 def few_labels(
-    data: ImageData, *, labels: int, draws: Draws, seed: int, steps_per_epoch: int, unlabelled: int = 1
+    data: ImageData, labels: int, draws: Draws, seed: int, steps_per_epoch: int, unlabelled: int = 1
 ) -> FewLabels:
     """The data set with `labels` labels, as many of each class. seed: of their choice, whatever the run's own.
 
@@ -227,28 +227,14 @@ def cifar100_few(
     mirror: str | None = None, download: bool = True,
 ) -> FewLabels:  # fmt: skip
     """CIFAR-100 with few labels; see `cifar100` and `few_labels`."""
-    own = {
-        "labels": labels,
-        "draws": draws,
-        "seed": seed,
-        "steps_per_epoch": steps_per_epoch,
-        "unlabelled": unlabelled,
-    }
-    return few_labels(cifar100(root, mirror, download), **own)  # type: ignore[arg-type]
+    return few_labels(cifar100(root, mirror, download), labels, draws, seed, steps_per_epoch, unlabelled)
 
 
 def digits_few(
     *, labels: int, draws: Draws, seed: int, steps_per_epoch: int, unlabelled: int = 1
 ) -> FewLabels:
     """scikit-learn's digits with few labels; see `few_labels`."""
-    return few_labels(
-        digits(),
-        labels=labels,
-        draws=draws,
-        seed=seed,
-        steps_per_epoch=steps_per_epoch,
-        unlabelled=unlabelled,
-    )
+    return few_labels(digits(), labels, draws, seed, steps_per_epoch, unlabelled)
 
 
 def image_folder_few(
@@ -257,11 +243,4 @@ def image_folder_few(
 ) -> FewLabels:  # fmt: skip
     """Any pictures with few labels; see `gkl.data.image_folder` and `few_labels`."""
     pictures = image_folder(root, image_size, None, train_per_class, test_per_class, content)
-    own = {
-        "labels": labels,
-        "draws": draws,
-        "seed": seed,
-        "steps_per_epoch": steps_per_epoch,
-        "unlabelled": unlabelled,
-    }
-    return few_labels(pictures, **own)  # type: ignore[arg-type]
+    return few_labels(pictures, labels, draws, seed, steps_per_epoch, unlabelled)
