@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.distributed import all_reduce, rank
-from gkl.losses.closed_form import ClassRows, part_of, parts, smooth
+from gkl.losses.closed_form import ClassRows, smooth
 from gkl.losses.inputs import (
     at_least_float32,
     checked_classes,
@@ -27,6 +27,7 @@ from gkl.losses.inputs import (
     positions_of,
     transformed,
 )
+from gkl.losses.parts import part_of, parts
 
 RUNNING = ("sums", "counts")
 

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gkl.losses.closed_form import PairWeight, first_derivative
+from gkl.losses.closed_form import PairWeight
+from gkl.losses.gradients import first_derivative
 from gkl.losses.inputs import checked_settings
 
 # What a row leaves behind in statistics[:, row], in float32: max s, sum exp((s - max s) / T), the same two of t; of

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gkl.losses import closed_form
 from gkl.losses.closed_form import dkl, gkl, ikl, jsd, kl, mean_pair_weight, smooth
+from gkl.losses.gradients import sample_wise
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 
@@ -360,7 +360,7 @@ def test_rows_worked_on_in_parts_are_the_rows_at_once(
     weights = logits[1].softmax(-1)
     found = []
     for cached in (1 << 16, 5 * 11):
-        monkeypatch.setattr(closed_form, "CACHED", cached)
+        monkeypatch.setattr("gkl.losses.parts.CACHED", cached)
         student, teacher = (
             x.clone().requires_grad_(scope in (name, "both"))
             for x, name in zip(logits, ("student", "teacher"), strict=True)
@@ -399,9 +399,9 @@ def test_a_row_s_bits_do_not_depend_on_another_s_offset() -> None:
 
 @pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
 def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(closed_form, "CACHED", 30)
+    monkeypatch.setattr("gkl.losses.parts.CACHED", 30)
     logits = 5 * torch.randn(7, 11, dtype=torch.float64)
-    shares, total, probs = closed_form._sample_wise(logits, gamma, 3.0, torch.float64)
+    shares, total, probs = sample_wise(logits, gamma, 3.0, torch.float64)
     torch.testing.assert_close(probs, (logits / 3.0).softmax(-1))
     torch.testing.assert_close(shares * total[:, None], probs**gamma)
     torch.testing.assert_close(shares.sum(-1), torch.ones(7, dtype=torch.float64))
@@ -481,7 +481,7 @@ def test_a_temperature_rounds_no_offset(temperature: float) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
         student, teacher = (x.to(dtype).requires_grad_() for x in logits)
-        shares, total, _ = closed_form._sample_wise(teacher.detach(), 0.4, temperature, dtype)
+        shares, total, _ = sample_wise(teacher.detach(), 0.4, temperature, dtype)
         value = gkl(student, teacher, None, alpha=0.0, beta=1.0, gamma=0.4, temperature=temperature)
         (cross,) = torch.autograd.grad(value, student)
         found.append([shares, total, cross])
@@ -492,7 +492,7 @@ def test_a_temperature_rounds_no_offset(temperature: float) -> None:
 
 def test_compiled_it_is_one_graph_and_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = 5 * torch.randn(2, 40, 30, dtype=torch.float64)
-    monkeypatch.setattr(closed_form, "CACHED", 300)
+    monkeypatch.setattr("gkl.losses.parts.CACHED", 300)
     found = []
 
     def loss(student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from gkl import GKLLoss
-from gkl.losses import closed_form
 from gkl.losses.closed_form import dkl, gkl_loss, ikl, jsd, kl
 from gkl.losses.objectives import GKL
 from gkl.losses.prior import ClassPrior
@@ -126,7 +125,7 @@ def test_without_create_graph_a_second_derivative_is_refused(
     name: str, rows: int, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whole and in parts; also where another loss beside it has a second order that would be taken for all of it."""
-    monkeypatch.setattr(closed_form, "CACHED", 4 * rows)
+    monkeypatch.setattr("gkl.losses.parts.CACHED", 4 * rows)
     with pytest.raises(RuntimeError, match="pass create_graph=True to the loss too") as error:
         second(LOSSES[name][0], S, M, scope)
     assert "\n" not in str(error.value)

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.func import grad
 
 from gkl import ClassPrior, GKLLoss, dkl, gkl_loss, ikl, jsd, kl
-from gkl.losses import closed_form
 
 SETTINGS: dict[str, Any] = {"alpha": 20.0, "beta": 4.0, "gamma": 0.4}
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
@@ -145,7 +144,7 @@ def test_a_map_is_its_counted_positions_as_a_batch(
     name: str, shape: str, layout: str, cached: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients, with what does not count NaN, infinite and of labels that are no class."""
-    monkeypatch.setattr(closed_form, "CACHED", cached)
+    monkeypatch.setattr("gkl.losses.parts.CACHED", cached)
     student, teacher, labels, counted = case(SHAPES[shape])
     spread = counted.unsqueeze(1).expand_as(student)
     dirty = [torch.where(spread, x, bad) for x, bad in ((student, float("nan")), (teacher, float("-inf")))]
@@ -213,7 +212,7 @@ def test_torch_func_and_a_compiled_graph_take_maps_and_masks() -> None:
 def test_the_prior_of_a_map_is_that_of_its_counted_positions(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_form, "CACHED", 10)
+    monkeypatch.setattr("gkl.losses.parts.CACHED", 10)
     _, teacher, labels, counted = case(SHAPES[shape])
     one, other = ClassPrior(5).double(), ClassPrior(5).double()
     other.update(rows(teacher)[counted.flatten()], labels[counted])
