@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves_with_path
 
-from gkl.losses import closed_form
+from gkl.losses import gradients
 from gkl.losses.prior import ClassPrior
 from tests.tape import Taped
 from tests.trainers.methods.test_adversarial import task_of
@@ -107,7 +107,7 @@ def trained(task: Training, epochs: range) -> list[dict[str, float]]:
 def nothing_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where neither labels nor the logits' offsets are read back."""
     monkeypatch.setattr(ClassPrior, "_check", lambda self, labels: None)
-    monkeypatch.setattr(closed_form, "_far", lambda offsets: True)
+    monkeypatch.setattr(gradients, "_far", lambda offsets: True)
 
 
 def assert_alike(one: Any, other: Any) -> None:
