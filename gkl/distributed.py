@@ -88,6 +88,16 @@ class _Cat(torch.autograd.Function):
         return total.split(ctx.counts)[rank()]
 
 
+def rows_before(tensor: Tensor) -> Tensor | int:
+    """How many rows the processes before this one have, of tensors (b, ...) whose b may differ; no number is waited for."""
+    if world_size() == 1:
+        return 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=tensor.device)
+    counts[rank()] = len(tensor)
+    dist.all_reduce(counts)
+    return counts[: rank()].sum()
+
+
 def all_reduce_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one message per dtype."""
     _in_one_message(tensors, dist.all_reduce)

@@ -87,14 +87,14 @@ class GKL:
             gamma=self.gamma,
             temperature=self.temperature,
             weights_temperature=self.weights_temperature,
-            pair_weight=None if alone else partial(_mean_over_batch, group_size=group_size),
+            pair_weight=None if alone else partial(mean_over_batch, group_size=group_size),
             break_asymmetry=self.break_asymmetry,
             validate=False,
             reduction="none",
         )
 
 
-def _mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
+def mean_over_batch(pair_weights: Tensor, group_size: int) -> Tensor:
     """Of (b,) pair weights the mean over all processes' batches, or with a group_size (b,), the means of its groups."""
     if group_size:
         return torch.cat([g.mean().expand(len(g)) for g in pair_weights.split(group_size)])
