@@ -19,6 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gkl.evaluation.chosen import chosen
 from gkl.models import load_checkpoint
 from gkl.models.own import check_answers
 from trainers.command import run_main
@@ -49,6 +50,7 @@ def main(arguments: list[str]) -> int:
         data = instantiate(config["data"])
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
+            chosen(data, config["evaluation"]["images"])  # that they are there
             check_answers(model, data.image_size)
             console.say(str(load_checkpoint(model, path, config["checkpoint_key"])))
         except ValueError as error:

@@ -81,7 +81,9 @@ def test_imagenet_s_attack_reads_pictures_from_their_files(command: Command, the
     config = compose(
         "evaluate", ["checkpoint=f.pt", "model=resnet50", "data=imagenet", "evaluation=imagenet"]
     )
-    assert config["evaluation"]["images"] == 5000 and config["evaluation"]["version"] == "standard"
+    assert config["evaluation"]["images"] == "robustbench" and config["evaluation"]["version"] == "standard"
+    code, out, err = command("evaluate", *given[:-1], *files, "evaluation.images=robustbench")
+    assert code == 2 and err.count("\n") == 1 and "use data=imagenet" in err and not out, err
 
 
 def test_timm_s_network_by_name(command: Command, tmp_path: Path) -> None:  # noqa: F811

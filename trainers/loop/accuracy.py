@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from gkl.data.augment import to_float
-from gkl.data.batches import first_of_each_class
 from gkl.data.files import ImageFiles
 from gkl.data.memory import ImageData
 from gkl.data.stores import PictureError
@@ -21,6 +20,7 @@ from gkl.evaluation import (
     evaluate,
     pgd_robust,
 )
+from gkl.evaluation.chosen import chosen
 from gkl.models.batch_norm import eval_mode
 from trainers.errors import LostProcess, RunError
 from trainers.loop.console import Console
@@ -134,13 +134,13 @@ def autoattack_result(
     console: Console,
 ) -> AutoAttackResult:
     """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
-    chosen = first_of_each_class(data.test_labels, settings["images"])
+    numbers = chosen(data, settings["images"])
     name = DESCRIBED[attack_name(settings)]
     with eval_mode(model), told_as_lost():
         return evaluate(
             model,
-            chosen_images(data, chosen),
-            data.test_labels[chosen],
+            chosen_images(data, numbers),
+            data.test_labels[numbers],
             folder=folder,
             device=device,
             rank=rank(),

@@ -21,6 +21,7 @@ from gkl.data.batches import first_of_each_class
 from gkl.data.files import Split, other_pictures
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import pgd_robust
+from gkl.evaluation.chosen import chosen
 from gkl.models.batch_norm import eval_mode
 from gkl.rng import sample_keys
 from trainers.loop.accuracy import attack_name, autoattack_result, batches_of, eval_batch_size
@@ -44,7 +45,7 @@ class Subject:
 
     def attacked(self) -> Tensor:
         """The numbers of the test images that the run's own record attacked."""
-        return first_of_each_class(self.data.test_labels, self.settings["images"])
+        return chosen(self.data, self.settings["images"])
 
 
 def percent(flags: Tensor) -> float:
@@ -94,7 +95,7 @@ class Attacks(Assessment):
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics pgd<steps>, cw<steps>, worst; worst_screen where the screen stands in for AutoAttack."""
-        chosen = subject.attacked()
+        numbers = subject.attacked()
         worst = autoattack_result(
             subject.model, subject.data, subject.settings, **_place(subject)
         ).robust_flags
@@ -104,8 +105,8 @@ class Attacks(Assessment):
                 with eval_mode(subject.model):
                     flags = pgd_robust(
                         subject.model,
-                        subject.data.test_images[chosen],
-                        subject.data.test_labels[chosen],
+                        subject.data.test_images[numbers],
+                        subject.data.test_labels[numbers],
                         epsilon=subject.settings["epsilon"],
                         step_size=subject.settings["epsilon"] / 4,
                         steps=steps,
@@ -117,7 +118,7 @@ class Attacks(Assessment):
                 metrics[f"{'pgd' if loss == 'ce' else 'cw'}{steps}"] = percent(flags)
                 worst = worst & flags
         metrics["worst" if attack_name(subject.settings) == "aa" else "worst_screen"] = percent(worst)
-        return metrics, {"n": len(chosen)}
+        return metrics, {"n": len(numbers)}
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,8 @@ class Renditions(Assessment):
             pictures, among = other_pictures(Path(self.root) / folder, subject.data.class_names, classes)
             hits = torch.zeros(2, dtype=torch.float64, device=subject.device)
             for logits, y in _predictions(subject, pictures):
-                chosen = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
-                hits += torch.stack([(chosen == y).sum(), torch.tensor(len(y), device=y.device)])
+                predicted = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
+                hits += torch.stack([(predicted == y).sum(), torch.tensor(len(y), device=y.device)])
             right, total = all_reduce(hits).tolist()
             metrics[metric] = 100.0 * right / total
             details[metric] = {"n": int(total), "classes": int(among.sum())}

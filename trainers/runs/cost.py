@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from gkl.evaluation.chosen import LIST_LENGTH
 from trainers.runs.records import Record
 from trainers.runs.targets import instantiate, locate
 
@@ -113,7 +114,9 @@ def needed_flops(
     accuracy after each, unless it is trained; AutoAttack for the record, unless it is there; and as often as an assessment asks."""
     autoattack = 0.0
     if config.get("evaluation"):
-        autoattack = (config["evaluation"]["images"] or size.test) * SURVIVORS * AUTOATTACK_FORWARDS
+        images = config["evaluation"]["images"] or size.test
+        attacked = LIST_LENGTH if images == "robustbench" else images
+        autoattack = attacked * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": autoattack * (further_attacks + (not recorded))}
     counted = config["data"].get("steps_per_epoch") if config.get("consistency") else None
     shown = counted * config["batch_size"] if counted else size.train  # pictures of an epoch

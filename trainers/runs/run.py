@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from gkl.distributed import rank, world_size
 from gkl.evaluation.autoattack import FEWEST_CLASSES
+from gkl.evaluation.chosen import chosen
 from trainers.errors import ConfigError, RunError
 from trainers.files import clear, save_state
 from trainers.loop.console import Console
@@ -65,6 +66,8 @@ def run(config: dict[str, Any]) -> None:
             )
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
+            if config.get("evaluation"):
+                chosen(data, config["evaluation"]["images"])  # that they are there
             task = build(config, device=device, data=data, model=model)
             if config.get("assessment"):
                 instantiate(config["assessment"]).check()

@@ -15,6 +15,7 @@ import torch
 
 from gkl.attacks.pgd import Norm
 from gkl.evaluation.autoattack import Version
+from gkl.evaluation.chosen import Chosen
 from gkl.models.normalise import mean_and_std
 from gkl.models.own import check_answers
 from trainers.errors import ConfigError
@@ -50,7 +51,7 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "version": Version,
         "norm": Norm,
         "epsilon": float,
-        "images": int | None,
+        "images": Chosen,
         "batch_size": int,
         "seed": int,
     },
