@@ -18,6 +18,8 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+from gkl.atomic import atomically
+
 GROUP = "gkl.models"  # of entry points
 DIGITS = 16  # of a digest
 
@@ -32,10 +34,8 @@ def keep(file: str | Path, folder: Path) -> None:
     content = _read(file)
     path = folder / f"{_digest(content)}.py"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with atomically(path) as temporary:
+            temporary.write_bytes(content)
     note = _note(content)
     try:
         note.parent.mkdir(parents=True, exist_ok=True)

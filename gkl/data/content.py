@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from gkl.atomic import atomically
+
 CHUNK = 1 << 20
 LEFT_BY_SYSTEMS = {
     "__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
@@ -62,10 +64,8 @@ def _of_folder(path: Path, kept: Path | None) -> str:
     if note is not None and os.access(
         note.parent.parent if not note.parent.exists() else note.parent, os.W_OK
     ):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-        temporary.write_text(found)
-        os.replace(temporary, note)
+        with atomically(note) as temporary:
+            temporary.write_text(found)
     return found
 
 

@@ -1,7 +1,5 @@
 """scikit-learn's handwritten digits, what scale=smoke trains on: in memory, and as picture files that it writes itself."""
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gkl.atomic import atomically
 from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, first_of_classes, long_tail
 from gkl.data.layout import train_and_test
@@ -74,23 +73,23 @@ def digits_files(
 def _write_digits(path: Path) -> None:
     """Whole or not at all: several runs may start at once."""
     data = digits()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    for part, images, labels in (
-        ("train", data.train_images, data.train_labels),
-        ("val", data.test_images, data.test_labels),
-        ("renditions", 255 - data.test_images, data.test_labels),
-        ("sketch", edges(data.test_images), data.test_labels),
-    ):
-        for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            if part == "renditions" and label > 4:
-                continue
-            file = temporary / part / str(label) / f"{number:04d}.png"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     try:
-        temporary.rename(path)
-    except OSError:  # another run was first
-        shutil.rmtree(temporary)
+        with atomically(path) as temporary:
+            for part, images, labels in (
+                ("train", data.train_images, data.train_labels),
+                ("val", data.test_images, data.test_labels),
+                ("renditions", 255 - data.test_images, data.test_labels),
+                ("sketch", edges(data.test_images), data.test_labels),
+            ):
+                for number, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                    if part == "renditions" and label > 4:
+                        continue
+                    file = temporary / part / str(label) / f"{number:04d}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+    except OSError:
+        if not path.is_dir():  # else another run was first
+            raise
 
 
 def edges(images: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gkl.atomic import atomically
 from gkl.data.content import CHUNK, hidden, walk
 from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode
 
@@ -163,9 +164,8 @@ class Shards(Store):
         if index is None:
             index = {"shards": state, **_tar_index(path, self.shards)}
             if os.access(path, os.W_OK):
-                temporary = path / f".gkl-shards.{os.getpid()}.npz"
-                np.savez(temporary, allow_pickle=False, **index)
-                temporary.rename(kept)
+                with atomically(kept) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, allow_pickle=False, **index)
         self.names = index["names"].tolist()
         self.labels = torch.from_numpy(index["labels"])
         self.places = dict(zip(self.names, index["places"].tolist(), strict=True))

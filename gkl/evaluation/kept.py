@@ -10,7 +10,6 @@ What is kept is keyed by everything it depends on, contents and never names; bat
 import hashlib
 import inspect
 import json
-import os
 import time
 import zipfile
 from collections.abc import Mapping
@@ -21,6 +20,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from gkl.atomic import atomically
 
 PATIENCE_HOURS = 24.0  # for another process's batch: the longest attack on a large network takes some
 
@@ -60,12 +61,8 @@ class Kept:
     ) -> None:
         """Keep a batch, whole or not at all."""
         path = self._path(attack, number)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.npz")
-        try:
-            np.savez(temporary, points=points.numpy(), seconds=np.array(seconds), **outcome)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomically(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, points=points.numpy(), seconds=np.array(seconds), **outcome)
 
     def _path(self, attack: str, number: int) -> Path:
         return self.folder / f"{attack}_{number:05d}.npz"

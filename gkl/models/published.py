@@ -4,13 +4,14 @@ file = folder / file_name("torchvision/ResNet34_Weights.IMAGENET1K_V1")       # 
 fetch("torchvision/ResNet34_Weights.IMAGENET1K_V1", file)
 """
 
-import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
 import torchvision
+
+from gkl.atomic import atomically
 
 
 def file_name(name: str) -> Path:
@@ -35,9 +36,7 @@ def fetch(name: str, file: Path) -> None:
     origin, _, weights = name.partition("/")
     if origin not in ("torchvision", "timm"):
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
+    with atomically(file) as temporary:
         if origin == "torchvision":
             digest = re.search(r"-([0-9a-f]{8})\.", file.name)
             torch.hub.download_url_to_file(
@@ -47,9 +46,6 @@ def fetch(name: str, file: Path) -> None:
             from huggingface_hub import hf_hub_download
 
             shutil.copyfile(hf_hub_download(f"timm/{weights}", "model.safetensors"), temporary)
-        temporary.rename(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _torchvision(weights: str) -> str:

@@ -13,8 +13,9 @@ from typing import IO, Any
 
 import torch
 
+from gkl.atomic import clear
 from trainers.errors import RunError, in_a_line
-from trainers.files import clear, read_file, save, write_atomically, write_text
+from trainers.files import read_file, save, write_atomically, write_text
 
 GRACE_SECONDS = 10.0  # that a run which was told to stop has for its last checkpoint
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gkl.atomic import clear
 from gkl.distributed import rank, world_size
 from gkl.evaluation.autoattack import FEWEST_CLASSES
 from gkl.evaluation.chosen import chosen
 from trainers.errors import ConfigError, RunError
-from trainers.files import clear, save_state
+from trainers.files import save_state
 from trainers.loop.console import Console
 from trainers.loop.engine import fit
 from trainers.loop.folder import RunFolder

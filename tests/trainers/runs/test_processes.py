@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from gkl.atomic import clear
 from gkl.evaluation import kept
 from trainers.errors import RunError
-from trainers.files import clear
 from trainers.loop.accuracy import told_as_lost
 from trainers.loop.folder import RunFolder
 from trainers.runs import processes
