@@ -4,6 +4,7 @@ content = read("last.pt")                       # tensors and plain containers; 
 state, key, others = state_dict(content, "last.pt", key=None)
 """
 
+import os
 import re
 import zipfile
 from collections import OrderedDict
@@ -57,10 +58,9 @@ def read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        if zipfile.is_zipfile(path):
-            with open(path, "rb") as file:
-                if damaged := archive_damage(file):
-                    raise ValueError(damaged)
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\x03\x04" and (damaged := archive_damage(file)):
+                raise ValueError(damaged)
         return _unpickled(path)
     except OSError:
         raise
@@ -98,6 +98,9 @@ def _unpickled(path: Path) -> Any:
 
 def archive_damage(file: IO[bytes]) -> str | None:
     """Why an archive that torch.save wrote is not whole, None for a whole one: torch.load does not look at the checksums."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - 2**16 - 22))
+    file.read()  # where the list of its members is: zipfile takes a device's error there for damage
     try:
         with zipfile.ZipFile(file) as archive:
             name = archive.testzip()

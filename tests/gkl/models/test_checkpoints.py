@@ -2,7 +2,9 @@
 
 import argparse
 import copy
+import errno
 import functools
+import io
 import os
 from collections import defaultdict
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import gkl.models
 from gkl.models import CheckpointMismatch, checkpoint_files, create, load_checkpoint
+from gkl.models.checkpoint_files import archive_damage, read
 from gkl.models.normalise import Normalise
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 
@@ -579,3 +582,24 @@ def test_parts_among_lightning_s_hyper_parameters_are_not_made(tmp_path: Path) -
     assert_equal(model, source)
     read = checkpoint_files.read(tmp_path / "model.pt")["hyper_parameters"]
     assert all(isinstance(part, checkpoint_files.Placeholder) for part in read.values())
+
+
+def test_a_device_that_fails_at_a_file_s_end_is_no_damage(tmp_path: Path) -> None:
+    class Failing(io.BytesIO):
+        """Its last kilobyte cannot be read."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            end = len(self.getvalue()) if size is None or size < 0 else self.tell() + size
+            if end > len(self.getvalue()) - 1024:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(size)
+
+    torch.save({"weight": torch.zeros(9000)}, tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    assert archive_damage(io.BytesIO(whole)) is None
+    assert archive_damage(io.BytesIO(whole[:-1024]))
+    with pytest.raises(OSError, match="Input/output error"):
+        archive_damage(Failing(whole))
+    (tmp_path / "whole.pt").write_bytes(whole[:-1024])
+    with pytest.raises(ValueError, match="is damaged or no checkpoint"):
+        read(tmp_path / "whole.pt")
