@@ -65,6 +65,7 @@ def test_wider_balls_leave_fewer_and_the_average_is_theirs(trained: Subject) -> 
     assert metrics["aa_average"] == pytest.approx((metrics["aa_2"] + metrics["aa_8"]) / 2)
 
 
+@pytest.mark.long  # AutoAttack twice
 def test_worst_is_the_worst_for_each_image(trained: Subject) -> None:
     metrics, _ = Attacks("attacks", [10, 20])(trained)
     assert metrics.keys() == {"pgd10", "pgd20", "cw10", "cw20", "worst"}

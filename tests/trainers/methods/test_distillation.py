@@ -395,10 +395,10 @@ def twice(task: Training) -> list[dict[str, Any]]:
     return [within, ended(task, 2)]
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, folder: str, methods: tuple[str, ...]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    for method in METHODS:
+    for method in methods:
         states = twice(make_task(method, Path(folder), "bn_groups=2"))
         if rank == 0:
             torch.save(states, f"{folder}/{method}.pt")
@@ -406,15 +406,24 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "methods",
+    [
+        pytest.param(("gkl", "crd"), id="two"),
+        pytest.param(METHODS, id="all", marks=pytest.mark.long),  # every method, on two processes
+    ],
+)
+def test_two_processes_equal_one(methods: tuple[str, ...], tmp_path: Path) -> None:
     configured("kd", tmp_path)  # writes the teacher
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
-    for method in METHODS:
+    mp.spawn(worker, args=(str(tmp_path), methods), nprocs=2)
+    for method in methods:
         shared = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         assert_equal(twice(make_task(method, tmp_path, "bn_groups=2")), shared, method, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "precision", ["float32", pytest.param("float64", marks=pytest.mark.long)]
+)  # three trainings
 def test_kept_logits_change_no_bit_and_save_the_teachers_work(precision: str, tmp_path: Path) -> None:
     """Students and seeds share what is kept of one teacher; the last batch of an epoch is smaller than the others."""
     cache = f"teacher.cache={tmp_path}/logits"

@@ -226,6 +226,7 @@ def trained(task: Training) -> dict[str, Any]:
     return {"logged": logged, "row": task.end_epoch(1), **copy.deepcopy(task.state_dict())}
 
 
+@pytest.mark.long  # every row, on two processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     for row in ("fixmatch_gkl", "mean_teacher_gkl"):
