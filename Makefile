@@ -13,6 +13,7 @@ SEEDS    ?=#            0,1,2      (default: three, at smoke scale one)
 ROWS     ?=#            row ids of the table (default: all)
 PAIRS    ?=#            teacher-student pairs of Tables V, XVII and XVIII (default: all)
 PLAN     ?=#            1: only say what is missing and what it costs
+MINUTES  ?=#            stop after so many; what has begun is saved, and the same command goes on
 DEVICES  ?= 1#          devices per run
 JOBS     ?= auto#       runs at the same time
 LAUNCHER ?=#            slurm | torchrun-nodes (default: this machine; its settings: ARGS="launcher.partition=gpu launcher.minutes=600")
@@ -29,8 +30,9 @@ VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-REPRODUCE = $(PY) scripts/reproduce.py scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) devices=$(DEVICES) \
-	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(PAIRS),'columns=[$(PAIRS)]') $(if $(filter-out 0,$(PLAN)),plan=true) $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(ARGS)
+ASKED = scale=$(SCALE) protocol=$(PROTOCOL) jobs=$(JOBS) devices=$(DEVICES) $(if $(filter-out 0,$(PLAN)),plan=true) $(if $(MINUTES),minutes=$(MINUTES)) \
+	  $(if $(SEEDS),'seeds=[$(SEEDS)]') $(if $(ROWS),'rows=[$(ROWS)]') $(if $(PAIRS),'columns=[$(PAIRS)]') $(if $(LAUNCHER),launcher=$(LAUNCHER)) $(ARGS)
+REPRODUCE = $(PY) scripts/reproduce.py $(ASKED)
 
 table%: $(STAMP) ## table1 1kd 2 to 6, 10 to 22, 24: run what is missing, print it (SCALE SEEDS ROWS PAIRS PLAN PROTOCOL DEVICES ARGS)
 	@$(REPRODUCE) table=$*
@@ -53,8 +55,8 @@ sweep-tau: table21 ## over the prior's temperature, conference version (Table XX
 report: $(STAMP) ## all tables, figures and the page results/report.html from the records; runs nothing
 	@$(PY) scripts/report.py
 
-claims: $(STAMP) ## results/claims.md: what the records say of each of the paper's claims, and what would decide it; runs nothing
-	@$(PY) scripts/report.py claims
+claims: $(STAMP) ## results/claims.md: what the records say of the paper's claims; PLAN=1: which runs would say most; MINUTES=10: run those
+	@$(PY) scripts/claims.py $(ASKED)
 
 dashboard: $(STAMP) ## wandb workspaces that set KL against GKL, as JSON with previews in results/dashboard; needs no login
 	@$(PY) scripts/dashboard.py $(ARGS)

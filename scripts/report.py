@@ -2,10 +2,11 @@
 
     python scripts/report.py             # tables, figures and the page
     python scripts/report.py page        # the page alone
-    python scripts/report.py claims      # results/claims.md alone: what the records say of the paper's claims
 
 Nothing is run. The page needs no server and no other file; its numbers link to the records beside it.
 """
+
+import trainers.interrupt  # noqa: F401
 
 import sys
 from pathlib import Path
@@ -24,8 +25,8 @@ from trainers.runs.reproduce import ended
 
 def main(arguments: list[str]) -> int:
     """Read, render, write. Returns the exit code."""
-    if arguments not in ([], ["page"], ["claims"]):
-        raise ConfigError(f"a report takes no settings but `page` or `claims`, got {' '.join(arguments)}")
+    if arguments not in ([], ["page"]):
+        raise ConfigError(f"a report takes no settings but `page`, got {' '.join(arguments)}")
     results = Path(folders()["results"])
     records = read_records(results / "runs")
     if not records:
@@ -40,14 +41,12 @@ def main(arguments: list[str]) -> int:
                 if "draw" in config:
                     written += render_figure(config, records, results)
                 print("wrote " + ", ".join(map(str, written)))
-    if arguments != ["page"]:
         found = ledger(records)
         write_text(results / "claims.md", markdown(found))
         print(f"wrote {results / 'claims.md'}: {counted(found)}")
-    if arguments != ["claims"]:
-        path = results / "report.html"
-        write_text(path, page(records, results))
-        print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    path = results / "report.html"
+    write_text(path, page(records, results))
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return ended(records.damaged)
 
 

@@ -241,7 +241,8 @@ KNOWN: dict[str, Callable[[list[str]], None]] = {
     "prepare": settings_of("prepare"),
     "release": settings_of("release"),
     "dashboard": settings_of("dashboard"),
-    "report": settings_of("report", "page", "claims"),
+    "report": settings_of("report", "page"),
+    "claims": lambda words: train([*read_settings(words)[1], "experiment=at/c100_basic_gkl"]),
     "doctor": settings_of("doctor", "-"),
 }
 

@@ -67,11 +67,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence of the paper in our words, where it stands, and what the records say."""
+    """A sentence of the paper in our words, where it stands, the rows it sets against each other, and what the records say."""
 
     name: str
     text: str
     where: str
+    pairs: Sequence[Mapping[str, Any]]
     lines: Sequence[Line] = field(default_factory=list)
     missing: Sequence[str] = field(default_factory=list)
     computed: str = ""
@@ -92,8 +93,8 @@ def ledger(records: Sequence[Record]) -> list[Claim]:
     found = []
     for path in sorted((CONFIGS / "claim").glob("*.yaml")):
         config: Any = OmegaConf.to_container(OmegaConf.load(path))
-        lines, missing = [], []
-        for pair in config.get("pairs", []):
+        lines, missing, pairs = [], [], config.get("pairs", [])
+        for pair in pairs:
             number = pair["table"]
             if number not in made:
                 made[number] = sections(load_table(str(number)), records)
@@ -104,7 +105,7 @@ def ledger(records: Sequence[Record]) -> list[Claim]:
                     f"make table{number} SCALE=small ROWS={pair['ours']},{pair['other']} SEEDS=0,1,2,3,4"
                 )
         computed = COMPUTED[config["computed"]]() if "computed" in config else ""
-        found.append(Claim(path.stem, config["claim"], config["where"], lines, missing, computed))
+        found.append(Claim(path.stem, config["claim"], config["where"], pairs, lines, missing, computed))
     return found
 
 

@@ -1,6 +1,7 @@
 """Runs the missing cells of a plan through a launcher: teachers first, fail fast or carry on, nothing lost when killed."""
 
 import json
+import math
 import signal
 import statistics
 import sys
@@ -62,19 +63,21 @@ def run_all(
     jobs: int,
     *,
     keep_going: bool,
+    minutes: float | None = None,
     then: Callable[[Cell], Sequence[Cell]] = lambda done: (),
 ) -> list[str]:
     """Run every cell, `jobs` at the same time, and after each those that `then` names; returns a line for each that failed.
 
-    Unless keep_going, the first that fails stops the others and raises RunError. Stopped runs have saved themselves, those of a
+    minutes: after which the runs that are at work save themselves, and no other begins. Unless keep_going, the first that fails stops the others and raises RunError. Stopped runs have saved themselves, those of a
     launcher that outlives this process go on: the same command finds either. Each run writes to run.log in its folder.
     """
     waiting, running = list(cells), list[Job]()
     board = Board(len(cells), jobs)
     failures: list[str] = []
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     with signals() as stopped, board:
         try:
-            while (waiting or running) and not stopped():
+            while (waiting or running) and not stopped() and time.monotonic() < end:
                 ready = startable(waiting, running)[: jobs - len(running)]
                 if ready:
                     waiting = [c for c in waiting if c not in ready]
@@ -101,7 +104,11 @@ def run_all(
                         raise RunError(failures[0])
                     board.line(failures[-1])
             if signum := stopped():
-                raise Interrupted(_stopped(signum, board, launcher), signum)
+                raise Interrupted(_stopped(signal.Signals(signum).name, board, launcher), signum)
+            if time.monotonic() >= end and (waiting or running):
+                if not launcher.outlive:
+                    _stop(running)
+                board.line(_stopped(f"the end of {minutes:g} minutes", board, launcher))
         except BaseException:
             if not launcher.outlive:
                 _stop(running)
@@ -126,10 +133,10 @@ def _failure(job: Job) -> str:
     return f"row {row}, seed {seed} failed: {_last_line(job.log)} (whole log: {job.log})"
 
 
-def _stopped(signum: int, board: "Board", launcher: Launcher) -> str:
+def _stopped(by: str, board: "Board", launcher: Launcher) -> str:
     kept = "goes on in the queue" if launcher.outlive else "saved where it was"
     return (
-        f"stopped by {signal.Signals(signum).name} with {board.done} of {board.total} runs done; each of the others that had begun "
+        f"stopped by {by} with {board.done} of {board.total} runs done; each of the others that had begun "
         f"{kept}. The same command goes on from there"
     )
 

@@ -44,11 +44,11 @@ def read_settings(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
             raise ConfigError(f"{name} must be true or false, got {settings[name]!r}")
     if settings["jobs"] != "auto" and not (type(settings["jobs"]) is int and settings["jobs"] > 0):
         raise ConfigError(f"jobs must be auto or a number above 0, got {settings['jobs']!r}")
+    for name in ("tflops", "minutes"):
+        if (given := settings[name]) is not None and (type(given) not in (int, float) or given <= 0):
+            raise ConfigError(f"{name} must be a number above 0, got {given!r}")
     if settings["trials"] is not None and not (type(settings["trials"]) is int and settings["trials"] > 0):
         raise ConfigError(f"trials must be a number above 0, got {settings['trials']!r}")
-    given = settings["tflops"]
-    if given is not None and (type(given) not in (int, float) or given <= 0):
-        raise ConfigError(f"tflops must be a number above 0, got {settings['tflops']!r}")
     return {str(key): value for key, value in settings.items()}, [a for a in arguments if a not in own]
 
 
@@ -91,6 +91,7 @@ def carry_out(
         launcher,
         concurrent_runs(missing[0].config, settings),
         keep_going=settings["keep_going"],
+        minutes=settings["minutes"],
         then=lambda done: [ready(cell) for cell in then(done)],
     )
 
@@ -103,8 +104,13 @@ def rate(plan: Sequence[Cell], settings: Mapping[str, Any]) -> Rate:
     recorded = dict.fromkeys((Path(config["paths"]["results"]).resolve(), CONFIGS.parent / "results"))
     task = config["experiment"].split("/")[0]
     records = [record for folder in recorded for record in read_records(folder / "runs" / task)]
-    device = torch.device("cuda" if torch.cuda.is_available() and config["device"] != "cpu" else "cpu")
-    return measured_rate(records, machine_name(device), settings["scale"], task) or ASSUMED
+    return measured_rate(records, machine_of(config), settings["scale"], task) or ASSUMED
+
+
+def machine_of(config: Mapping[str, Any]) -> str:
+    """What a run's record calls the device that it would run on here."""
+    on_gpu = torch.cuda.is_available() and config["device"] != "cpu"
+    return machine_name(torch.device("cuda" if on_gpu else "cpu"))
 
 
 def concurrent_runs(config: Mapping[str, Any], settings: Mapping[str, Any]) -> int:

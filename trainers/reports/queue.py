@@ -1,0 +1,183 @@
+"""The missing runs that would say most about the paper's claims for the minutes they take.
+
+for step in queue(records, settings, overrides):
+    print(step)
+
+A step is a seed of both sides of a claim, with the runs that it lacks. It is worth the share that it brings of the seeds that its line
+still needs: those that would decide it, and at least FIRST, below which a spread says little. Steps that lack the same runs are one, and
+worth their sum; what an earlier step brings, a teacher say, costs a later one nothing.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainers.loop.console import duration
+from trainers.reports.ledger import MOST, Line, ledger, seeds_needed
+from trainers.runs.cost import Rate
+from trainers.runs.identity import config_hash
+from trainers.runs.plan import Cell, cells, device_hours, experiments, load_table
+from trainers.runs.records import Record
+from trainers.runs.reproduce import machine_of, rate
+
+FIRST = 5  # paired seeds
+OFFERED = 10  # seeds of a pair at a time
+
+
+@dataclass(frozen=True)
+class Step:
+    """The runs that a seed of some claims' pairs lacks. minutes: None for data whose size is not known beforehand."""
+
+    claims: Sequence[str]
+    pair: str
+    seed: int
+    cells: Sequence[Cell]
+    minutes: float | None
+    worth: float
+
+    def __str__(self) -> str:
+        time = "unknown time" if self.minutes is None else f"about {duration(60 * self.minutes)}"
+        runs = f"{len(self.cells)} run{'s' * (len(self.cells) > 1)}"
+        return f"{self.pair}, seed {self.seed}: {runs}, {time}; {100 * self.worth:.0f} % of what {', '.join(self.claims)} need"
+
+
+def missing_seeds(line: Line) -> int:
+    """How many more a line needs."""
+    n = len(line.differences)
+    wanted = FIRST
+    if n > 1 and line.verdict.startswith("undecided"):
+        found = seeds_needed(statistics.mean(line.differences), statistics.stdev(line.differences))
+        wanted = max(FIRST, found or MOST)
+    return max(wanted - n, 0)
+
+
+def queue(records: Sequence[Record], settings: Mapping[str, Any], overrides: Sequence[str]) -> list[Step]:
+    """Every step at the settings' scale and protocol, the most telling a minute first."""
+    offered: dict[frozenset[Path], Step] = {}
+    results: list[Path] = []
+    for claim in ledger(records):
+        for pair in claim.pairs:
+            for name, by_seed in _runs(pair, settings, overrides).items():
+                results = results or [
+                    Path(next(iter(by_seed.values()))[0].config["paths"]["results"]) / "runs"
+                ]
+                mine = {str(c.record.relative_to(results[0])) for some in by_seed.values() for c in some}
+                lines = [line for line in claim.lines if mine & set(line.records)]
+                left = [missing_seeds(line) for line in lines] or [FIRST]
+                worth = statistics.mean(1 / n if n else 0.0 for n in left)
+                lacking = [(seed, _lacking(some)) for seed, some in by_seed.items()]
+                for seed, some in [one for one in lacking if one[1]][: min(OFFERED, max(left))]:
+                    key = frozenset(cell.record for cell in some)
+                    before = offered.get(key)
+                    names = [*(before.claims if before else ()), claim.name]
+                    offered[key] = Step(
+                        list(dict.fromkeys(names)),
+                        name,
+                        seed,
+                        some,
+                        None,
+                        worth + (before.worth if before else 0.0),
+                    )
+    return _ordered(list(offered.values()), records, settings)
+
+
+def _runs(
+    pair: Mapping[str, Any], settings: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, dict[int, list[Cell]]]:
+    """Name of a pair -> seed -> its two runs: one pair, or in a table with columns one a column that both rows have."""
+    table = load_table(str(pair["table"]))
+    rows = {
+        row["id"]: experiments(table, row)
+        for row in table["rows"]
+        if row["id"] in (pair["ours"], pair["other"])
+    }
+    both = [column for column in rows[pair["ours"]] if column in rows[pair["other"]]]
+    if "columns" in table and "metrics" in pair:
+        both = [column for column in both if column in pair["metrics"]]
+    seeds = range(OFFERED * 2)
+    found = {}
+    for column in both:
+        plan = cells(
+            table, scale=settings["scale"], protocol=settings["protocol"], seeds=seeds, rows=list(rows),
+            columns=[column] if column else None, overrides=overrides,
+        )  # fmt: skip
+        sides = [cell for cell in plan if cell.row in rows]
+        name = f"{table['title'].split(':')[0]}, {pair['ours']} against {pair['other']}{column and f' of {column}'}"
+        found[name] = {seed: [cell for cell in sides if cell.config["seed"] == seed] for seed in seeds}
+    return found
+
+
+def _lacking(some: Sequence[Cell]) -> list[Cell]:
+    """Those that are not done, after the teachers that they wait for."""
+    found: dict[Path, Cell] = {}
+    for cell in some:
+        chain = []
+        one: Cell | None = cell
+        while one and one.status != "done":
+            chain.append(one)
+            one = one.teacher
+        found.update({c.record: c for c in reversed(chain)})
+    return list(found.values())
+
+
+def _ordered(offered: list[Step], records: Sequence[Record], settings: Mapping[str, Any]) -> list[Step]:
+    """By worth a minute; a run that a step before brings costs nothing. Those of unknown time come last."""
+    rates: dict[str, Rate] = {}
+    took: dict[Path, float | None] = {}
+    for step in offered:
+        for cell in step.cells:
+            task = cell.config["experiment"].split("/")[0]
+            if task not in rates:
+                rates[task] = rate([cell], settings)
+            if cell.record not in took:
+                took[cell.record] = _minutes(cell, records, rates[task])
+    found: list[Step] = []
+    brought: set[Path] = set()
+
+    def costing(step: Step) -> Step:
+        left = [cell for cell in step.cells if cell.record not in brought]
+        each = [took[cell.record] for cell in left]
+        minutes = None if None in each else sum(m for m in each if m is not None)
+        return Step(step.claims, step.pair, step.seed, left, minutes, step.worth)
+
+    while offered:
+        priced = [costing(step) for step in offered]
+        best = max(range(len(priced)), key=lambda i: _rank(priced[i]))
+        if priced[best].cells and priced[best].worth > 0:
+            found.append(priced[best])
+        brought |= {cell.record for cell in priced[best].cells}
+        offered.pop(best)
+    return found
+
+
+def _rank(step: Step) -> tuple[bool, float]:
+    return step.minutes is not None, step.worth / max(step.minutes or 1.0, 1e-3)
+
+
+def _minutes(cell: Cell, records: Sequence[Record], sustained: Rate) -> float | None:
+    """What a run takes: the median of its other seeds on such a machine, else what its recipe costs there."""
+    hashed = config_hash(cell.config)
+    same = [
+        record["cost"]["seconds"]
+        for record in records
+        if record["config_hash"] == hashed and record["hardware"]["name"] == machine_of(cell.config)
+    ]
+    if same:
+        return statistics.median(same) / 60
+    hours = device_hours(cell, sustained)
+    return None if hours is None else 60 * hours
+
+
+def fitting(steps: Sequence[Step], minutes: float, at_once: int) -> list[Cell]:
+    """The runs of the steps that end within so many minutes, in their order, and of the first that does not: it is gone on with later."""
+    left, found = minutes * at_once, list[Cell]()
+    beyond: Step | None = None
+    for step in steps:
+        if step.minutes is not None and step.minutes <= left:
+            found += step.cells
+            left -= step.minutes
+        else:
+            beyond = beyond or step
+    return [*found, *(beyond.cells if beyond and left > 0 else ())]
