@@ -7,6 +7,8 @@
 scale: of the runs shown; by default the one of which the table has most. Logged in with `wandb login` or WANDB_API_KEY.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import json
 import subprocess
 import sys

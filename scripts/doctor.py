@@ -5,6 +5,8 @@
 Changes nothing and downloads nothing. Exit code 0, or 2 when an installed version is not one that pyproject.toml takes.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import json
 import os
 import platform

@@ -8,6 +8,8 @@ Finished batches are kept beside the checkpoint's name under GKL_OUTPUTS: the sa
 With torchrun in front it shares the batches over several devices.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import hashlib
 import json
 import os
@@ -19,6 +21,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gkl.atomic import atomically
 from gkl.evaluation.chosen import chosen
 from gkl.models import load_checkpoint
 from gkl.models.own import check_answers
@@ -92,21 +95,17 @@ def with_published(arguments: list[str]) -> tuple[list[str], dict[str, Any] | No
 
 def fetch(url: str, path: Path) -> None:
     """Download a published checkpoint to its place, whole or not at all. Raises ConfigError saying what to do instead."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
-            shutil.copyfileobj(answer, file)
-        with open(temporary, "rb") as file:
-            if file.read(1) == b"<":
-                raise OSError("the answer is a web page, not a checkpoint")
-        temporary.rename(path)
+        with atomically(path) as temporary:
+            with urllib.request.urlopen(url, timeout=60) as answer, open(temporary, "wb") as file:
+                shutil.copyfileobj(answer, file)
+            with open(temporary, "rb") as file:
+                if file.read(1) == b"<":
+                    raise OSError("the answer is a web page, not a checkpoint")
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"no checkpoint at {path} and {url} cannot be read ({error}); download it by hand and pass checkpoint=FILE"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 classes=100 refuses labels of no class before anything is written. A part is never held in memory. The parts are on the Hugging Face Hub: P2333/DM-Improves-AT, cifar10/ and cifar100/.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import sys
 from pathlib import Path
 from typing import Any

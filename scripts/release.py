@@ -6,6 +6,8 @@
 Weights come from the outputs folder (GKL_OUTPUTS) and must be the very ones of the record.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import sys
 from pathlib import Path
 from typing import Any

@@ -8,6 +8,8 @@
 Settings that configs/reproduce.yaml does not know are handed to every run.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import sys
 from pathlib import Path
 

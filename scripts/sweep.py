@@ -9,6 +9,8 @@ configs/reproduce.yaml (seeds, scale, jobs, plan, keep_going, ...) as there; eve
 to results/sweeps. The paper's own sweeps are Tables X, XI, XII, XX and XXI: make sweep-alpha, sweep-beta, sweep-gamma, sweep-tau.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import sys
 
 from trainers.command import run_main

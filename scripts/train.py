@@ -7,6 +7,8 @@
 Stopped at any moment (Ctrl-C, SIGTERM, SIGKILL) and started again with the same command, it goes on where it was.
 """
 
+import trainers.interrupt  # noqa: F401
+
 import sys
 
 from omegaconf import OmegaConf

@@ -385,3 +385,21 @@ def test_every_published_checkpoint_is_named_with_its_network_data_and_numbers(
 def test_a_sweep_plans_every_combination(command: Command) -> None:
     code, out, _ = command("sweep", GKL, "scale=smoke", "loss.gamma=0,0.2", "loss.alpha=12,20", "plan=true")
     assert code == 0 and "0 of 4 runs done" in out and "loss.gamma=0.2,loss.alpha=12" in out
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py")))
+def test_ctrl_c_while_a_script_is_read_prints_no_traceback(script: str) -> None:
+    """It is sent when the first module of ours has been imported, and torch has not."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", f"scripts/{script}.py", "--help"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "trainers.interrupt" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and not out
+    assert "Traceback" not in err and "KeyboardInterrupt" not in err

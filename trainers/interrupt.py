@@ -1,0 +1,6 @@
+"""Imported first by the scripts: a Ctrl-C while the others are imported, which takes seconds, ends the process and prints no traceback."""
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until trainers.command.run_main listens
