@@ -41,11 +41,12 @@ def main(arguments: list[str]) -> int:
                 if "draw" in config:
                     written += render_figure(config, records, results)
                 print("wrote " + ", ".join(map(str, written)))
-        found = ledger(records)
-        write_text(results / "claims.md", markdown(found))
-        print(f"wrote {results / 'claims.md'}: {counted(found)}")
+    claims = ledger(records)
+    if not arguments:
+        write_text(results / "claims.md", markdown(claims))
+        print(f"wrote {results / 'claims.md'}: {counted(claims)}")
     path = results / "report.html"
-    write_text(path, page(records, results))
+    write_text(path, page(records, results, claims))
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return ended(records.damaged)
 

@@ -42,12 +42,17 @@ class Line:
     records: Sequence[str]
 
     @property
+    def mean(self) -> float:
+        """Difference."""
+        return statistics.mean(self.differences)
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """Of the mean difference; None below two seeds."""
         if len(self.differences) < 2:
             return None
-        mean, half = statistics.mean(self.differences), paired_half_width(self.differences)
-        return mean - half, mean + half
+        half = paired_half_width(self.differences)
+        return self.mean - half, self.mean + half
 
     @property
     def verdict(self) -> str:
@@ -58,7 +63,7 @@ class Line:
             return "supported"
         if self.interval[1] < 0:
             return "contradicted"
-        needed = seeds_needed(statistics.mean(self.differences), statistics.stdev(self.differences))
+        needed = seeds_needed(self.mean, statistics.stdev(self.differences))
         if needed is None:
             return f"undecided, and would be with {MOST} seeds"
         hours = (needed - len(self.differences)) * self.seconds / 3600
@@ -230,7 +235,7 @@ def markdown(claims: Sequence[Claim]) -> str:
                 line.pair,
                 line.where,
                 line.metric,
-                f"{statistics.mean(line.differences):+.2f}",
+                f"{line.mean:+.2f}",
                 low_high,
                 str(len(line.differences)),
                 line.verdict,

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainers.errors import ConfigError
 from trainers.reports.dashboard import compared, runs_of
+from trainers.reports.ledger import Claim
 from trainers.reports.render import sections
 from trainers.reports.tables import Comparison, Row, Table
 from trainers.runs.compose import completed
@@ -56,10 +57,11 @@ class Part:
         return f"{self.config['name']}-{self.table.scale}-{self.table.protocol}"
 
 
-def page(records: Sequence[Record], results: Path) -> str:
+def page(records: Sequence[Record], results: Path, claims: Sequence[Claim] = ()) -> str:
     """The page's HTML. Raises ConfigError without the report extra's packages.
 
-    results: the folder that the page will lie in, with the runs' histories, and the page that was there before.
+    results: the folder that the page will lie in, with the runs' histories, and the page that was there before. claims: what the
+    records say of the paper's, a section of its own.
     """
     if any(find_spec(name) is None for name in ("altair", "jinja2", "vl_convert")):
         raise ConfigError("the report page needs Altair and its JavaScript: pip install 'gkl[report]'")
@@ -90,6 +92,8 @@ def page(records: Sequence[Record], results: Path) -> str:
         protocols=list(dict.fromkeys(p.table.protocol for p in parts["table"])),
         shown=shown,
         cells=lambda part: [(row, _cells(part.table, row, numbers)) for row in part.table.rows],
+        claims=claims,
+        runs_of=lambda line: " ".join(str(numbers[path]) for path in line.records),
         headings=HEADINGS,
         count=len(records),
         latest=max(record["finished"] for record in records)[:10] if records else "none",

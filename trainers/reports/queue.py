@@ -48,7 +48,7 @@ def missing_seeds(line: Line) -> int:
     n = len(line.differences)
     wanted = FIRST
     if n > 1 and line.verdict.startswith("undecided"):
-        found = seeds_needed(statistics.mean(line.differences), statistics.stdev(line.differences))
+        found = seeds_needed(line.mean, statistics.stdev(line.differences))
         wanted = max(FIRST, found or MOST)
     return max(wanted - n, 0)
 

@@ -16,6 +16,7 @@ import pytest
 from trainers.errors import ConfigError
 from trainers.reports import page as page_module
 from trainers.reports.dashboard import compared, panels_of, preview, runs_of, spec, workspace
+from trainers.reports.ledger import ledger
 from trainers.reports.page import LIMIT_BYTES, command, page
 from trainers.reports.render import sections
 from trainers.runs.compose import compose
@@ -71,6 +72,12 @@ def test_the_committed_page_is_of_the_committed_records(records: list[dict[str, 
     for number in tables():
         title = load_table(number)["title"].replace("&", "&amp;").replace("'", "&#39;")
         assert title in text, number
+    numbers = {run["path"]: n for n, run in enumerate(embedded(path)["runs"])}
+    for claim in ledger(records):
+        assert claim.text.replace("'", "&#39;") in text
+        for line in claim.lines:  # a click on its difference opens its runs
+            behind = " ".join(str(numbers[path]) for path in line.records)
+            assert f'data-runs="{behind}" data-metric="{line.metric}"' in text, line
 
 
 def test_the_page_asks_for_no_other_file(built: Path) -> None:
