@@ -49,7 +49,7 @@ def built(records: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactor
             "tables",
             lambda kind="table": {k: v for k, v in tables(kind).items() if k in SHOWN[kind]},
         )
-        path.write_text(page(records, RESULTS), encoding="utf-8")
+        path.write_text(page(records, RESULTS, ledger(records)), encoding="utf-8")
     return path
 
 
@@ -211,7 +211,7 @@ def test_every_number_equals_its_records_and_opens_them(
     by_path = {record["path"]: record for record in records}
     runs = tab.evaluate("data.runs.map(run => run.path)")
     buttons = tab.evaluate(
-        "[...document.querySelectorAll('button.n')].map(b => [b.dataset.runs, b.dataset.metric, b.textContent])"
+        "[...document.querySelectorAll('.part button.n')].map(b => [b.dataset.runs, b.dataset.metric, b.textContent])"
     )
     assert len(buttons) > 30
     for numbers, metric, text in buttons:
@@ -232,6 +232,34 @@ def test_every_number_equals_its_records_and_opens_them(
     assert dialog.locator("a").first.get_attribute("href") == f"runs/{first['path']}"
     tab.keyboard.press("Escape")
     assert tab.locator("dialog[open]").count() == 0 and heard == []
+
+
+@pytest.mark.browser
+def test_every_difference_of_a_claim_is_its_records_and_opens_them(
+    opened: tuple[Any, list[str]], records: list[dict[str, Any]]
+) -> None:
+    """The records behind it stand as pairs: ours, the other, seed by seed."""
+    tab, heard = opened
+    metrics = {record["path"]: record["metrics"] for record in records}
+    runs = tab.evaluate("data.runs.map(run => run.path)")
+    buttons = tab.locator("section:has(> #claims) button.n")
+    assert buttons.count() > 20
+    for button in buttons.all():
+        behind = [metrics[runs[int(n)]] for n in (button.get_attribute("data-runs") or "").split()]
+        shared = set.intersection(*({name for name in found} for found in behind))
+        means = [
+            statistics.mean(
+                ours[name] - other[name] for ours, other in zip(behind[::2], behind[1::2], strict=True)
+            )
+            for name in shared
+        ]
+        assert button.inner_text() in {f"{mean:+.2f} ({len(behind) // 2})" for mean in means}
+    last = buttons.last
+    claim = last.evaluate("button => button.closest('section').querySelector('h3').textContent")
+    last.click()
+    dialog = tab.locator("dialog[open]").inner_text()
+    assert dialog.count("Record: ") == len((last.get_attribute("data-runs") or "").split())
+    assert claim.split(".")[0] in dialog and heard == []
 
 
 @pytest.mark.browser
