@@ -53,9 +53,12 @@ class ResizedCrop:
             raise ValueError(f"augment.repeats must be at least 1, got {repeats}")
         self.scale, self.ratio, self.flip = tuple(scale), tuple(ratio), flip
         self.interpolation, self.rand_augment, self.repeats = interpolation, rand_augment, repeats
+        self.whole = self.scale == self.ratio == (1.0, 1.0) and not (flip or rand_augment)
 
     def __call__(self, picture: Picture, size: int, *, key: int) -> Tensor:
         """picture: as gkl.data.stores.decode gives it. Returns (3, size, size) uint8."""
+        if self.whole and isinstance(picture, Tensor) and picture.shape[1:] == (size, size):
+            return picture  # there is nothing to draw
         with drawing_from(key):
             box = RandomResizedCrop.get_params(picture, self.scale, self.ratio)
             how = self.interpolation

@@ -235,7 +235,7 @@ def loader(views: FileViews, batches: Iterable[Sequence[tuple[int, int]]], worke
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_single_thread if workers else None,
+        worker_init_fn=single_thread if workers else None,
         collate_fn=_batched,
     ):
         if isinstance(batch, PictureError):
@@ -248,7 +248,8 @@ def _batched(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
 
 
-def _single_thread(worker: int) -> None:
+def single_thread(worker: int) -> None:
+    """What a worker process begins with."""
     torch.set_num_threads(1)
 
 

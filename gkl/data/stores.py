@@ -77,7 +77,8 @@ class Store:
         self.empty = sorted({name for name in folders if not hidden(name)} - full)
 
 
-def _fitting(size: int) -> int:
+def fitting(size: int) -> int:
+    """A picture's bytes. Raises ValueError for too many."""
     if size > LARGEST:
         raise ValueError(f"has {size:,} bytes, more than a picture's {LARGEST:,}; replace or remove it")
     return size
@@ -98,7 +99,7 @@ class Folder(Store):
         found = os.stat(self.path / name)
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
             raise ValueError("is no regular file; replace or remove it")
-        _fitting(found.st_size)
+        fitting(found.st_size)
         return (self.path / name).read_bytes()
 
 
@@ -132,7 +133,7 @@ class Zip(Store):
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
-        _fitting(self._archive().getinfo(name).file_size)
+        fitting(self._archive().getinfo(name).file_size)
         return self._archive().read(name)
 
     def _archive(self) -> zipfile.ZipFile:
@@ -154,7 +155,7 @@ class Shards(Store):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self.shards = _tars(path)
+        self.shards = tars(path)
         kept = path / "gkl-shards.npz"
         self._states = [_state(shard) for shard in self.shards]
         state = np.array(
@@ -176,7 +177,7 @@ class Shards(Store):
         with open(self.shards[shard], "rb") as file:
             _unchanged(file.fileno(), self._states[shard])
             file.seek(start)
-            return file.read(_fitting(size))
+            return file.read(fitting(size))
 
 
 def _state(file: Path | int) -> str:
@@ -190,7 +191,7 @@ def _unchanged(file: Path | int, state: str) -> None:
         raise ValueError("is in an archive that was written anew since this run began; start again")
 
 
-def _tars(path: Path) -> list[Path]:
+def tars(path: Path) -> list[Path]:
     """The tar files of a folder and of the folders in it; no deeper, where a million pictures may lie."""
     found = (*path.glob("*.tar"), *path.glob("*/*.tar"))
     return sorted(shard for shard in found if not hidden(str(shard.relative_to(path))))
@@ -272,7 +273,7 @@ def open_store(
     if not path.exists():
         raise FileNotFoundError(f"no {what} at {path}; {remedy}")
     if path.is_dir():
-        return Shards(path) if _tars(path) else Folder(path)
+        return Shards(path) if tars(path) else Folder(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip archive")
     return Zip(path)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.models.checkpoint_files import WRAPPING, read, some, state_dict
+from gkl.models.clip import Clip
 from gkl.models.normalise import Normalise, Statistics, described, same
 from gkl.models.timm_network import TimmNetwork
 
@@ -95,7 +96,8 @@ def load_checkpoint(
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pt, .pth or .safetensors file")
     tensors, wrapper, others = state_dict(read(path), path, key)
-    network: Any = model.model if isinstance(model, TimmNetwork) else model  # in files it has timm's names
+    # In files it has timm's names, or OpenCLIP's.
+    network: Any = model.model if isinstance(model, TimmNetwork | Clip) else model
     own = network.state_dict()
     given = _by_own_name(tensors, own, path)
     prefix, *copies = _prefixes(given, own, path, wrapper)

@@ -15,6 +15,8 @@ STATISTICS = {  # mean and standard deviation of the training pictures' channels
     "cifar100_usb": ((129.3 / 255, 124.1 / 255, 112.4 / 255), (68.2 / 255, 65.4 / 255, 70.4 / 255)),
     # as torchvision has them, and everyone after it
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    # as OpenAI's CLIP and OpenCLIP have them
+    "openai": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     # to [-1, 1], as many of timm's transformers have it
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }

@@ -56,3 +56,19 @@ def adamw(
     if rest := [p for p in model.parameters() if id(p) not in taken]:
         groups.append({"params": rest})
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+
+
+def clip_adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    """AdamW (0.9, 0.98, 1e-6), no weight decay on tensors of fewer than two dimensions, norms, biases and the logit scale.
+
+    Source: OpenCLIP's training, which tells them by their names.
+    """
+    gains, others = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+        (gains if plain else others).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": gains, "weight_decay": 0.0},
+        {"params": others, "weight_decay": weight_decay},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)

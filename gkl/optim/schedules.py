@@ -74,5 +74,15 @@ def usb_cosine(step: int, steps: int, *, warmup: int) -> float:
     return max(0.0, math.cos(math.pi * 7 / 16 * (step - warmup) / max(1, steps - warmup)))
 
 
+def clip_cosine(step: int, steps: int, *, warmup: int) -> float:
+    """(step + 1) / warmup until `warmup`, then 0.5 (1 + cos(pi (step - warmup) / (steps - warmup))): by step, from 0.
+
+    Source: OpenCLIP's cosine_lr.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return _cosine(1.0, 0.0, (step - warmup) / (steps - warmup))
+
+
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * share))

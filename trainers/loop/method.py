@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.data.batches import Batch
+from gkl.models.batch_norm import eval_mode
 from trainers.loop.compute import compiled
 from trainers.loop.console import Console
 
@@ -121,6 +122,14 @@ class Method(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Inverse of state_dict."""
+
+    def describe(self, batch: Batch) -> dict[str, Any]:
+        """What is needed to look at a batch again: sample numbers, images as they were seen, the logits they give now."""
+        images, draws, labels, view, index = batch
+        x = self.see(images, view, draws)
+        with torch.no_grad(), eval_mode(self.model):
+            logits = self.logits(x.flatten(0, -4))
+        return {"index": index, "view": view, "labels": labels, "images": x, "logits": logits}
 
     def origins(self) -> dict[str, Any]:
         """What a record must say of where the method's ingredients come from, beside the data."""

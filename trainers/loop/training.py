@@ -21,7 +21,7 @@ from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
 from gkl.distributed import Shard, all_reduce_, broadcast_
 from gkl.graphs import Replayed
-from gkl.models.batch_norm import eval_mode, set_group_size
+from gkl.models.batch_norm import set_group_size
 from trainers.errors import NotBegun, RunError
 from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
@@ -243,9 +243,5 @@ class Training:
         self.method.load_state_dict(state)
 
     def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
-        """The sample numbers of a step, its images as they were seen, and the logits they give now."""
-        images, draws, labels, view, index = self.batch(epoch, step)
-        x = self.see(images, view, draws)
-        with torch.no_grad(), eval_mode(self.model):
-            logits = self.compute.logits(self.network, x.flatten(0, -4))
-        return {"index": index, "view": view, "labels": labels, "images": x, "logits": logits}
+        """A step's batch, and what the network makes of it now."""
+        return self.method.describe(self.batch(epoch, step))

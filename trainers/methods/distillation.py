@@ -276,19 +276,20 @@ class Distillation(Method):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of state_dict. Raises ConfigError for a checkpoint that was trained with another teacher."""
-        other = [
-            key
-            for key in sorted({*state["teacher"], *self.origin})
-            if state["teacher"].get(key) != self.origin.get(key)
-        ]
-        if other:
-            raise ConfigError(
-                f"this run was started with another teacher ({', '.join(f'teacher.{key}' for key in other)} differs); bring that one "
-                "back, or move the run's folder away to start anew"
-            )
+        check_same_teacher(state["teacher"], self.origin)
         self.term.load_state_dict(state["method"])
         self.term.after_load()
         self.best = dict(state["best"])
+
+
+def check_same_teacher(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a checkpoint was trained with another teacher. before, now: what records say of them."""
+    other = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+    if other:
+        raise ConfigError(
+            f"this run was started with another teacher ({', '.join(f'teacher.{key}' for key in other)} differs); bring that one "
+            "back, or move the run's folder away to start anew"
+        )
 
 
 def tapped(network: nn.Module) -> TappedClassifier:

@@ -124,6 +124,10 @@ class SemiSupervised(Method):
             "best_epoch": self.best["epoch"],
         }
 
+    def describe(self, batch: FewBatch) -> dict[str, Any]:  # type: ignore[override]
+        """The batch: views as they are seen."""
+        return batch._asdict()
+
     def origins(self) -> dict[str, Any]:
         """Where the initial weights come from."""
         return {"initial": self.origin} if self.origin else {}

@@ -38,11 +38,15 @@ SIZES = {
     "cifar10": Size(50_000, 10_000, 32, 10),
     "cifar100": Size(50_000, 10_000, 32, 100),
     "cifar100_few": Size(50_000, 10_000, 32, 100),
+    "datacomp": Size(15_000_000, 50_000, 224, 1000),
     "digits": Size(1_437, 360, 8, 10),
+    "digits_captions": Size(1_437, 180, 8, 10),
     "digits_few": Size(1_437, 360, 8, 10),
     "digits_files": Size(514, 360, 32, 10),
     "imagenet": Size(1_281_167, 50_000, 224, 1000),
     "imagenet_lt": Size(115_846, 50_000, 224, 1000),
+    "imagenet_zero_shot": Size(0, 50_000, 224, 1000),
+    "tiny_imagenet_captions": Size(100_000, 10_000, 64, 200),
 }
 # Per attacked test image, in forward passes: what AutoAttack takes to prove a survivor, and the share that survives.
 AUTOATTACK_FORWARDS, SURVIVORS = 9755, 0.35
@@ -119,7 +123,8 @@ def needed_flops(
         autoattack = attacked * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": autoattack * (further_attacks + (not recorded))}
     counted = config["data"].get("steps_per_epoch") if config.get("consistency") else None
-    shown = counted * config["batch_size"] if counted else size.train  # pictures of an epoch
+    drawn = config["data"].get("samples") or size.train
+    shown = counted * config["batch_size"] if counted else drawn  # pictures of an epoch
     if not trained:
         epochs = config["epochs"]
         attack = instantiate(config["attack"]) if config.get("attack") else None
@@ -150,6 +155,7 @@ def _flops(text: str, side: int, num_classes: int) -> float:
         if isinstance(module, _BatchNorm):  # counts for nothing, and takes two thirds of the counting
             module.forward = _unchanged  # type: ignore[method-assign]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        side = getattr(model, "image_size", side)  # CLIP's have one size that they take
         model(torch.empty(1, 3, side, side))
     return float(counter.get_total_flops())
 

@@ -40,12 +40,13 @@ ANY = Range(-math.inf, math.inf)
 
 RANGES: dict[str, Range] = {
     **dict.fromkeys(
-        ("epochs", "batch_size", "bn_groups", "devices", "accumulate", "steps", "step_sizes", "epsilons", "interval", "repeats",
+        ("batch_size", "bn_groups", "devices", "accumulate", "steps", "step_sizes", "epsilons", "interval", "repeats",
          "image_size", "images", "largest", "smallest", "classes", "train_per_class", "test_per_class", "of", "drops",
          "awp_start_epoch", "dim", "negatives", "kernel_size", "max_width", "nodes", "array", "cpus_per_device", "perplexity",
-         "eighths", "resize", "restarts", "labels", "steps_per_epoch", "unlabelled"), COUNT),
+         "eighths", "resize", "restarts", "labels", "steps_per_epoch", "unlabelled",
+         "samples", "lanes", "shuffle", "context_length"), COUNT),
     **dict.fromkeys(
-        ("alpha", "beta", "gamma", "weight", "angle_weight", "distance_weight", "inter", "intra", "js_weight", "label_weight",
+        ("epochs", "alpha", "beta", "gamma", "weight", "angle_weight", "distance_weight", "inter", "intra", "js_weight", "label_weight",
          "view_weights", "weight_decay", "warmup", "padding", "layer", "offset", "length", "awp_gamma", "mixup", "cutmix", "start", "start_epoch", "operations",
          "end", "peak", "factor", "first", "start_std", "noise", "workers", "many", "few", "gpus", "requeues", "warning_seconds", "patience",
          "checkpoint_minutes", "wait_minutes"), FROM_ZERO),

@@ -87,7 +87,7 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
     average = config["averages"].get(config["evaluate"]) or {}
-    if (start := average.get("start_epoch", 1)) > config["epochs"]:
+    if average and (start := average.get("start_epoch", 1)) > config["epochs"]:
         raise ConfigError(
             f"evaluate={config['evaluate']}: averages.{config['evaluate']}.start_epoch={start} is past the last epoch, {config['epochs']}; "
             "there would be no such weights"
@@ -101,6 +101,8 @@ def check_sections(config: Mapping[str, Any]) -> None:
     """Every part takes its settings, every number lies in its range. Raises ConfigError."""
     check_values(config)
     check_ranges(config)
+    if not config["epochs"] and not config.get("initial"):  # weights that are there can be measured
+        raise ConfigError("epochs must be at least 1, got 0")
     for name, types in SECTIONS.items():
         if config.get(name):
             _check_section(name, config[name], types)
