@@ -36,6 +36,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.layout": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.preparing": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.pairs": ("data", ("numpy",)),
     "gkl.data.randaugment": ("data", ("PIL",)),
     "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),

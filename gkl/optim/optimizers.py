@@ -63,7 +63,8 @@ def clip_adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.opt
 
     Source: OpenCLIP's training, which tells them by their names.
     """
-    gains, others = [], []
+    gains: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         plain = parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
         (gains if plain else others).append(parameter)

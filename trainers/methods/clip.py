@@ -9,7 +9,7 @@ and each part goes forward again with its features' gradient: exact, since a pai
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from trainers.loop.accuracy import batches_of, eval_batch_size
 from trainers.loop.console import Console
 from trainers.loop.method import Method
 from trainers.loop.training import Training
-from trainers.methods.distillation import Source, check_same_teacher
+from trainers.methods.source import Source, check_same_teacher
 
 
 @dataclass(kw_only=True)
@@ -43,8 +43,8 @@ class Clip(Method):
     def bind(self, training: Training) -> None:
         """Load the teacher. Raises ValueError where networks and data do not fit."""
         super().bind(training)
-        self.data: Any = training.data
-        self.network: Any = self.model
+        self.data = cast(Any, training.data)
+        self.network = cast(Any, self.model)
         self.taught_by: Any = None
         self.origin: dict[str, Any] = {}
         self.began: dict[str, Any] = {}

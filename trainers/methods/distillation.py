@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,23 +26,12 @@ from gkl.models.folding import folded
 from gkl.models.own import check_answers
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
-from trainers.errors import ConfigError
 from trainers.loop.accuracy import clean_accuracy, correct_flags
 from trainers.loop.console import Console
 from trainers.loop.method import Method
 from trainers.loop.training import Training
+from trainers.methods.source import Source, check_same_teacher
 from trainers.methods.teacher_logits import TeacherLogits
-
-
-class Source(Protocol):
-    """Where a teacher comes from. cache: folder for its logits on each view of each picture, None: they are computed in every step."""
-
-    @property
-    def cache(self) -> str | None:
-        """See above."""
-
-    def load(self, num_classes: int) -> tuple[nn.Module, dict[str, Any]]:
-        """The network with its weights, and what a record says of it, their sha256 among it."""
 
 
 @dataclass(kw_only=True)
@@ -280,16 +269,6 @@ class Distillation(Method):
         self.term.load_state_dict(state["method"])
         self.term.after_load()
         self.best = dict(state["best"])
-
-
-def check_same_teacher(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a checkpoint was trained with another teacher. before, now: what records say of them."""
-    other = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-    if other:
-        raise ConfigError(
-            f"this run was started with another teacher ({', '.join(f'teacher.{key}' for key in other)} differs); bring that one "
-            "back, or move the run's folder away to start anew"
-        )
 
 
 def tapped(network: nn.Module) -> TappedClassifier:

@@ -24,7 +24,7 @@ from trainers.loop.accuracy import clean_accuracy
 from trainers.loop.console import Console
 from trainers.loop.method import Method
 from trainers.loop.training import Training
-from trainers.methods.distillation import Source
+from trainers.methods.source import Source
 
 
 @dataclass(kw_only=True)
