@@ -101,7 +101,7 @@ def check_sections(config: Mapping[str, Any]) -> None:
     """Every part takes its settings, every number lies in its range. Raises ConfigError."""
     check_values(config)
     check_ranges(config)
-    if not config["epochs"] and not config.get("initial"):  # weights that are there can be measured
+    if config.get("epochs") == 0 and not config.get("initial"):  # weights that are there can be measured
         raise ConfigError("epochs must be at least 1, got 0")
     for name, types in SECTIONS.items():
         if config.get(name):
