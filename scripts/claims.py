@@ -3,6 +3,7 @@
     python scripts/claims.py                                  # the page alone; runs nothing
     python scripts/claims.py plan=true scale=small            # the missing runs, the most telling a minute first
     python scripts/claims.py minutes=10 scale=small           # as many of them as fit, then the page
+    python scripts/claims.py minutes=10 scale=small setting=at_5000 data.root=cifar10.zip
 
 Settings that configs/reproduce.yaml does not know are handed to every run.
 """
@@ -32,10 +33,12 @@ def main(arguments: list[str]) -> int:
     records = read_records(results / "runs")
     failures: list[str] = []
     if settings["plan"] or settings["minutes"]:
-        steps = queue(records, settings, overrides)
+        steps, unfit = queue(records, settings, overrides)
         print(f"{len(steps)} steps at scale={settings['scale']}, the most telling a minute first:")
         for number, step in enumerate(steps, 1):
             print(f"{number:4} {step}")
+        for line in unfit:
+            print(f"left out: {line}")
         if settings["plan"]:
             return ended(records.damaged)
         if steps:

@@ -1,7 +1,7 @@
 """The missing runs that would say most about the paper's claims for the minutes they take.
 
-for step in queue(records, settings, overrides):
-    print(step)
+steps, unfit = queue(records, settings, overrides)
+print(*steps, sep="\n")
 
 A step is a seed of both sides of a claim, with the runs that it lacks. It is worth the share that it brings of the seeds that its line
 still needs: those that would decide it, and at least FIRST, below which a spread says little. Steps that lack the same runs are one, and
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainers.errors import ConfigError
 from trainers.loop.console import duration
 from trainers.reports.ledger import MOST, Line, ledger, seeds_needed
 from trainers.runs.cost import Rate
@@ -53,13 +54,23 @@ def missing_seeds(line: Line) -> int:
     return max(wanted - n, 0)
 
 
-def queue(records: Sequence[Record], settings: Mapping[str, Any], overrides: Sequence[str]) -> list[Step]:
-    """Every step at the settings' scale and protocol, the most telling a minute first."""
+def queue(
+    records: Sequence[Record], settings: Mapping[str, Any], overrides: Sequence[str]
+) -> tuple[list[Step], list[str]]:
+    """Every step at the settings' scale and protocol, the most telling a minute first; and a line for each pair that cannot be
+    so configured: overrides of adversarial training say nothing of distillation."""
     offered: dict[frozenset[Path], Step] = {}
-    results: list[Path] = []
+    results, unfit = list[Path](), list[str]()
     for claim in ledger(records):
         for pair in claim.pairs:
-            for name, by_seed in _runs(pair, settings, overrides).items():
+            try:
+                runs = _runs(pair, settings, overrides)
+            except ConfigError as error:
+                if not overrides:
+                    raise
+                unfit.append(f"table {pair['table']}, {pair['ours']} against {pair['other']}: {error}")
+                continue
+            for name, by_seed in runs.items():
                 results = results or [
                     Path(next(iter(by_seed.values()))[0].config["paths"]["results"]) / "runs"
                 ]
@@ -80,7 +91,7 @@ def queue(records: Sequence[Record], settings: Mapping[str, Any], overrides: Seq
                         None,
                         worth + (before.worth if before else 0.0),
                     )
-    return _ordered(list(offered.values()), records, settings)
+    return _ordered(list(offered.values()), records, settings), unfit
 
 
 def _runs(

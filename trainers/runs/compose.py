@@ -162,6 +162,19 @@ def _own_networks(overrides: Sequence[str], outputs: str | None) -> list[str]:
     return words
 
 
+def _set(overrides: Sequence[str]) -> list[str]:
+    """Overrides with those of a configs/setting file in the place of its name; what is given beside it takes the place of its own."""
+    names = [override.partition("=")[2] for override in overrides if override.startswith("setting=")]
+    if not names:
+        return list(overrides)
+    if len(names) > 1 or names[0] not in choices("setting"):
+        raise ConfigError(unknown("setting", ",".join(names), choices("setting")))
+    given = {override.partition("=")[0] for override in overrides}
+    found: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "setting" / f"{names[0]}.yaml"))
+    own = [override for override in found if override.partition("=")[0] not in given]
+    return [word for o in overrides for word in (own if o.startswith("setting=") else [o])]
+
+
 def _words(override: str) -> list[str]:
     """An override as Hydra understands it."""
     key, _, value = override.partition("=")
@@ -173,10 +186,12 @@ def _words(override: str) -> list[str]:
 def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The resolved configuration of configs/<entry>.yaml with overrides applied, as plain dicts and lists.
 
+    setting=NAME among them stands for those of configs/setting/NAME.yaml.
+
     Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
-    overrides = [re.sub(r"^([\w.@]+\.)?checkpoint\.key=", r"\1checkpoint_key=", o) for o in overrides]
+    overrides = [re.sub(r"^([\w.@]+\.)?checkpoint\.key=", r"\1checkpoint_key=", o) for o in _set(overrides)]
     try:
         words = tuple(word for o in overrides for word in _words(o))
     except ValueError as error:  # of a person's own network

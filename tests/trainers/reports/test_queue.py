@@ -38,7 +38,17 @@ def steps() -> list[Step]:
         patched.setenv("GKL_RESULTS", str(ROOT / "results"))
         patched.setenv("GKL_OUTPUTS", "/nonexistent")
         settings, _ = read_settings(["scale=small", "tflops=1"])
-        return queue(read_records(ROOT / "results/runs"), settings, [])
+        found, unfit = queue(read_records(ROOT / "results/runs"), settings, [])
+    assert not unfit
+    return found
+
+
+def test_what_says_nothing_of_a_claim_s_runs_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GKL_RESULTS", str(tmp_path))
+    settings, _ = read_settings(["scale=small", "tflops=1"])
+    steps, unfit = queue([], settings, ["method.awp_gamma=0.1"])
+    assert steps and all("at/" in cell.config["experiment"] for step in steps for cell in step.cells)
+    assert any(line.startswith("table 17, gkl against kd: there is no setting") for line in unfit)
 
 
 def test_the_most_telling_a_minute_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,11 @@ from trainers.errors import ConfigError
 from trainers.runs import composition as module
 from trainers.runs.compose import _composed, compose
 from trainers.runs.composition import composition
+from trainers.runs.identity import differences
 from trainers.runs.plan import cells, load_table
 from trainers.runs.targets import CONFIGS
 
+ROOT = Path(__file__).resolve().parents[3]
 AT, KD = "experiment=at/c100_basic_gkl", "experiment=kd/c100_gkl"
 PAIR = "pair=cifar100/vgg13_vgg8"
 
@@ -128,3 +130,37 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     path = copied / f"{PAIR.replace('=', '/')}.yaml"
     path.write_text(path.read_text().replace("gamma: 0.2", "gamma: 0.75"))
     assert composition(copied, "train", [KD, PAIR])[0].pair.gkl.gamma == 0.75
+
+
+@pytest.mark.parametrize(
+    ("experiment", "setting"),
+    [
+        ("at/c100_basic_gkl", "at_5000"),
+        ("at/c100_basic_kl", "at_5000"),
+        ("kd/lt_gkl/resnext101_resnet18", "lt_50"),
+    ],
+)
+def test_a_setting_is_that_of_the_committed_runs(experiment: str, setting: str) -> None:
+    """But for where the pictures lie, and what they are."""
+    (path,) = (ROOT / "results/runs" / experiment / "small").glob("*/seed0.json")
+    made = json.loads(path.read_text())["config"]
+    config = compose(
+        "train", [f"experiment={experiment}", "scale=small", f"setting={setting}", "data.root=/nowhere"]
+    )
+    assert differences(made, config).keys() <= {"data.content"}
+
+
+def test_what_is_given_beside_a_setting_takes_the_place_of_its_own() -> None:
+    words = [
+        "experiment=at/c100_basic_gkl",
+        "scale=small",
+        "model=wrn_16_2",
+        "setting=at_5000",
+        "data.root=/nowhere",
+    ]
+    config = compose("train", words)
+    assert config["model"]["name"] == "wrn_16_2" and config["data"]["train_per_class"] == 500
+    assert not any(word.startswith("setting=") for word in config["overrides"])
+    assert {"data=image_folder", "model=wrn_16_2", "data.root=/nowhere"} <= set(config["overrides"])
+    with pytest.raises(ConfigError, match="at_5000"):
+        compose("train", [*words[:3], "setting=at_500"])
