@@ -18,6 +18,7 @@ import autoattack
 import distillation
 import gpu
 import loss
+import semi_supervised
 import step
 import table
 import table5
@@ -93,6 +94,11 @@ def test_the_loss_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
         and "4 x 6000, sample-wise, both: ours / kl_div" in what
     )
     assert any("operator calls" in row.more.get("profile", "") for row in rows)
+
+
+def test_a_semi_supervised_step_s_benchmark() -> None:
+    rows = semi_supervised.measured("vit_small_patch4_32", CPU, 1)
+    assert [row.at_most for row in rows] == [3.3, 2.567] and all(row.values[0] > 1 for row in rows)
 
 
 def test_autoattack_s_benchmark(results: Path) -> None:
