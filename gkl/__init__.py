@@ -26,6 +26,7 @@ HOMES = dict.fromkeys(("dkl", "gkl_loss", "ikl", "jsd", "kl"), "gkl.losses.close
     "ClassPrior": "gkl.losses.prior",
 }
 NEEDS = {  # what a module imports beyond torch, and the extra that brings it
+    "gkl.data.ade20k": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.cifar": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
     "gkl.data.decoding": ("data", ("PIL", "numpy", "torchvision")),
@@ -35,6 +36,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.generated": ("data", ("numpy",)),
     "gkl.data.layout": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.mosaics": ("data", ("sklearn",)),
     "gkl.data.preparing": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.pairs": ("data", ("numpy",)),
     "gkl.data.randaugment": ("data", ("PIL",)),

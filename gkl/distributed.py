@@ -50,6 +50,21 @@ def all_reduce(tensor: Tensor) -> Tensor:
     return total
 
 
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum of `tensor` over all processes, with gradient. Each process's gradient must be of its own share of the loss."""
+    return tensor if world_size() == 1 else _Sum.apply(tensor)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return all_reduce(gradient)
+
+
 def agree(value: int) -> int:
     """The largest of the processes' values, so that all of them do the same."""
     if world_size() == 1:

@@ -125,11 +125,7 @@ class ImageFiles:
 
 
 class FileBatches:
-    """Training pictures that stay in their files: worker processes read, decode and cut them ahead of the steps.
-
-    Every view follows from (seed, epoch, picture), so worker processes hold no state: a run goes on at any step by reading
-    on from there.
-    """
+    """Training pictures that stay in their files: worker processes make views ahead, which follow from (seed, epoch, picture) alone."""
 
     generated = None
 
@@ -172,17 +168,25 @@ class FileBatches:
 
     def batch(self, epoch: int, step: int) -> Batch:
         """This process's part of a step; its images are views already. Raises PictureError."""
-        if self.next != (epoch, step):
-            crops = FileViews(self.data.train, self.augment, self.data.image_size, self.data.decoder)
-            self.stream = loader(crops, _Steps(self, epoch, step), self.workers)
-        self.next = (0, 0)  # unless it comes
-        images, index = next(self.stream)
-        self.next = (epoch, step + 1)
+        images, index = self.ahead(epoch, step)
         x, y, view = (
             t.to(self.device, non_blocking=True)
             for t in (images, self.labels[index], torch.zeros_like(index))
         )
         return Batch(x, index.new_zeros(0, len(index)).to(self.device), y, view, index)
+
+    def ahead(self, epoch: int, step: int) -> Any:
+        """The views of this process's part of a step, from those that are being made. Raises PictureError."""
+        if self.next != (epoch, step):
+            self.stream = loader(self.views(), _Steps(self, epoch, step), self.workers)
+        self.next = (0, 0)  # unless it comes
+        found = next(self.stream)
+        self.next = (epoch, step + 1)
+        return found
+
+    def views(self) -> Any:
+        """What makes a view by (number, key)."""
+        return FileViews(self.data.train, self.augment, self.data.image_size, self.data.decoder)
 
     def see(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
         """The images, views that they are."""
@@ -225,7 +229,7 @@ class FileViews(torch.utils.data.Dataset[tuple[Tensor, int] | PictureError]):
             return error
 
 
-def loader(views: FileViews, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
+def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
     """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes.
 
     Raises PictureError.

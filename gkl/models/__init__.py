@@ -18,6 +18,7 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     mobilenet_v1,
     mobilenet_v2,
     preact_resnet,
+    pspnet,
     resnet,
     shufflenet,
     vgg,

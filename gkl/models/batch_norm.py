@@ -21,6 +21,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gkl.models.sync_batch_norm import SyncBatchNorm2d
+
 HAS_TRITON = find_spec("triton") is not None
 Activation = Callable[[Tensor], Tensor]
 
@@ -179,7 +181,7 @@ def split_batch_norm(model: nn.Module) -> nn.Module:
 
 def _ungrouped(model: nn.Module) -> str | None:
     """The first batch norm whose own forward no class here has, None if there is none."""
-    known = (*GROUPED, *GROUPED.values(), *SPLIT.values())
+    known = (*GROUPED, *GROUPED.values(), *SPLIT.values(), SyncBatchNorm2d)
     others = [
         (name, module)
         for name, module in model.named_modules()

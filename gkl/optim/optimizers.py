@@ -1,6 +1,7 @@
 """Optimizers as the recipes use them."""
 
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from timm.optim import Lamb, param_groups_layer_decay, param_groups_weight_decay
@@ -16,12 +17,25 @@ def sgd(
     weight_decay: float = 0.0,
     nesterov: bool = False,
     decay_batch_norm: bool = True,
+    heads: float = 1.0,
 ) -> torch.optim.Optimizer:
     """SGD; weight decay reaches all parameters, biases too, as in the published runs.
 
-    decay_batch_norm: False keeps it from batch norm's own (DM-AT).
+    decay_batch_norm: False keeps it from batch norm's own (DM-AT). heads: what is not of a network's `backbone()` learns at so many
+    times the rate (APD).
     """
     groups: list[dict[str, object]] = [{"params": list(model.parameters())}]
+    if heads != 1.0:
+        below: list[nn.Module] = [
+            network.backbone()
+            for network in cast(Iterable[Any], model.modules())
+            if hasattr(network, "backbone")
+        ]
+        taken = {id(p) for backbone in below for p in backbone.parameters()}
+        groups = [
+            {"params": [p for p in model.parameters() if id(p) in taken]},
+            {"params": [p for p in model.parameters() if id(p) not in taken], "lr": heads * lr},
+        ]
     if not decay_batch_norm:
         own = {id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
         groups = [

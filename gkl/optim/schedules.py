@@ -84,5 +84,10 @@ def clip_cosine(step: int, steps: int, *, warmup: int) -> float:
     return _cosine(1.0, 0.0, (step - warmup) / (steps - warmup))
 
 
+def poly(step: int, steps: int, *, power: float) -> float:
+    """(1 - step / steps)^power: by step, from 0. Source: poly_learning_rate of dvlab-research/APD, whose first step has the whole rate."""
+    return (1.0 - step / steps) ** power
+
+
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) / 2.0 * (1.0 + math.cos(math.pi * share))

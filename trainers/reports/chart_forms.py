@@ -142,6 +142,27 @@ def hours() -> Chart:
     )
 
 
+@cache
+@unchecked
+def pictures() -> Chart:
+    """Pictures in rows and columns."""
+    return _form(
+        alt.Chart(HERE)
+        .mark_image(width=96, height=96)
+        .encode(
+            x=alt.X(
+                "column:N",
+                sort=None,
+                title=None,
+                axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False),
+            ),
+            y=alt.Y("row:N", sort=None, title=None, axis=None),
+            url=alt.Url("url:N"),
+            tooltip=_tooltip("column:N"),
+        )
+    )
+
+
 def _scale(colours: Mapping[str, str]) -> alt.Scale:
     return alt.Scale(domain=list(colours), range=list(colours.values()))
 

@@ -8,7 +8,7 @@ from typing import Any
 from trainers.reports import chart_forms as forms
 from trainers.reports.chart_forms import Chart
 from trainers.reports.dashboard import history
-from trainers.reports.figures import as_number
+from trainers.reports.figures import as_number, shown_pictures
 from trainers.reports.tables import Row, Table
 from trainers.runs.records import Record
 
@@ -156,6 +156,25 @@ def class_scores(table: Table) -> list[Chart]:
             title = f"{' '.join(row.label)}, seed {record['seed']}"
             charts.append(_chart(forms.score_bars(), values, title, f"Class scores, {title}", 220))
     return charts
+
+
+def segmentations(table: Table) -> list[Chart]:
+    """Test pictures, their truth, and what each row makes of them."""
+    columns: list[tuple[str, str, list[dict[str, str]]]] = []
+    for row in table.rows:
+        if shown := shown_pictures(row):
+            columns += [] if columns else [("input", "picture", shown), ("truth", "truth", shown)]
+            columns.append((row.label[0], "predicted", shown))
+    values = [
+        {"column": name, "row": n, "url": f"data:image/png;base64,{one[key]}"}
+        for name, key, shown in columns
+        for n, one in enumerate(shown)
+    ]
+    if not values:
+        return []
+    title = f"scale {table.scale}"
+    said = f"Test pictures, their truth and each method's segmentation, {title}"
+    return [_chart(forms.pictures(), values, title, said, 30 + 100 * len({v["row"] for v in values}))]
 
 
 def differences(values: Values) -> list[Chart]:

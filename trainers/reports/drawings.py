@@ -3,15 +3,18 @@
 Colours are told apart in print, too: by marker and position as well as by hue (Okabe & Ito's palette).
 """
 
+import base64
 import statistics
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from PIL import Image
 
 from trainers.reports.ablation import ablation
-from trainers.reports.figures import BLACK, BLUE, RED, provenance
+from trainers.reports.figures import BLACK, BLUE, RED, provenance, shown_pictures
 from trainers.reports.tables import Row, Table
 
 CLASS_COLOURS = "tab20"
@@ -191,9 +194,32 @@ def _details(row: Row, assessment: str) -> Any:
     return runs[0]["assessments"][assessment]["details"] if runs else None
 
 
+def segmentations(table: Table) -> Figure | None:
+    """Test pictures, their truth, and what each row's run of the lowest seed makes of them, a column each."""
+    found = [(row, shown) for row in table.rows if (shown := shown_pictures(row))]
+    if not found:
+        return None
+    first = found[0][1]
+    columns = [("input", [one["picture"] for one in first]), ("truth", [one["truth"] for one in first])]
+    columns += [
+        (f"{' '.join(row.label)}\n{row.status}", [one["predicted"] for one in shown]) for row, shown in found
+    ]
+    figure = Figure(figsize=(1.75 * len(columns), 1.65 * len(first) + 0.9), layout="constrained")
+    panels = figure.subplots(len(first), len(columns), squeeze=False)
+    for across, (title, pictures) in enumerate(columns):
+        panels[0][across].set_title(title, fontsize=8)
+        for down, png in enumerate(pictures):
+            with Image.open(BytesIO(base64.b64decode(png))) as picture:
+                panels[down][across].imshow(picture.convert("RGB"), interpolation="nearest")
+            panels[down][across].axis("off")
+    figure.suptitle(f"{table.title}\nours, scale {table.scale}; white: ignored", fontsize=9)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[Table], Figure | None]] = {
     "clean_against_aa": clean_against_aa,
     "structure": structure,
     "class_scores": class_scores,
     "ablation": ablation,
+    "segmentations": segmentations,
 }

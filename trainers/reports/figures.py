@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainers.files import write_atomically
-from trainers.reports.tables import Table
+from trainers.reports.tables import Row, Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,6 +119,14 @@ def provenance(table: Table) -> str:
     count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     what = f"ours, scale {table.scale}, {count} seed{'s' if seeds[-1] > 1 else ''}\n{status}"
     return what + (f"\n{table.setting}" if table.setting else "")
+
+
+def shown_pictures(row: Row) -> list[dict[str, str]]:
+    """What a row's run of the lowest seed shows, as base64 of PNG; none where nothing is."""
+    runs = sorted(
+        (r for r in row.records if r.get("evaluation", {}).get("shown")), key=lambda r: int(r["seed"])
+    )
+    return list(runs[0]["evaluation"]["shown"]) if runs else []
 
 
 def as_number(text: str) -> float | None:

@@ -40,6 +40,7 @@ HEADINGS = {
     "ablation": "Ablations",
     "margins": "Figure 4: class margins",
     "scores": "Figure 3: class scores",
+    "segmentations": "Table XXIII: segmentations",
     "cost": "Cost",
 }
 
@@ -121,6 +122,7 @@ def _charts(parts: Mapping[str, Sequence[Part]], runs: Path) -> dict[str, list[t
         "ablation": [(p, charts.ablation(p.table)) for p in _named(tables, "ablation")],
         "margins": [(p, charts.margins(p.table)) for p in _named(figures, "structure")],
         "scores": [(p, charts.class_scores(p.table)) for p in _named(figures, "class_scores")],
+        "segmentations": [(p, charts.segmentations(p.table)) for p in _named(tables, "segmentations")],
         "cost": [(p, charts.cost(p.table)) for p in tables if _has_records(p)],
         "differences": [
             (p, charts.differences(_intervals(p.table.comparisons))) for p in tables if p.table.comparisons

@@ -35,6 +35,7 @@ class Size(NamedTuple):
 
 # Sizes that cannot be looked up without the data, by name of the data function.
 SIZES = {
+    "ade20k": Size(20_210, 2_000, 473, 150),
     "cifar10": Size(50_000, 10_000, 32, 10),
     "cifar100": Size(50_000, 10_000, 32, 100),
     "cifar100_few": Size(50_000, 10_000, 32, 100),
@@ -42,6 +43,7 @@ SIZES = {
     "digits": Size(1_437, 360, 8, 10),
     "digits_captions": Size(1_437, 180, 8, 10),
     "digits_few": Size(1_437, 360, 8, 10),
+    "digits_mosaics": Size(800, 100, 65, 10),
     "digits_files": Size(514, 360, 32, 10),
     "imagenet": Size(1_281_167, 50_000, 224, 1000),
     "imagenet_lt": Size(115_846, 50_000, 224, 1000),

@@ -27,7 +27,6 @@ ABSENT = {
     "table": {
         "8": "Table VIII (LLaVA) is not built yet",
         "9": "Table IX is the heading of Tables X to XII: make table10, table11 or table12",
-        "23": "Table XXIII (segmentation) is not built yet",
     },
     "figure": {"2": "Figure 2, the drawing of the gradients' paths, is not built yet"},
 }

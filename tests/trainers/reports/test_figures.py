@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from gkl.evaluation.dense import as_png, colour
 from trainers.reports import figures
+from trainers.reports.charts import segmentations
 from trainers.reports.figures import FORMATS, is_sealed, sealed, write
 from trainers.reports.tables import Row, Table
 
@@ -152,5 +155,37 @@ def test_the_code_of_a_figure_is_all_that_draws_it() -> None:
         "structure",
         "class_scores",
         "ablation",
+        "segmentations",
+        "shown_pictures",
     ):
         assert f"\ndef {function}(" in code, function
+
+
+def test_segmentations_are_shown_side_by_side(tmp_path: Path) -> None:
+    """Pictures of the lowest seed of each row that has any; their first pixels are what the record says."""
+    labels = torch.zeros(8, 8, dtype=torch.uint8)
+    labels[4:] = 255
+    shown = {
+        "picture": as_png(torch.full((3, 8, 8), 77, dtype=torch.uint8)), "truth": as_png(labels), "predicted": as_png(labels + 1)
+    }  # fmt: skip
+    table = swept()
+    rows = [
+        dataclasses.replace(
+            row, records=[{**r, "evaluation": {"shown": [shown, shown]} if n else {}} for r in row.records]
+        )
+        for n, row in enumerate(table.rows)
+    ]
+    table = dataclasses.replace(table, rows=rows)
+    figure = figures.draw("segmentations", table)
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.images]
+    with_records = sum(bool(row.records) for row in rows[1:])
+    assert len(panels) == 2 * (2 + with_records)
+    pixels = [axes.images[0].get_array()[0, 0].tolist() for axes in panels[:3]]
+    assert pixels == [[77, 77, 77], [*colour(0)], [*colour(1)]]
+    assert panels[1].images[0].get_array()[7, 7].tolist() == [255, 255, 255]
+    chart = segmentations(table)[0]
+    values = chart["data"]["values"]
+    assert len(values) == len(panels) and all(v["url"].startswith("data:image/png;base64,") for v in values)
+    assert figures.draw("segmentations", swept()) is None and segmentations(swept()) == []
+    assert len({colour(n) for n in range(256)}) == 256

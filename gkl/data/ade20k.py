@@ -1,0 +1,186 @@
+"""ADE20K's scene parsing, and what lies as it does: images/{training,validation}/*.jpg and annotations/{training,validation}/*.png.
+
+data = ade20k("ADEChallengeData2016")       # or the zip archive of it
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from gkl.data.content import check_content, in_bytes
+from gkl.data.decoding import PIXELS
+from gkl.data.dense import IGNORED, DenseData
+from gkl.data.stores import PictureError, Store, open_store
+
+Coding = Literal["from_one", "from_zero"]
+PARTS = ("training", "validation")
+
+
+@dataclass(frozen=True)
+class FilePages:
+    """Pictures and label maps in files. names: (N, 2) bytes, a picture and its label map. classes: C. coding: see `ade20k`."""
+
+    store: Store
+    names: "np.ndarray[Any, Any]"
+    classes: int
+    coding: Coding
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, number: int) -> tuple[Tensor, Tensor]:
+        """See gkl.data.dense.Pages."""
+        picture, marked = (name.decode(errors="surrogateescape") for name in self.names[number])
+        image: Any = self.store.picture(picture, "pillow")
+        return pil_to_tensor(image), torch.from_numpy(self.labels(marked, image.size))
+
+    def labels(self, name: str, size: tuple[int, int]) -> "np.ndarray[Any, Any]":
+        """A label map (H, W) uint8 of a picture of a size (W, H), 0 to C - 1 and IGNORED. Raises PictureError."""
+        try:
+            return decoded(self.store.read(name), size, self.classes, self.coding)
+        except KeyError:
+            why = "is not there; bring it back"
+        except OSError as error:
+            why = f"cannot be read ({error.strerror or error}); bring it back"
+        except ValueError as error:
+            why = str(error)
+        raise PictureError(f"{self.store.path}: label map {name} {why}")
+
+    def check(self) -> None:
+        """Look at each. Raises PictureError naming the first that cannot be."""
+
+        def one(number: int) -> None:
+            picture, marked = (name.decode(errors="surrogateescape") for name in self.names[number])
+            try:
+                with Image.open(io.BytesIO(self.store.read(picture))) as image:  # the header alone
+                    size = image.size
+            except (OSError, ValueError, KeyError) as error:
+                raise PictureError(
+                    f"{self.store.path}: picture {picture} cannot be read ({error}); replace it"
+                ) from error
+            self.labels(marked, size)
+
+        with ThreadPoolExecutor() as pool:
+            for _ in pool.map(one, range(len(self))):
+                pass
+
+    def digest(self) -> bytes:
+        """Of the names; what the files hold is `content`."""
+        return hashlib.sha256(b"\n".join([*self.names.flatten().tolist(), self.coding.encode()])).digest()
+
+
+def decoded(data: bytes, size: tuple[int, int], classes: int, coding: Coding) -> "np.ndarray[Any, Any]":
+    """A label map from its bytes, (H, W) uint8 of 0 to C - 1 and IGNORED. size: (W, H). Raises ValueError for one that is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF")) as picture:
+            if picture.width * picture.height > PIXELS:
+                raise ValueError(f"says that it has {picture.width} x {picture.height} pixels; replace it")
+            if picture.mode not in ("L", "P", "1"):
+                coded = (
+                    "is RGB-coded"
+                    if picture.mode in ("RGB", "RGBA")
+                    else f"has pixels of mode {picture.mode}"
+                )
+                raise ValueError(
+                    f"{coded}, and a label map has one number of 8 bits a pixel; ADE20K's are those of ADEChallengeData2016.zip"
+                )
+            if picture.size != size:
+                raise ValueError(
+                    f"is of {picture.width} x {picture.height} pixels and its picture of {size[0]} x {size[1]}; bring the one that belongs to it"
+                )
+            values = np.array(picture, dtype=np.uint8)
+    except OSError as error:
+        raise ValueError(f"is damaged or no PNG ({error}); replace it") from error
+    known = range(classes + 1) if coding == "from_one" else [*range(classes), IGNORED]
+    there = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
+    if odd := sorted(set(there.tolist()) - set(known)):
+        wanted = (
+            f"0 (none) to {classes}" if coding == "from_one" else f"0 to {classes - 1} and {IGNORED} (none)"
+        )
+        other = "from_zero" if coding == "from_one" else "from_one"
+        meant = set(there.tolist()) <= (
+            {*range(classes), IGNORED} if coding == "from_one" else {*range(classes + 1)}
+        )
+        remedy = (
+            f"set data.coding={other}" if meant else "set data.classes to how many there are, or replace it"
+        )
+        raise ValueError(f"holds {odd[0]}, and labels are {wanted}; {remedy}")
+    return values - np.uint8(1) if coding == "from_one" else values  # 0 becomes 255
+
+
+def pairs(store: Store, part: str, remedy: str) -> "np.ndarray[Any, Any]":
+    """Names (N, 2) bytes of pictures and their label maps. Raises ValueError naming one without the other."""
+    found: dict[str, dict[str, str]] = {"images": {}, "annotations": {}}
+    for name in store.names:
+        folder = Path(name).parts[-3:-1]
+        if len(folder) == 2 and folder[1] == part and folder[0] in found:
+            found[folder[0]][Path(name).stem] = name
+    images, maps = found["images"], found["annotations"]
+    if not images and not maps:
+        raise ValueError(
+            f"{store.path} has no pictures in images/{part}/ with label maps in annotations/{part}/; {remedy}"
+        )
+    for some, others, what in (
+        (images, maps, "label map in annotations"),
+        (maps, images, "picture in images"),
+    ):
+        if lonely := sorted(some.keys() - others.keys()):
+            raise ValueError(
+                f"{store.path}: {len(lonely):,} of {len(some):,} files have no {what}/{part}/, the first is {some[lonely[0]]}; bring "
+                "what is missing, or remove them"
+            )
+    return np.array([[in_bytes(images[stem]), in_bytes(maps[stem])] for stem in sorted(images)])
+
+
+def ade20k(
+    root: str,
+    image_size: int = 473,
+    long_side: int = 512,
+    classes: int = 150,
+    coding: Coding = "from_one",
+    content: str | None = None,
+    cache: str | None = None,
+) -> DenseData:
+    """ADE20K (Zhou et al. 2017), or any pictures laid out as it is, in a folder or zip archive; every file is looked at first.
+
+    image_size, long_side: see DenseData. coding: of label maps. from_one, as ADE20K has them: 1 to C, and 0 for none; from_zero, as
+    people prepare them: 0 to C - 1, and 255 for none. content: what gkl.data.content says of the files, if they must be those.
+    cache: folder in which is noted what has been looked at. Raises FileNotFoundError or ValueError, a line on the first file at fault.
+    """
+    check_content(root, content)
+    remedy = "set data.root=... to ADEChallengeData2016, the folder or the archive"
+    store = open_store(Path(root), "ADE20K", remedy)
+    parts = [FilePages(store, pairs(store, part, remedy), classes, coding) for part in PARTS]
+    note = Path(cache) / f"labels-{content}-{classes}-{coding}" if cache and content else None
+    if note is None or not note.is_file():
+        for part in parts:
+            part.check()
+        if note is not None:
+            note.parent.mkdir(parents=True, exist_ok=True)
+            note.touch()
+    names = tuple(_names(store, classes))
+    return DenseData("ade20k", names, parts[0], parts[1], image_size, long_side)
+
+
+def _names(store: Store, classes: int) -> Iterable[str]:
+    """Of the classes, from objectInfo150.txt where it lies beside; their numbers else."""
+    for place in ("objectInfo150.txt", "ADEChallengeData2016/objectInfo150.txt"):
+        try:
+            lines = store.read(place).decode().splitlines()[1:]
+        except (KeyError, OSError, ValueError):
+            continue
+        found = [re.split(r"[,;]", line.split("\t")[-1])[0].strip() for line in lines if line.strip()]
+        if len(found) == classes:
+            return found
+    return map(str, range(classes))
