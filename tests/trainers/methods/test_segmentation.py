@@ -44,7 +44,8 @@ class Given:
 def make_task(row: str, *own: str) -> Training:
     words = [
         f"experiment=seg/{row}", "scale=smoke", "precision=float64", "channels_last=false", "epochs=2", "batch_size=4",
-        f"bn_groups={CARDS}", "device=cpu", "workers=0", *own,
+        f"bn_groups={CARDS}", "device=cpu", "workers=0", "optimizer.lr=0.005", "optimizer.heads=10.0",
+        "augment.zoom=[0.75,1.5]", *own,
     ]  # fmt: skip
     config = compose("train", words)
     torch.manual_seed(0)
