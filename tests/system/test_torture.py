@@ -84,7 +84,7 @@ class Trial:
         return [
             path
             for name in ("last.pt", "previous.pt")
-            for path in self.folder.glob(f"outputs/**/checkpoints/{name}")
+            for path in (self.folder / "outputs" / self.experiment).glob(f"**/checkpoints/{name}")
         ]
 
     def outcome(self) -> dict[str, Any]:
