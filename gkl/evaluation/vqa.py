@@ -23,6 +23,7 @@ from gkl.evaluation.vqa_files import (
     check_once,
     json_file,
     json_lines,
+    percent,
     read_questions,
     rows_with,
     write_answers,
@@ -67,7 +68,7 @@ class TextVQA:
             same = [normalised(answer) for answer in given].count(normalised(text))
             # Leaving one out: (same - 1) others agree where it was among the same, all of them where it was not.
             shares.append((same * min(1, (same - 1) / 3) + (ANSWERS - same) * min(1, same / 3)) / ANSWERS)
-        return {"textvqa": _percent(shares)}
+        return {"textvqa": percent(shares)}
 
     def upload(self, path: Path, texts: Sequence[str]) -> None:
         """As the challenge's server takes them."""
@@ -112,9 +113,9 @@ class GQA:
         right = [_plain(text) == answer for text, answer in zip(texts, self.answers, strict=True)]
         kinds = list(zip(right, self.open, strict=True))
         return {
-            "gqa_open": _percent([hit for hit, is_open in kinds if is_open]),
-            "gqa_binary": _percent([hit for hit, is_open in kinds if not is_open]),
-            "gqa_accuracy": _percent(right),
+            "gqa_open": percent([hit for hit, is_open in kinds if is_open]),
+            "gqa_binary": percent([hit for hit, is_open in kinds if not is_open]),
+            "gqa_accuracy": percent(right),
         }
 
     def upload(self, path: Path, texts: Sequence[str]) -> None:
@@ -189,16 +190,11 @@ def _detection(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     both = sum(said and present for said, present in pairs)
     return {
         "f1": 100.0 * 2 * both / max(1, said + present),
-        "accuracy": _percent([said == present for said, present in pairs]),
+        "accuracy": percent([said == present for said, present in pairs]),
         "precision": 100.0 * both / max(1, said),
         "recall": 100.0 * both / max(1, present),
         "yes": 100.0 * said / len(pairs),
     }
-
-
-def _percent(shares: Sequence[float]) -> float:
-    """The mean in percent, 0 of none."""
-    return 100.0 * sum(shares) / max(1, len(shares))
 
 
 def _plain(text: str) -> str:

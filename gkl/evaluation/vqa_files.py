@@ -81,7 +81,7 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
 def json_lines(path: str | Path) -> list[Any]:
     """A file with a JSON value a line. Raises FileNotFoundError or ValueError naming the line."""
     rows = []
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(file_text(path).split("\n"), 1):
         try:
             rows += [json.loads(line)] if line.strip() else []
         except ValueError as error:
@@ -92,12 +92,13 @@ def json_lines(path: str | Path) -> list[Any]:
 def json_file(path: str | Path) -> Any:
     """A JSON file. Raises FileNotFoundError or ValueError."""
     try:
-        return json.loads(_text(path))
+        return json.loads(file_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is no whole JSON file ({error}); fetch it again") from error
 
 
-def _text(path: str | Path) -> str:
+def file_text(path: str | Path) -> str:
+    """A file's text. Raises FileNotFoundError or ValueError."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -157,3 +158,8 @@ def write_json(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a JSON list, whole or not at all."""
     with atomically(path) as temporary:
         temporary.write_text(json.dumps(rows))
+
+
+def percent(shares: Sequence[float]) -> float:
+    """The mean in percent, 0 of none."""
+    return 100.0 * sum(shares) / max(1, len(shares))
