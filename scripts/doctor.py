@@ -54,7 +54,7 @@ def report_versions() -> list[str]:
     extras = project["optional-dependencies"]
     groups = (
         project["dependencies"],
-        *(extras[name] for name in ("models", "data", "evaluation", "reproduction")),
+        *(extras[name] for name in ("models", "data", "evaluation", "reproduction", "clip")),
     )
     needed = dict.fromkeys(line for group in groups for line in group if not line.startswith("gkl["))
     lock = (root / "requirements.lock").read_text()
@@ -102,8 +102,11 @@ def report_folders() -> None:
 def report_data() -> None:
     """Each data set that can be had without further settings, loaded and checked."""
     for name in choices("data"):
-        if name.startswith("smoke/") or name == "digits_files":
-            continue  # what scale=smoke takes: the digits, which it writes itself
+        if "/" in name or name in ("digits_files", "digits_captions"):
+            continue  # what a scale takes; the digits, which it writes itself
+        if name == "caption_files":
+            print(f"data {name}: any pictures with captions by data.root=...")
+            continue
         if name in ("image_folder", "image_files", "image_folder_few"):
             print(f"data {name}: any folder or zip of train/<class>/ and test/<class>/ by data.root=...")
             continue

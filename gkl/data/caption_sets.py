@@ -48,17 +48,21 @@ def imagenet_zero_shot(
 
 def caption_files(
     root: str, tests: Folders, image_size: int = 224, context_length: int = 77, tokenizer: Literal["bpe", "words"] = "bpe",
-    separator: str = "\t", picture: str = "filepath", caption: str = "title", decoder: Decoder = "pillow", content: str | None = None,
+    separator: str | None = None, picture: str = "filepath", caption: str = "title", decoder: Decoder = "pillow", content: str | None = None,
 ) -> CaptionData:  # fmt: skip
     """Pictures with captions in a CSV or TSV file that names both, or in a folder or zip archive with a .txt beside each picture.
 
-    separator, picture, caption: of the table, whose defaults are OpenCLIP's. tokenizer: words knows those of the captions and tests.
+    separator: of the table, a comma in .csv and a tab in .tsv where it is None. picture, caption: its columns, OpenCLIP's. tokenizer: words knows those of the captions and tests.
     content: what gkl.data.content says of root. Raises FileNotFoundError or ValueError naming what is missing.
     """
     check_content(root, content)
     path = Path(root)
     tabular = path.suffix.lower() in (".csv", ".tsv") and path.is_file()
-    store, files = table(path, separator, picture, caption) if tabular else beside(path)
+    store, files = (
+        table(path, separator or {".csv": ","}.get(path.suffix.lower(), "\t"), picture, caption)
+        if tabular
+        else beside(path)
+    )
     made: Tokenizer
     if tokenizer == "words":
         texts = [text for _, text in files]

@@ -48,7 +48,9 @@ def runs_of(config: Mapping[str, Any], rows: Sequence[Row]) -> tuple[str, dict[s
 
 
 def history(record: Record, runs: Path) -> list[dict[str, float]]:
-    """A record's history, one row an epoch."""
+    """A record's history, one row an epoch; a run that measures weights as they are has none."""
+    if not record["config"]["epochs"]:
+        return []
     path = (runs / record["path"]).with_name(record["history"])
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -63,7 +65,7 @@ def workspace(config: Mapping[str, Any], table: Table, runs: Path, *, project: s
         raise ConfigError("a dashboard needs wandb-workspaces: pip install 'gkl[dashboard]'") from None
     by, groups = runs_of(config, compared(config, table))
     everything = [record for found in groups.values() for record in found]
-    logged = dict.fromkeys(key for record in everything for key in history(record, runs)[-1])
+    logged = dict.fromkeys(key for record in everything for row in history(record, runs)[-1:] for key in row)
     measured = dict.fromkeys(name for record in everything for name in record["metrics"])
     group = {"groupby": "Group" if by == "group" else panels.Config("experiment"), "groupby_aggfunc": "mean"}
 

@@ -21,6 +21,9 @@ from gkl.data.augment import to_float
 from gkl.distributed import all_reduce
 from tests.system.test_ranks import assert_equal
 from trainers.errors import ConfigError
+from trainers.loop.console import Console
+from trainers.loop.engine import fit
+from trainers.loop.folder import RunFolder
 from trainers.loop.training import Training
 from trainers.methods.clip import Clip
 from trainers.runs.compose import compose
@@ -364,3 +367,28 @@ def test_no_epochs_want_weights_that_are_there(tmp_path: Path) -> None:
     assert config["epochs"] == 0 and config["initial"]["weights"] == "published"
     check(config, 1)
     assert instantiate(config["initial"]).file.name == "ViT-L-14-datacomp_xl_s13b_b90k.pt"
+
+
+def test_a_run_of_no_epochs_measures_what_it_begins_with(tmp_path: Path) -> None:
+    config = compose("train", ["experiment=clip/teacher", "scale=smoke", f"data.root={tmp_path}/digits"]) | {
+        "epochs": 0
+    }
+    given = {"data": instantiate(config["data"]), "initial": Drawn("clip_scan_96")}
+    task = build(config, device=torch.device("cpu"), **given)
+    place = RunFolder(tmp_path / "run")
+    place.open("lock").close()
+    fit(
+        task,
+        epochs=0,
+        folder=place,
+        checkpoint_minutes=10,
+        report=Console("", enabled=False, folder=place.path),
+    )
+    metrics, details = task.method.evaluate(
+        headline="last", settings={}, folder=place.path, console=Console("", enabled=False, folder=place.path)
+    )
+    drawn = Drawn("clip_scan_96").load(10)[0].state_dict()
+    assert all(task.model.state_dict()[name].equal(value) for name, value in drawn.items())
+    assert metrics.keys() == {"imagenet", "imagenet_v2", "imagenet_sketch", "imagenet_r"}
+    assert details["tests"]["imagenet_r"] == {"n": 182, "classes": 5}
+    assert task.method.origins() == {"initial": {"run": "drawn", "sha256": "none"}} and place.history() == []
