@@ -86,6 +86,10 @@ class SimilarityGKL:
     gamma: float
     temperature: float
 
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.gamma <= 1.0:
+            raise ValueError(f"loss.gamma must lie in [0, 1], got {self.gamma}")
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """(b,). student_logits, teacher_logits: (b, B)."""
         return gkl_loss(

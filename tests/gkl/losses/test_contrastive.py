@@ -153,3 +153,8 @@ def test_wmse_on_undivided_similarities_would_be_another_loss() -> None:
         drawn()["their_images"], drawn()["their_texts"], torch.tensor(100.0).double()
     ).image
     assert teacher.softmax(1).amax(1).mean() > 0.9 > (teacher / 8.0).softmax(1).amax(1).mean()
+
+
+def test_gamma_is_checked_before_anything_starts() -> None:
+    with pytest.raises(ValueError, match=r"loss.gamma must lie in \[0, 1\], got 1.5"):
+        SimilarityGKL(alpha=1.0, beta=1.0, gamma=1.5, temperature=8.0)
