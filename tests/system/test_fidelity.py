@@ -8,6 +8,7 @@ SGD written out, prior by one-hot products, average over epochs.
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -229,10 +230,13 @@ def test_every_experiment_has_its_restatement() -> None:
     Distillation's are in test_distillation.py and test_features.py, a method each.
     """
     folder = Path(__file__).parents[1] / "trainers/methods"
-    others = "".join((folder / f"test_{kind}.py").read_text() for kind in ("adversarial", "semi_supervised"))
+    kinds = ("adversarial", "semi_supervised", "segmentation")
+    others = "".join((folder / f"test_{kind}.py").read_text() for kind in kinds)
     missing = {
         name
         for name in choices("experiment")
-        if name not in RECIPES and not completed_by(name) and f'"{name.removeprefix("ssl/")}"' not in others
+        if name not in RECIPES
+        and not completed_by(name)
+        and f'"{re.sub("^(ssl|seg)/", "", name)}"' not in others
     }
     assert missing == {"at/c10_dm", "at/c10_dm_gkl", "ssl/denoising"}  # the last is no method of the paper's

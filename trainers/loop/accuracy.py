@@ -42,6 +42,15 @@ def batches_of(data: ImageData | ImageFiles, *chosen: Any) -> Iterator[tuple[Ten
         raise RunError(f"{error}. What was finished is kept; start the same command again") from error
 
 
+def test_page(data: Any, number: int) -> tuple[Tensor, Tensor]:
+    """A test picture of a gkl.data.dense.DenseData with its labels. Raises RunError for one that cannot be read."""
+    try:
+        image, labels = data.test.read(number)
+    except PictureError as error:
+        raise RunError(f"{error}. What was finished is kept; start the same command again") from error
+    return image, labels
+
+
 def correct_flags(
     model: nn.Module, data: ImageData | ImageFiles, device: torch.device, workers: int = 0
 ) -> Tensor:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from gkl.data.batches import Batch
 from gkl.data.dense import IGNORED
-from gkl.data.stores import PictureError
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation.dense import Counts, as_png, segmented
 from gkl.losses.class_centres import agreement, alignment, class_centres, members
@@ -29,8 +28,7 @@ from gkl.models.pspnet import Maps, PSPNet, resized
 from gkl.models.sync_batch_norm import synchronised
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
-from trainers.errors import RunError
-from trainers.loop.accuracy import batches_of
+from trainers.loop.accuracy import batches_of, test_page
 from trainers.loop.console import Console
 from trainers.loop.method import Method
 from trainers.loop.training import Training
@@ -41,9 +39,13 @@ IMAGENET_CLASSES, SHOWN_PICTURES = 1000, 4
 
 @dataclass(kw_only=True)
 class Segmentation(Method):
-    """A network alone. aux_weight: of the auxiliary head's loss. initial: the classifier of ImageNet whose stages it begins with."""
+    """A network alone. aux_weight: of the auxiliary head's loss. initial: the classifier of ImageNet whose stages it begins with.
+
+    mirrored: in testing, a picture's prediction is averaged with that of its mirror image.
+    """
 
     aux_weight: float
+    mirrored: bool = True
     initial: Source | None = None
 
     def adapt(self, model: nn.Module) -> nn.Module:
@@ -70,7 +72,8 @@ class Segmentation(Method):
 
     def inputs(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, ...]:
         """Views, their labels, and the keys of what is dropped in the network."""
-        place = step * self.training.setup.batch_size + self.training.shard.mine(self.training.samples)
+        training = self.training
+        place = step * training.setup.batch_size + training.shard.mine(training.batches.samples(step))
         keys = sample_keys(self.training.seed, epoch, place.to(self.device), "inside_the_network")
         return batch.images, batch.labels, keys
 
@@ -136,25 +139,22 @@ class Segmentation(Method):
         counts = torch.zeros(3, self.data.num_classes, dtype=torch.int64, device=self.device)
         with torch.no_grad(), eval_mode(network):
             for number in range(rank(), len(self.data.test), world_size()):
-                image, labels = self.read(number)
+                image, labels = test_page(self.data, number)
                 found = self.predicted(network, image)
                 counts += Counts.of(found, labels.to(self.device), self.data.num_classes).rows()
         return Counts.from_rows(all_reduce(counts).cpu())
-
-    def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """A test picture and its labels. Raises RunError for one that cannot be read."""
-        try:
-            image, labels = self.data.test.read(number)
-        except PictureError as error:
-            raise RunError(f"{error}. What was finished is kept; start the same command again") from error
-        return image, labels
 
     def predicted(self, network: nn.Module, image: Tensor) -> Tensor:
         """The class of each pixel (H, W) of a picture (3, H, W) uint8, by a network in eval mode."""
         x = (image.to(self.device).float() / 255.0).to(self.dtype)
         data = self.data
         return segmented(
-            lambda views: self.logits(views, network), x, data.num_classes, data.image_size, data.long_side
+            lambda views: self.logits(views, network),
+            x,
+            data.num_classes,
+            data.image_size,
+            data.long_side,
+            self.mirrored,
         )
 
     def evaluate(
@@ -173,7 +173,7 @@ class Segmentation(Method):
 
     def shown(self, number: int) -> dict[str, str]:
         """A test picture, its truth, and what the model makes of it."""
-        image, labels = self.read(number)
+        image, labels = test_page(self.data, number)
         with torch.no_grad(), eval_mode(self.model):
             found = self.predicted(self.model, image)
         return {"picture": as_png(image), "truth": as_png(labels), "predicted": as_png(found)}

@@ -63,6 +63,9 @@ def test_windows_and_mirror_images_are_averaged(shape: tuple[int, int]) -> None:
     found = segmented(logits, image, 3, window=17, long_side=max(shape))
     assert all(x.shape == (2, 3, 17, 17) and x[0].equal(x[1].flip(-1)) for x in seen)
     assert found.equal(pointwise(image[None]).softmax(1)[0].argmax(0))
+    seen.clear()
+    assert segmented(logits, image, 3, 17, max(shape), mirrored=False).equal(found)
+    assert all(x.shape == (1, 3, 17, 17) for x in seen)
     if min(shape) < 17:  # beyond it mean grey
         torch.testing.assert_close(seen[0][0, :, 0, 0], BORDER.flatten().double())
 

@@ -106,8 +106,10 @@ def test_a_config_has_a_network_of_its_own_or_names_those_it_makes() -> None:
     assert {file: {*names} for file, names in families().items()} == FAMILIES
     made = {path.stem for path in MODELS.glob("*.yaml") if not path.stem.endswith("_base")}
     assert made - FAMILIES.keys() <= KNOWN | TIMM.keys() | {
-        "vit_small_patch2_32"
-    }  # the last: tests/gkl/models/test_vit.py
+        "vit_small_patch2_32",
+        "pspnet_18",
+        "pspnet_101",
+    }  # the last: tests/gkl/models/test_vit.py, test_pspnet.py
 
 
 def small_networks() -> list[nn.Module]:

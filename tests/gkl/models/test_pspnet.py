@@ -17,6 +17,7 @@ from gkl.models import create, load_checkpoint
 from gkl.models.pspnet import BasicBlock, Bottleneck, DeepResNet, KeyedDropout2d, Pool, PSPNet, resized
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
+from trainers.runs.compose import compose
 
 needs_apd = pytest.mark.skipif(
     "APD_REF" not in os.environ, reason="needs APD_REF, a checkout of dvlab-research/APD"
@@ -161,3 +162,18 @@ def test_a_file_of_other_names_or_with_code_is_refused(name: str, tmp_path: Path
     torch.save({"state_dict": state, "f": print}, tmp_path / "code.pth")
     with pytest.raises(ValueError, match="could run code, and was not loaded"):
         load_checkpoint(model, tmp_path / "code.pth")
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("pspnet_18", 17_013_612), ("pspnet_101", 68_173_036)])
+def test_parameter_counts(name: str, parameters: int) -> None:
+    """With 150 classes, the auxiliary head in it."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in create(name, 150).parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", ["pspnet_18", "pspnet_101"])
+def test_each_scale_has_a_network_of_the_kind(name: str) -> None:
+    for scale in ("paper", "small", "smoke"):
+        config = compose("train", ["experiment=seg/baseline", f"model={name}", f"scale={scale}"])["model"]
+        assert config["normalisation"] == "imagenet" and (scale != "paper" or config["name"] == name)
+        assert isinstance(create(config["name"], 10), PSPNet)

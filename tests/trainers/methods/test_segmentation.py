@@ -188,7 +188,7 @@ def test_the_recipe() -> None:
         150,
     )
     assert {k: v for k, v in config["method"].items() if k[0] != "_"} == {
-        "aux_weight": 0.4, "divergence_weight": 10.0, "centres_weight": 10.0, "align_weight": 10.0, "sharpness": 10.0,
+        "aux_weight": 0.4, "mirrored": True, "divergence_weight": 10.0, "centres_weight": 10.0, "align_weight": 10.0, "sharpness": 10.0,
         "transform_lr": 1e-5, "count_ignored": True,
     }  # fmt: skip
     assert config["divergence"] == {"_target_": "divergence/GKL", "alpha": 1.0, "beta": 1.0, "gamma": 0.3}
