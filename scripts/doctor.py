@@ -50,14 +50,14 @@ def main(arguments: list[str]) -> int:
 def report_versions() -> list[str]:
     """Installed versions against pyproject.toml's and the lock's; returns those that do not fit."""
     root = Path(__file__).resolve().parent.parent
-    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     groups = (
         project["dependencies"],
         *(extras[name] for name in ("models", "data", "evaluation", "reproduction", "clip")),
     )
     needed = dict.fromkeys(line for group in groups for line in group if not line.startswith("gkl["))
-    lock = (root / "requirements.lock").read_text()
+    lock = (root / "requirements.lock").read_text(encoding="utf-8")
     wrong = []
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     for requirement in map(Requirement, needed):

@@ -109,7 +109,7 @@ def patient_streams() -> Iterator[None]:
     patient = []
     for stream in before:
         stream = stream or open(
-            os.devnull, "w"
+            os.devnull, "w", encoding="utf-8"
         )  # None: the shell has closed it, and its number is free for any file
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

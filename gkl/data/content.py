@@ -58,14 +58,14 @@ def _of_folder(path: Path, kept: Path | None) -> str:
     for name, at in files.items():
         state.update(in_bytes(f"{name}\0{at.st_size}\0{at.st_mtime_ns}\0{at.st_ino}\0{at.st_dev}\n"))
     note = kept / state.hexdigest()[:32] if kept else None
-    if note is not None and note.is_file() and len(text := note.read_text().strip()) == 16:
+    if note is not None and note.is_file() and len(text := note.read_text(encoding="utf-8").strip()) == 16:
         return text
     found = _digest({name: (at.st_size, _crc(path / name)) for name, at in files.items()})
     if note is not None and os.access(
         note.parent.parent if not note.parent.exists() else note.parent, os.W_OK
     ):
         with atomically(note) as temporary:
-            temporary.write_text(found)
+            temporary.write_text(found, encoding="utf-8")
     return found
 
 

@@ -75,7 +75,7 @@ def read_list(path: Path, lines: int) -> list[tuple[str, int]]:
             "lines) and set data.lists=FOLDER"
         )
     found = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
         name, _, label = line.strip().rpartition(" ")
         if not name or not (label.isascii() and label.isdecimal()):
             raise ValueError(f"{path}, line {number}: needs a path and a class, got {line[:80]!r}")

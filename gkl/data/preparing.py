@@ -65,7 +65,9 @@ def prepare(
             {**_write_shard(part, temporary, number), "part": described[number]}
             for number, part in enumerate(parts)
         ]
-        (temporary / INDEX).write_text(json.dumps({"schema": 1, "shards": shards}, indent=1))
+        (temporary / INDEX).write_text(
+            json.dumps({"schema": 1, "shards": shards}, indent=1), encoding="utf-8"
+        )
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -77,7 +79,7 @@ def alone(folder: Path) -> Iterator[None]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     while True:
-        lock = open(path, "w")
+        lock = open(path, "w", encoding="utf-8")
         fcntl.flock(lock, fcntl.LOCK_EX)
         if path.exists() and os.fstat(lock.fileno()).st_ino == path.stat().st_ino:
             break
@@ -220,7 +222,7 @@ def _exactly(source: IO[bytes], size: int, part: Path) -> bytes:
 def read_index(folder: Path) -> dict[str, Any]:
     """What a prepared folder says of its shards. Raises ValueError where it says nothing."""
     try:
-        index = json.loads((folder / INDEX).read_text())
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         return dict(index)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -22,7 +22,7 @@ from trainers.errors import ConfigError
 from trainers.runs.__main__ import main as run_of
 from trainers.runs.compose import choices, compose
 from trainers.runs.launchers.local import Local
-from trainers.runs.paths import freeze
+from trainers.runs.paths import freeze, run_folder
 from trainers.runs.plan import ABSENT, tables
 from trainers.runs.targets import check_values
 
@@ -403,3 +403,21 @@ def test_ctrl_c_while_a_script_is_read_prints_no_traceback(script: str) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and not out
     assert "Traceback" not in err and "KeyboardInterrupt" not in err
+
+
+def test_text_is_utf_8_whatever_the_locale() -> None:
+    """Greek letters stand in configs and records."""
+    done = subprocess.run(
+        [sys.executable, "scripts/train.py", "experiment=at/c100_basic_gkl", "scale=smoke", "--cfg"], cwd=ROOT, capture_output=True, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0",
+             "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0 and not done.stderr and b"gamma" in done.stdout
+
+
+def test_a_folder_in_a_file_s_place_does_not_stop_a_start(tmp_path: Path) -> None:
+    config = compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", f"paths.outputs={tmp_path}"])
+    place = run_folder(config).path / "progress.json"
+    place.mkdir(parents=True)
+    freeze(config)
+    assert not place.exists()

@@ -55,7 +55,7 @@ class Console:
         if self.folder is not None:
             temporary = self.folder / f".progress.{os.getpid()}.tmp"
             with suppress(OSError):
-                temporary.write_text(json.dumps({"where": where, "left": left}))
+                temporary.write_text(json.dumps({"where": where, "left": left}), encoding="utf-8")
                 os.replace(temporary, self.folder / "progress.json")
 
     def epoch(self, row: dict[str, Any]) -> None:

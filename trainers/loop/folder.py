@@ -32,7 +32,7 @@ class RunFolder:
         """A file of it to append to, the folder made if need be. Raises RunError if it cannot be written."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return open(self.path / name, "a")
+            return open(self.path / name, "a", encoding="utf-8")
         except OSError as error:
             raise RunError(
                 f"cannot write in the output folder {self.path}: {error.strerror}; choose another with GKL_OUTPUTS=..."
@@ -104,7 +104,7 @@ class RunFolder:
 
     def append_history(self, row: dict[str, Any]) -> None:
         """Add one line to history.jsonl."""
-        with open(self.history_path, "a") as file:
+        with open(self.history_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -52,7 +52,7 @@ def history(record: Record, runs: Path) -> list[dict[str, float]]:
     if not record["config"]["epochs"]:
         return []
     path = (runs / record["path"]).with_name(record["history"])
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def workspace(config: Mapping[str, Any], table: Table, runs: Path, *, project: str, entity: str) -> Any:

@@ -56,7 +56,7 @@ def pack(record_path: Path, outputs: Path, target: Path) -> list[Path]:
     files = {
         "config.json": json.dumps(timm_config(record, settings, model), indent=1) + "\n",
         "README.md": card(record, settings),
-        "record.json": record_path.read_text(),
+        "record.json": record_path.read_text(encoding="utf-8"),
     }
     if (why := not_for_robustbench(record)) is None:
         entry = f"Reproduced{record['finished'][:4]}Generalized_{architecture(settings)}"
@@ -234,7 +234,7 @@ def upload(folder: Path, repository: str) -> str:
             "an upload needs a token of the Hugging Face Hub; run `hf auth login` or set HF_TOKEN, then this command again"
         )
     text = folder / "README.md"
-    write_text(text, text.read_text().replace("NAME/REPOSITORY", repository))
+    write_text(text, text.read_text(encoding="utf-8").replace("NAME/REPOSITORY", repository))
     try:
         api = HfApi()
         address = api.create_repo(repository, exist_ok=True)

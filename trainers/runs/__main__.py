@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from trainers.runs.paths import run_folder
-    from trainers.runs.processes import launch, process_group
+    from trainers.runs.processes import check_ranks, launch, process_group
     from trainers.runs.run import run
 
     parser = argparse.ArgumentParser(prog="python -m trainers.runs", exit_on_error=False)
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
             raise argparse.ArgumentError(None, f"{given.config} is no file")
     except argparse.ArgumentError as error:
         raise ConfigError(f"usage: python -m trainers.runs CONFIG.yaml; {error}") from None
+    check_ranks()
     config = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(given.config)))
     if "WORLD_SIZE" not in os.environ and config["devices"] * given.nodes > 1:
         return launch(given.config, config["devices"], given)

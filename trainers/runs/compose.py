@@ -285,7 +285,7 @@ def _explain(entry: str, message: str, overrides: Sequence[str]) -> str:
 def _all_keys(entry: str) -> list[str]:
     keys: set[str] = set()
     for path in CONFIGS.rglob("*.yaml"):
-        keys.update(re.findall(r"^\s*([A-Za-z]\w*):", path.read_text(), flags=re.MULTILINE))
+        keys.update(re.findall(r"^\s*([A-Za-z]\w*):", path.read_text(encoding="utf-8"), flags=re.MULTILINE))
     return sorted(keys)
 
 

@@ -215,7 +215,7 @@ class Board:
         """What the run said last of itself."""
         path = job.log.with_name("progress.json")
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             return found["where"], found["left"]
         except (OSError, ValueError, KeyError):
             return "", None
@@ -236,6 +236,6 @@ def name(cell: Cell) -> str:
 
 
 def _last_line(log: Path) -> str:
-    text = log.read_text(errors="replace") if log.exists() else ""
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from gkl.atomic import remove
 from trainers.errors import ConfigError
 from trainers.files import write_atomically
 from trainers.loop.folder import RunFolder
@@ -81,5 +82,5 @@ def freeze(config: dict[str, Any]) -> Path:
     folder.open("lock").close()  # says what is wrong with it, if anything is
     path = folder.path / f"{config_hash(config)}.yaml"
     write_atomically(path, lambda temporary: OmegaConf.save(OmegaConf.create(config), temporary))
-    path.with_name("progress.json").unlink(missing_ok=True)  # of an earlier start
+    remove(path.with_name("progress.json"))  # of an earlier start
     return path

@@ -52,9 +52,29 @@ def one_process_a_node_first() -> Iterator[None]:
         dist.barrier()
 
 
+def check_ranks() -> None:
+    """Raises ConfigError where torchrun's variables are left over in the environment of a process that it has not started."""
+    given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    rank, size, local = (
+        int(word) if word is not None and word.isdecimal() else None for word in given.values()
+    )
+    numbers = all(word is None or word.isdecimal() for word in given.values())
+    if (
+        not numbers
+        or (size or 1) <= (rank or 0)
+        or (local or 0) >= (size or 1)
+        or ((size or 1) > 1 and rank is None)
+    ):
+        told = ", ".join(f"{name}={word}" for name, word in given.items() if word is not None)
+        raise ConfigError(
+            f"the environment has {told}, which says of no process of a run which one it is; start it with torchrun, or unset them"
+        )
+
+
 @contextmanager
 def process_group(config: dict[str, Any]) -> Iterator[None]:
     """Inside, the processes that torchrun started talk to each other: nccl on GPUs, gloo on CPUs."""
+    check_ranks()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return

@@ -133,7 +133,7 @@ def _write_once(path: Path, record: Record, check: Callable[[Any], None], histor
     text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
     beside = path.with_suffix(".jsonl")
     if is_whole(path, check):
-        if path.read_text() == text:
+        if path.read_text(encoding="utf-8") == text:
             return path
         raise RunError(
             f"{path} holds another record of the same run; records are never changed, move it away first"
@@ -174,9 +174,17 @@ def read_record(path: Path) -> Record:
 
 def _read(path: Path, check: Callable[[Any], None]) -> Record:
     try:
-        record = json.loads(path.read_text(), parse_constant=_refuse)
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        if isinstance(record, dict) and type(found := record.get("schema")) is int and found > SCHEMA:
+            raise RunError(
+                f"record {path} is of schema {found}, which a later version of gkl has written, and this one reads {SCHEMA}; bring gkl up "
+                "to date, or choose another folder with GKL_RESULTS=..."
+            )
         check(record)
-    except (ValueError, ConfigError) as error:  # json's error is a ValueError as well
+    except (
+        ValueError,
+        ConfigError,
+    ) as error:  # json's error is a ValueError as well; of a later version's record nothing is known
         raise ValueError(f"record {path} is damaged: {error}") from error
     return dict(record)
 
@@ -203,7 +211,7 @@ def read_records(root: Path) -> Records:
     def read(path: Path, reader: Callable[[Path], Record]) -> Iterator[Record]:
         try:
             yield reader(path)
-        except ValueError as error:
+        except (ValueError, RunError) as error:
             records.damaged.append(f"{error}; it counts as missing")
 
     for path in sorted(root.rglob("seed*.json")):

@@ -30,7 +30,7 @@ def addresses() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in sorted(CONFIGS.rglob("*.yaml")):
         kind = path.relative_to(CONFIGS).parts[0]
-        for address in re.findall(r"_target_: *([\w.]+)", path.read_text()):
+        for address in re.findall(r"_target_: *([\w.]+)", path.read_text(encoding="utf-8")):
             name = f"{kind}/{address.rpartition('.')[2]}"
             if found.setdefault(name, address) != address:
                 raise ConfigError(

@@ -64,7 +64,7 @@ def follow(settings: dict[str, Any]) -> None:
     a resumed run continues the same wandb run), config, folder and record (paths).
     """
     folder, record = RunFolder(Path(settings["folder"])), Path(settings["record"])
-    lock = open(folder.path / "mirror.lock", "a")
+    lock = open(folder.path / "mirror.lock", "a", encoding="utf-8")
     fcntl.flock(
         lock, fcntl.LOCK_EX
     )  # the process of a run that was stopped a moment ago may still be at work
@@ -81,7 +81,7 @@ def follow(settings: dict[str, Any]) -> None:
                 write_text(_state_path(folder), json.dumps({"epoch": sent, "trouble": trouble}))
     signal.alarm(LINGER_SECONDS)
     if is_whole(record):
-        run.summary.update(json.loads(record.read_text())["metrics"])
+        run.summary.update(json.loads(record.read_text(encoding="utf-8"))["metrics"])
         run.finish()
     else:
         run.mark_preempting()
@@ -119,8 +119,8 @@ def _state_path(folder: RunFolder) -> Path:
 
 def _state(folder: RunFolder) -> dict[str, Any]:
     path = _state_path(folder)
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 if __name__ == "__main__":
-    follow(json.loads(Path(sys.argv[1]).read_text()))
+    follow(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))

@@ -258,7 +258,9 @@ def test_gqa_of_another_version_is_one_line_before_a_model_is_asked(tmp_path: Pa
     with pytest.raises(ValueError, match=r"asks 1 questions more than once, such as 2004"):
         GQA.read(**files)
     files["annotations"].write_text(kept[1].replace('"structural"', '"kind"'))
-    with pytest.raises(ValueError, match=r"testdev.json needs answer, types.structural and isBalanced under each"):
+    with pytest.raises(
+        ValueError, match=r"testdev.json needs answer, types.structural and isBalanced under each"
+    ):
         GQA.read(**files)
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from gkl.atomic import clear
 from gkl.evaluation import kept
-from trainers.errors import RunError
+from trainers.errors import ConfigError, RunError
 from trainers.loop.accuracy import told_as_lost
 from trainers.loop.folder import RunFolder
 from trainers.runs import processes
@@ -66,6 +66,36 @@ def two(body: str, *arguments: object, wait: float = 60.0) -> list[subprocess.Po
 def ended(both: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     found = [process.communicate(timeout=90) for process in both]
     return [(process.returncode, err) for process, (_, err) in zip(both, found, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        ({}, False),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, False),
+        ({"WORLD_SIZE": "1"}, False),
+        ({"WORLD_SIZE": "2"}, True),
+        ({"RANK": "x"}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, True),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, True),
+        ({"LOCAL_RANK": "1"}, True),
+    ],
+)
+def test_what_another_launcher_left_in_the_environment_is_one_line(
+    given: dict[str, str], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    if not refused:
+        processes.check_ranks()
+        return
+    with pytest.raises(ConfigError, match="start it with torchrun, or unset them") as error:
+        processes.check_ranks()
+    assert all(f"{name}={value}" in str(error.value) for name, value in given.items())
 
 
 def test_machines_that_do_not_share_their_outputs_are_told_before_training(tmp_path: Path) -> None:

@@ -35,7 +35,15 @@ from trainers.runs.plan import (
     summary,
     tables,
 )
-from trainers.runs.records import is_whole, read_record, read_records, record_path, validate, write_record
+from trainers.runs.records import (
+    SCHEMA,
+    is_whole,
+    read_record,
+    read_records,
+    record_path,
+    validate,
+    write_record,
+)
 from trainers.runs.settings import check
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -196,6 +204,20 @@ def test_measurements_of_one_training_go_one_after_the_other() -> None:
     assert [cell.config["seed"] for cell in first] == [0, 1] and first[0] is plan[0]
     job = LocalJob(plan[0], Path("run.log"), 0, None)  # type: ignore[arg-type]
     assert startable(plan[1:], [job]) == [plan[2]]
+
+
+def test_a_later_version_s_record_is_no_damage(tmp_path: Path) -> None:
+    path = write_record(tmp_path, record(30.0))
+    text = path.read_text().replace(f'"schema": {SCHEMA}', f'"schema": {SCHEMA + 1}')
+    path.write_text(text)
+    for reader in (is_whole, read_record):
+        with pytest.raises(
+            RunError, match=rf"is of schema {SCHEMA + 1}, which a later version of gkl has written"
+        ):
+            reader(path)
+    with pytest.raises(RunError, match="a later version"):
+        write_record(tmp_path, record(30.0))
+    assert path.read_text() == text and len(read_records(tmp_path).damaged) == 1
 
 
 def test_a_damaged_assessment_takes_nothing_from_its_record(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ class Slurm:
 
     def _submitted(self, cell: Cell) -> str | None:
         ticket = _ticket(cell)
-        return json.loads(ticket.read_text())["job"] if ticket.exists() else None
+        return json.loads(ticket.read_text(encoding="utf-8"))["job"] if ticket.exists() else None
 
     def _submit(self, cells: Sequence[Cell]) -> list[str]:
         import submitit
