@@ -85,6 +85,22 @@ class CentreCrop:
         return tensor(TF.center_crop(whole, [size, size]))
 
 
+class PaddedSquare:
+    """LLaVA's view: the whole picture in the middle of a square of one colour, resized (bicubic)."""
+
+    def __init__(self, mean: Sequence[float]) -> None:
+        """mean: the colour, of the pictures that the network was trained with, (3,) in [0, 1]."""
+        self.colour = tuple(int(255 * value) for value in mean)
+
+    def __call__(self, picture: Picture, size: int, *, key: int = 0) -> Tensor:
+        """picture: as gkl.data.stores.decode gives it. Returns (3, size, size) uint8."""
+        inside = pillow(picture)
+        side = max(inside.size)
+        square = Image.new("RGB", (side, side), self.colour)
+        square.paste(inside, ((side - inside.width) // 2, (side - inside.height) // 2))
+        return CentreCrop(size, "bicubic")(square, size)
+
+
 @cache
 def rand_augment(words: str, size: int) -> Callable[[Image.Image], Image.Image]:
     """timm's RandAugment as its training script makes it for views of this size: borders of ImageNet's mean grey."""
