@@ -155,11 +155,11 @@ def _is_turn(turn: Any) -> bool:
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raises ValueError for a tokenizer that has no end of text, or sets one by itself."""
-    plain, ended = tokenizer.encode("a"), tokenizer.encode(f"a{END}")
-    if ended != [*plain, tokenizer.eos_token_id] or tokenizer.eos_token_id in plain:
+    bare, ended = tokenizer.encode("a"), tokenizer.encode(f"a{END}")
+    if ended != [*bare, tokenizer.eos_token_id] or tokenizer.eos_token_id in bare:
         raise ValueError(
             f"LLaVA needs a tokenizer of the LLaMA family, in which {END} is the token eos_token_id and is set by nobody else; "
-            f"this one makes {plain} of 'a', {ended} of 'a{END}', and has eos_token_id={tokenizer.eos_token_id}"
+            f"this one makes {bare} of 'a', {ended} of 'a{END}', and has eos_token_id={tokenizer.eos_token_id}"
         )
 
 

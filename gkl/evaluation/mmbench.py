@@ -50,7 +50,12 @@ class MMBench:
         """A TSV file with pictures in base64. Raises FileNotFoundError, or ValueError naming the row that is wrong."""
         rows = _table(questions)
         asked = [_question(questions, row, CLOSING_CN if chinese else CLOSING) for row in rows]
-        check_once(questions, [question.id for question in asked])
+        numbers = [question.id for question in asked]
+        check_once(questions, numbers)
+        if lost := {int(number) % ROUND for number in numbers} - {*numbers}:
+            raise ValueError(
+                f"{questions} has later rounds of {len(lost):,} questions without their first, such as {min(lost)}; fetch it whole"
+            )
         answers = {row.get("answer", "") for row in rows}
         if not all(_empty(answer) or answer in LETTERS for answer in answers):
             raise ValueError(

@@ -152,7 +152,12 @@ class POPE:
                 rows[category, row["image"], _thing(row["text"])] = row["label"] == "yes"
         keys = [(question.category, question.picture, _thing(question.text)) for question in asked]
         check_once(questions, keys)
-        check_annotated(questions, ", ".join(map(str, annotations.values())), keys, rows)
+        files = ", ".join(map(str, annotations.values()))
+        check_annotated(questions, files, keys, rows)
+        shown = {
+            (category, picture) for category, picture, _ in rows
+        }  # the longer list has the same pictures
+        check_asked(questions, files, [key[:2] for key in keys], dict.fromkeys(shown), "pictures")
         return cls(asked, [rows[key] for key in keys])
 
     def score(self, texts: Sequence[str]) -> dict[str, float]:

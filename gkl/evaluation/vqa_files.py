@@ -145,11 +145,13 @@ def check_annotated(questions: Any, annotations: Any, keys: Sequence[Any], rows:
         )
 
 
-def check_asked(questions: Any, annotations: Any, keys: Sequence[Any], rows: Mapping[Any, Any]) -> None:
+def check_asked(
+    questions: Any, annotations: Any, keys: Sequence[Any], rows: Mapping[Any, Any], what: str = "questions"
+) -> None:
     """Raises ValueError for annotations without question."""
     if left := {*rows} - {*keys}:
         raise ValueError(
-            f"{annotations} has {len(left):,} of {len(rows):,} questions that {questions} does not ask, such as {min(left)}; "
+            f"{annotations} has {len(left):,} of {len(rows):,} {what} that {questions} does not ask after, such as {min(left)}; "
             "take both of one version"
         )
 

@@ -150,6 +150,10 @@ def test_without_openpyxl_the_sheet_is_one_line(tmp_path: Path, monkeypatch: pyt
     ("rows", "message"),
     [
         ([row(index="1"), row(index="1")], "asks 1 questions more than once, such as 1"),
+        (
+            [row(index="1"), row(index="2000002")],
+            "later rounds of 1 questions without their first, such as 2; fetch it",
+        ),
         ([row(index="one")], "row 'one' needs its number as index"),
         ([row(index="1", answer="C")], "row '1' needs its answer among its options A, B, got 'C'"),
         ([row(index="1", image="pixels!")], r"row '1' needs its picture in base64 \("),

@@ -251,7 +251,7 @@ def test_gqa_of_another_version_is_one_line_before_a_model_is_asked(tmp_path: Pa
         message = r"asked.jsonl has 1 of 5 questions that .*testdev.json does not know, such as 2005; take both of one version"
     else:
         files["questions"].write_text(kept[0].split("\n", 1)[1])
-        message = r"testdev.json has 1 of 5 questions that .*asked.jsonl does not ask, such as 2004; take both of one version"
+        message = r"testdev.json has 1 of 5 questions that .*asked.jsonl does not ask after, such as 2004; take both of one version"
     with pytest.raises(ValueError, match=message):
         GQA.read(**files)
     files["questions"].write_text(kept[0] + kept[0].split("\n")[0])
@@ -320,6 +320,12 @@ def test_pope_without_a_category_or_a_question_is_one_line(tmp_path: Path) -> No
     text = files["annotations"]["random"].read_text()
     files["annotations"]["random"].write_text(text.split("\n", 1)[1])
     with pytest.raises(ValueError, match=r"1 of 12 questions that .*coco_pope_random.json.* does not know"):
+        POPE.read(**files)
+    files["annotations"]["random"].write_text(text)
+    files["questions"].write_text("\n".join(files["questions"].read_text().split("\n")[2:]))
+    with pytest.raises(
+        ValueError, match=r"has 1 of 6 pictures that .* does not ask after, such as \('random', '0.jpg'\)"
+    ):
         POPE.read(**files)
     files["annotations"]["random"].write_text(text.replace('"label": "yes"', '"label": "maybe"'))
     with pytest.raises(ValueError, match="coco_pope_random.json needs labels yes and no, got 'maybe'"):
