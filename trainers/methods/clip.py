@@ -137,7 +137,7 @@ class Clip(Method):
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
         """A step 3, 4 in micro-batches, whose features are made twice; the teacher's forward 1."""
-        own = 4.0 if config["accumulate"] > 1 else 3.0
+        own = 4.0 if config.get("accumulate", 1) > 1 else 3.0  # a record does not say
         return {"model": own, **({"teacher.network": 1.0} if config.get("teacher") else {})}
 
     def unrecordable(self) -> str | None:

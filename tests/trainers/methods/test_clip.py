@@ -27,13 +27,15 @@ from trainers.loop.folder import RunFolder
 from trainers.loop.training import Training
 from trainers.methods.clip import Clip
 from trainers.runs.compose import compose
-from trainers.runs.cost import forward_flops
+from trainers.runs.cost import forward_flops, needed_flops, recorded_size
+from trainers.runs.records import read_records
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
 ROWS = {"baseline": (), "kl": ("loss.temperature=2.0",), "gkl": ()}
 WARMUP, STEPS = 1, 44
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -282,6 +284,13 @@ def test_the_plan_counts_what_a_step_takes(tmp_path: Path) -> None:
             own,
             row,
         )  # pictures get no gradient
+
+
+def test_what_recorded_runs_cost_can_be_counted() -> None:
+    """A record's configuration says nothing of devices and micro-batches."""
+    records = [r for r in read_records(ROOT / "results/runs/clip") if r["scale"] == "smoke"]
+    assert len(records) >= 7
+    assert all(needed_flops(r["config"], recorded_size(r)) > 1e9 for r in records)
 
 
 def test_the_recipe() -> None:
