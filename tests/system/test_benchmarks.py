@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import augmentation
 import autoattack
+import clip
 import distillation
 import gpu
 import loss
@@ -71,6 +72,16 @@ def test_a_step_s_tensors_are_on_the_device(pretended: Pretended) -> None:
         )
     assert pretended.strays == []
     assert float(found["restatement"].rsplit(" ", 1)[1]) < 1e-12
+
+
+def test_clip_s_benchmark(tmp_path: Path, results: Path) -> None:
+    """Counted and timed; what a real network keeps of a pair takes half a minute, and stands in the committed file."""
+    pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
+    rows = [clip.flops(tmp_path), *clip.timed(tmp_path, CPU, 1)]
+    timing.report("clip", "a heading", rows, CPU)
+    kept = json.loads((results / "clip-cpu.json").read_text())["rows"]
+    assert kept[0]["met"] and 1.0 < kept[0]["ratio"][1] < 1.02
+    assert [row["what"].split()[-1] for row in kept[1:]] == ["forward", "forward", "gkl"]
 
 
 def test_a_distillation_step_is_the_published_one(tmp_path: Path) -> None:
