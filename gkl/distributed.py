@@ -7,6 +7,7 @@ so that N processes holding slices of a batch compute what one process holding a
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -73,6 +74,26 @@ def agree(value: int) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def first_said(words: str | None) -> str | None:
+    """What the first of the processes that have something to say says, None where none has; no device is waited for."""
+    if world_size() == 1:
+        return words
+    beside = _on_cpus(dist.group.WORLD)
+    any_has = torch.tensor(words is not None, dtype=torch.int32)
+    dist.all_reduce(any_has, op=dist.ReduceOp.MAX, group=beside)
+    if not any_has:
+        return None
+    said: list[str | None] = [None] * world_size()
+    dist.all_gather_object(said, words, group=beside)
+    return next(each for each in said if each is not None)
+
+
+@cache
+def _on_cpus(world: Any) -> Any:
+    """The processes of the world over gloo, whatever they talk by on their devices; all of them must ask at once."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ class LostProcess(RunError):
 
 
 class NotBegun(RunError):
-    """A step that could not begin, and has changed nothing: what the steps before it have come to can be saved."""
+    """A step that could not begin on any of the processes, and has changed nothing: what the steps before it have come to can be saved."""
 
 
 class Interrupted(BaseException):

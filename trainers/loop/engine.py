@@ -163,17 +163,14 @@ class _Loop:
         self.read(epoch, sums)
 
     def step(self, epoch: int, step: int, sums: dict[str, float]) -> dict[str, Tensor]:
-        """A step. Raises RunError for one that cannot begin, with a checkpoint of those before it."""
+        """A step. Raises RunError for one that cannot begin on any process, with a checkpoint of those before it."""
         try:
             return self.task.train_step(epoch, step)
         except NotBegun as error:
-            kept = "the last checkpoint is intact"
-            if world_size() == 1:  # others would be in the step, and wait
-                self.read(epoch, sums)
-                self.save(Position(epoch, step, sums=sums))
-                kept = f"checkpoint saved before epoch {epoch}, step {step}"
+            self.read(epoch, sums)
+            self.save(Position(epoch, step, sums=sums))
             raise RunError(
-                f"{error}; {kept}. With the same pictures the same command goes on from there"
+                f"{error}; checkpoint saved before epoch {epoch}, step {step}. With the same pictures the same command goes on from there"
             ) from error
 
     def read(self, epoch: int, sums: dict[str, float], but: int = 0) -> int:

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
-from gkl.distributed import Shard, all_reduce_, broadcast_
+from gkl.distributed import Shard, all_reduce_, broadcast_, first_said
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import set_group_size
 from trainers.errors import NotBegun, RunError
@@ -98,10 +98,16 @@ class Training:
         self.group_size = self.shard.group_size(self.batches.items(step))
         for network in self.method.networks():
             set_group_size(network, self.group_size)
+        batch, cause = None, None
         try:
-            return self.batches.batch(epoch, step)
+            batch = self.batches.batch(epoch, step)
         except PictureError as error:
-            raise NotBegun(str(error)) from error
+            cause = error
+        words = str(cause) if cause else None
+        # All processes stop before the same step, so that those before it can be saved. What lies in memory is whole.
+        if words := words if self.data.in_memory else first_said(words):
+            raise NotBegun(words) from cause
+        return batch
 
     def see(self, images: Tensor, view: Tensor, draws: Tensor) -> Tensor:
         """The views (b, 3, H, W) in [0, 1] of pictures as a batch holds them; of what are views in [0, 1] already, themselves."""

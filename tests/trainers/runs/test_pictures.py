@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 from tests.gkl.data.test_files import shards
@@ -105,6 +107,42 @@ def test_a_picture_ends_a_run_with_a_line_and_what_was_computed_is_saved(
     picture.write_bytes(before)
     assert_equal(trained(made(root), tmp_path / "run"), uninterrupted, fault, rtol=0, atol=0)
     assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
+
+
+def worker(rank: int, root: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    try:
+        said, state = "", trained(made(Path(root), "workers=0", "bn_groups=2"), Path(folder) / "run")
+    except RunError as error:
+        said, state = str(error), {}
+    torch.save({"said": said, "state": state}, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_stop_before_the_same_step(tmp_path: Path) -> None:
+    """One of them cannot read a picture; both say which, and go on from there to the same bits."""
+    root = write(tmp_path / "pictures")
+
+    def both(name: str) -> list[dict[str, Any]]:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "rendezvous").unlink(missing_ok=True)
+        mp.spawn(worker, args=(str(root), str(tmp_path / name)), nprocs=2)
+        return [torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+    whole = both("whole")
+    picture = root / "train/c/5.png"
+    before = picture.read_bytes()
+    picture.write_bytes(b"")
+    first, second = (found["said"] for found in both("harmed"))
+    assert first == second and "picture train/c/5.png is damaged (it is empty)" in first and "\n" not in first
+    step = int(first.split("checkpoint saved before epoch 1, step ")[1].split(".")[0])
+    kept = RunFolder(tmp_path / "harmed/run").load_checkpoint(print)["position"]
+    assert (kept["epoch"], kept["step"]) == (1, step)
+    picture.write_bytes(before)
+    for found, wanted in zip(both("harmed"), whole, strict=True):
+        assert found["said"] == "" and wanted["state"]
+        assert_equal(found["state"], wanted["state"], "two processes", rtol=0, atol=0)
 
 
 def test_the_steps_before_it_are_in_the_checkpoint(tmp_path: Path) -> None:
