@@ -120,19 +120,22 @@ def _with_gradients(
         smoothed.to(dtype),
         scale.to(dtype),
     )
-    difference = teacher - student  # exact where the two are alike, so a common offset costs no digit
+    difference = (
+        teacher - student
+    )  # (b, C), d of Eq. 13; exact where the two are alike, so a common offset costs no digit
     log_probs = F.log_softmax(_tempered(student, temperature), dim=-1)
     if teacher_probs is None:
         teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
-    log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # minus the cross-entropy
-    mean = _mean(smoothed, difference, sums)
+    log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # (b,), minus the cross-entropy of Eq. 13
+    mean = _mean(smoothed, difference, sums)  # (b,)
     if _far(mean):
         student, teacher = _without_offsets(student, teacher, mean)
         difference = teacher - student
         mean = _mean(smoothed, difference, sums)
     difference -= mean.unsqueeze(-1)
-    pull = smoothed * difference
-    half = torch.linalg.vecdot(pull, difference)
+    # 1/4 sum_jk v_j v_k (d_j - d_k)^2 = 1/2 W sum_j v_j (d_j - mean_v d)^2, v = w^gamma, W = sum_j v_j: C operations for Eq. 13's C^2.
+    pull = smoothed * difference  # (b, C), v_j (d_j - mean d): wMSE's gradient up to the row's scale
+    half = torch.linalg.vecdot(pull, difference)  # (b,)
     # A tensor of its own: torch 2.11's compiler gives zero gradients for a result that is an intermediate changed in place.
     value = torch.addcmul(log_likelihood.mul_(-beta), half, scale, value=0.5)
     scale = scale.unsqueeze(-1)
