@@ -54,6 +54,10 @@ def main(arguments: list[str]) -> int:
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             chosen(data, config["evaluation"]["images"])  # that they are there
+            if not hasattr(model, "get_classifier"):
+                raise ValueError(
+                    f"AutoAttack asks a network for a picture's class, and a {type(model).__name__} gives none; choose model=... of a classifier"
+                )
             check_answers(model, data.image_size)
             console.say(str(load_checkpoint(model, path, config["checkpoint_key"])))
         except ValueError as error:

@@ -91,3 +91,15 @@ def test_timm_s_network_by_name(command: Command, tmp_path: Path) -> None:  # no
     for name in ("resnet10t", "timm/resnet10t"):
         code, out, err = command("evaluate", f"checkpoint={tmp_path}/timm.pt", f"model={name}", *QUICK)
         assert code == 0 and numbers(out)["n"] == 10, err
+
+
+def test_a_network_of_no_classes_is_one_line(command: Command, tmp_path: Path) -> None:  # noqa: F811
+    pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "clip.pt")
+    given = ["model=clip_b16", "model.name=clip_scan_48", "model.normalisation=null", *QUICK]
+    code, _, err = command("evaluate", f"checkpoint={tmp_path / 'clip.pt'}", *given)
+    assert code == 2 and err.count("\n") == 1, err
+    assert (
+        "AutoAttack asks a network for a picture's class, and a Clip gives none; choose model=... of a classifier"
+        in err
+    )

@@ -50,6 +50,11 @@ def pack(record_path: Path, outputs: Path, target: Path) -> list[Path]:
     settings = {
         key: value for key, value in record["config"]["model"].items() if key not in ("_target_", "_partial_")
     }
+    if (kind := record["config"]["model"]["_target_"]) != "model/create":
+        raise RunError(
+            f"{record_path} trained a network of {kind}, which timm knows by no name; a release packs classifiers made by name, and the "
+            f"weights in {weights} are as they are"
+        )
     state = torch.load(weights, map_location="cpu", weights_only=True)
     model = create(**settings, num_classes=classes(state, settings))
     model.load_state_dict(state)

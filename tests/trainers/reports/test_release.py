@@ -147,3 +147,15 @@ def test_an_upload_without_a_token_or_network_is_one_line(
 def test_what_a_person_can_get_wrong(arguments: list[str], message: str, command: Command) -> None:  # noqa: F811
     code, _, err = command("release", *arguments)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["model/clip", "model/own"])
+def test_a_network_that_timm_does_not_know_is_not_packed(kind: str, tmp_path: Path) -> None:
+    path, _ = finished(tmp_path, "wrn_10_1", {})
+    made = json.loads(path.read_text())
+    made["config"]["model"] = {"_target_": kind, "name": "clip_scan_48"}
+    made["config_hash"] = config_hash(made["config"])
+    path.write_text(json.dumps(made))
+    with pytest.raises(RunError, match=f"trained a network of {kind}, which timm knows by no name"):
+        pack(path, tmp_path / "outputs", tmp_path / "release")
+    assert not (tmp_path / "release").exists()
