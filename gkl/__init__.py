@@ -41,7 +41,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.pairs": ("data", ("numpy",)),
     "gkl.data.randaugment": ("data", ("PIL",)),
     "gkl.data.stores": ("data", ("PIL", "numpy", "torchvision")),
-    "gkl.evaluation": ("evaluation", ("numpy", "pyautoattack")),
+    "gkl.evaluation": ("evaluation", ("PIL", "numpy", "pyautoattack")),
     "gkl.models": ("models", ("safetensors", "timm", "torchvision")),
     "gkl.optim.optimizers": ("models", ("timm",)),
 }
