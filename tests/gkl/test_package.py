@@ -123,7 +123,7 @@ for module in ("models", "distillation", "evaluation"):
         print(error)
 """
     models = "gkl.models needs safetensors, timm, torchvision: pip install 'gkl[models]'"
-    evaluation = "gkl.evaluation needs numpy, pyautoattack: pip install 'gkl[evaluation]'"
+    evaluation = "gkl.evaluation needs PIL, numpy, pyautoattack: pip install 'gkl[evaluation]'"
     assert python(program, path=torch_alone).splitlines() == [models, models, evaluation]
 
 
