@@ -15,14 +15,18 @@ import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import CellType, CodeType
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gkl.atomic import atomically
 
+OF_TORCH = {*vars(nn.Module()), "_is_full_backward_hook"}  # told otherwise, or nothing of what is computed
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 PATIENCE_HOURS = 24.0  # for another process's batch: the longest attack on a large network takes some
 
 
@@ -80,44 +84,98 @@ def digest(*tensors: Tensor) -> str:
 def fingerprint(model: nn.Module) -> str:
     """sha256 of what a network in eval mode computes: its modules' classes and code, their settings, all parameters and buffers.
 
-    Two networks of one state dict have two fingerprints where they differ in an activation, a normalisation or a plain number.
+    Two networks of one state dict have two fingerprints where they differ in an activation, a normalisation, a method, a hook, a
+    plain number or a tensor beside the state dict.
     """
     said = [repr(model)]
     for name, module in model.named_modules():
-        said += [name, type(module).__qualname__, _code(type(module).forward)]
+        said += [name, type(module).__module__, type(module).__qualname__, *_methods(type(module))]
+        said += [_code(hook) for hooks in HOOKS for hook in getattr(module, hooks).values()]
         if not isinstance(module, _BatchNorm):  # of which repr says all that counts in eval mode
-            said += [
-                f"{k}={v if _is_plain(v) else _code(v)}"
-                for k, v in sorted(vars(module).items())
-                if _counts(k, v)
-            ]
+            said += [f"{k}={_said(v)}" for k, v in sorted(vars(module).items()) if k not in OF_TORCH]
     tensors = [*model.named_parameters(), *model.named_buffers()]
     said += [name for name, _ in tensors]
     return hashlib.sha256("\n".join([*said, digest(*(t for _, t in tensors))]).encode()).hexdigest()
 
 
-def _counts(name: str, value: Any) -> bool:
-    """Whether a module's attribute may change what it computes, as far as it can be told."""
-    return (
-        name != "training"
-        and not name.startswith("_")
-        and (_is_plain(value) or inspect.isroutine(value) or isinstance(value, partial))
-    )
+def _methods(kind: type) -> list[str]:
+    """The code of a class and of those that it is made from, up to torch's own."""
+    made = [c for c in kind.__mro__ if c is not object and not _of_torch(c)]
+    return [
+        f"{name}={_code(getattr(f, 'fget', f))}"
+        for c in made
+        for name, f in sorted(vars(c).items())
+        if _runs(f)
+    ]
 
 
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, bool | int | float | str)
+def _runs(value: Any) -> bool:
+    return inspect.isroutine(value) or isinstance(value, partial | property)
 
 
-def _code(function: Any) -> str:
-    """What a function does, as far as Python says: its instructions, the names and constants in it, what it holds."""
+def _said(value: Any) -> str:
+    """What an attribute holds, as far as it can be told: numbers, names, tensors, arrays, functions, containers of those."""
+    if isinstance(value, Mapping):
+        return repr([(repr(k), _said(v)) for k, v in value.items()])
+    if isinstance(value, list | tuple):
+        return repr([_said(item) for item in value])
+    if isinstance(value, Tensor):
+        return "" if value.is_meta else digest(value)
+    if isinstance(value, np.ndarray | np.generic):
+        return f"{value.dtype}{value.shape}{value.tobytes() if value.dtype != object else ''!r}"
+    if value is None or isinstance(
+        value, bool | int | float | complex | str | bytes | torch.dtype | torch.Size
+    ):
+        return repr(value)
+    return _code(value) if _runs(value) else type(value).__qualname__
+
+
+def _code(function: Any, seen: frozenset[int] = frozenset()) -> str:
+    """What a function does, as far as Python says: its instructions and constants, what it holds, and what it names in its file."""
     if isinstance(function, partial):
-        return repr((_code(function.func), function.args, sorted(function.keywords.items())))
+        said = _said(function.args), _said(sorted(function.keywords.items()))
+        return repr((_code(function.func, seen), *said))
+    function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
-    if code is None:
-        return getattr(function, "__qualname__", repr(type(function)))
-    constants = [c for c in code.co_consts if _is_plain(c)]
-    held = [cell.cell_contents for cell in function.__closure__ or () if _is_plain(cell.cell_contents)]
-    return repr((code.co_code, code.co_names, constants, function.__defaults__, held))
+    if code is None or id(code) in seen:
+        return str(getattr(function, "__qualname__", type(function).__qualname__))
+    named = function.__globals__
+    beside = {name: named[name] for name in _names(code) if name in named} | {
+        name: cell.cell_contents
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True)
+        if not _is_empty(cell)
+    }
+    seen = seen | {id(code)}
+    held = [
+        (name, _code(v, seen) if _runs(v) else _said(v))
+        for name, v in sorted(beside.items())
+        if not (_runs(v) and _of_torch(v))
+    ]
+    return repr((_instructions(code), _said(function.__defaults__), _said(function.__kwdefaults__), held))
+
+
+def _instructions(code: CodeType) -> tuple[Any, ...]:
+    constants = [_instructions(c) if isinstance(c, CodeType) else _constant(c) for c in code.co_consts]
+    return code.co_code, code.co_names, constants
+
+
+def _constant(value: Any) -> str:
+    """The elements of a frozenset have another order in each process."""
+    return repr(sorted(map(repr, value))) if isinstance(value, frozenset) else repr(value)
+
+
+def _names(code: CodeType) -> list[str]:
+    """Names in a function and in those that it defines."""
+    inner = [name for c in code.co_consts if isinstance(c, CodeType) for name in _names(c)]
+    return sorted({*code.co_names, *inner})
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is cell
+    except ValueError:
+        return True
+
+
+def _of_torch(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in ("torch", "builtins", "math")

@@ -1,8 +1,12 @@
 """Kept batches are those of the very network, data and settings."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,3 +97,81 @@ def test_damaged_and_other_batches_are_not_read(tmp_path: Path) -> None:
 def test_digest_sees_contents_shapes_and_types() -> None:
     x = torch.arange(6)
     assert digest(x) != digest(x.view(2, 3)) != digest(x.float()) and digest(x) == digest(x.clone())
+
+
+SHIFT = 0.0
+
+
+def network(body: Callable[..., Tensor], **attributes: object) -> nn.Module:
+    """A network whose forward is the same, whatever it calls and holds."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+            vars(self).update(attributes)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)  # type: ignore[operator, no-any-return]
+
+    Net.body = body  # type: ignore[attr-defined]
+    return Net().eval()
+
+
+def shifted(self: nn.Module, x: Tensor) -> Tensor:
+    return x + SHIFT
+
+
+def inner(number: float) -> Callable[..., Tensor]:
+    return {1.0: lambda self, x: (lambda t: t + 1.0)(x), 2.0: lambda self, x: (lambda t: t + 2.0)(x)}[number]
+
+
+def hooked(factor: float) -> nn.Module:
+    made = network(shifted)
+    made.register_forward_hook(lambda module, x, y: y * factor)
+    return made
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (network(lambda self, x: x * 2.0), network(lambda self, x: x * 3.0)),
+        (network(inner(1.0)), network(inner(2.0))),
+        (network(shifted, _scale=1.0), network(shifted, _scale=2.0)),
+        (network(shifted, mean=torch.zeros(3)), network(shifted, mean=torch.ones(3))),
+        (network(shifted, mean=np.zeros(3)), network(shifted, mean=np.ones(3))),
+        (network(shifted, settings={"mean": 0.0}), network(shifted, settings={"mean": 1.0})),
+        (network(shifted, dtype=torch.float16), network(shifted, dtype=torch.float32)),
+        (hooked(1.0), hooked(2.0)),
+    ],
+    ids=["method", "function in a method", "private number", "tensor", "array", "dict", "dtype", "hook"],
+)
+def test_networks_of_one_forward_are_told_apart(one: nn.Module, other: nn.Module) -> None:
+    assert fingerprint(one) != fingerprint(other)
+    assert fingerprint(one) == fingerprint(one)
+
+
+def test_a_constant_of_its_file_is_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(network(shifted))
+    monkeypatch.setitem(globals(), "SHIFT", 1.0)
+    assert fingerprint(network(shifted)) != before
+
+
+def test_a_fingerprint_is_the_same_in_every_process_and_after_a_look() -> None:
+    """Processes share what is kept under it: else each would wait for the others in vain."""
+    names = ("wrn_10_1", "vit_small_patch2_32")
+    said = (
+        "import torch; from gkl.models import create; from gkl.evaluation.kept import fingerprint\n"
+        f"for name in {names}: torch.manual_seed(0); print(fingerprint(create(name, 10).eval()))"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    other = subprocess.run(
+        [sys.executable, "-c", said], env=environment, check=True, capture_output=True, text=True
+    )
+    for name, found in zip(names, other.stdout.split(), strict=True):
+        torch.manual_seed(0)
+        made = create(name, 10).eval()
+        before = fingerprint(made)
+        with torch.no_grad():
+            made(torch.rand(2, 3, 32, 32))
+        assert before == fingerprint(made) == found
