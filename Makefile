@@ -91,7 +91,7 @@ speed5: $(STAMP) ## Table V's steps, all methods in one run, beside the paper's;
 	@$(PY) benchmarks/table5.py $(ARGS) && $(PY) benchmarks/table.py
 
 bench: $(STAMP) ## speed as ratios against targets, under half an hour on two idle cores; DKL_REF=folder adds the authors' code
-	@for name in loss step distillation autoattack augmentation semi_supervised table5 clip; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
+	@for name in loss step distillation autoattack augmentation semi_supervised segmentation table5 clip; do echo "== $$name"; $(PY) benchmarks/$$name.py || exit 1; done
 	@$(PY) benchmarks/table.py
 
 gpu: $(STAMP) ## whether this GPU computes right, how fast, and how long the paper's runs take on it; ten minutes (DKL_REF=folder as above)

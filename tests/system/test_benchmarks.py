@@ -19,6 +19,7 @@ import clip
 import distillation
 import gpu
 import loss
+import segmentation
 import semi_supervised
 import step
 import table
@@ -110,6 +111,28 @@ def test_the_loss_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_semi_supervised_step_s_benchmark() -> None:
     rows = semi_supervised.measured("vit_small_patch4_32", CPU, 1)
     assert [row.at_most for row in rows] == [3.3, 2.567] and all(row.values[0] > 1 for row in rows)
+
+
+def test_a_segmentation_step_s_benchmark() -> None:
+    small = ("precision=float32", "model.name=pspnet_18_w8", "teacher.network.name=pspnet_18_w8")
+    rows = segmentation.rows_of(CPU, 65, 1, *small)
+    assert [row.at_most for row in rows] == [5.0, None, 4.5, None]
+    memory = [row.values[0] for row in rows[2:]]
+    assert (
+        2.9 < memory[0] < memory[1]
+    )  # weights, their power, two gradients of which one is the weights' place
+
+
+def test_a_count_of_memory_counts() -> None:
+    """Two tensors at once at most, of three that are made."""
+
+    def call() -> None:
+        for _ in range(2):
+            one = torch.zeros(1000, 1000)
+        del one
+
+    found = segmentation.peak_tensors(call, 4_000_000)
+    assert 1.9 < found < 2.1
 
 
 def test_autoattack_s_benchmark(results: Path) -> None:
