@@ -34,6 +34,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.few_labels": ("data", ("PIL", "numpy")),
     "gkl.data.files": ("data", ("PIL", "numpy")),
     "gkl.data.generated": ("data", ("numpy",)),
+    "gkl.data.label_pictures": ("data", ("PIL",)),
     "gkl.data.layout": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.memory": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.mosaics": ("data", ("sklearn",)),

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from gkl.data.batches import Batch
 from gkl.data.dense import IGNORED
+from gkl.data.label_pictures import as_png
 from gkl.distributed import all_reduce, rank, world_size
-from gkl.evaluation.dense import Counts, as_png, segmented
+from gkl.evaluation.dense import Counts, segmented
 from gkl.losses.class_centres import agreement, alignment, class_centres, members
 from gkl.losses.dense import Divergence, labelled_cross_entropy
 from gkl.models.batch_norm import eval_mode

@@ -392,8 +392,9 @@ def _provenance(r: Record) -> str:
     attacked = r.get("evaluation", {}).get("n")
     counted = f"{attacked} attacked" if attacked is not None else f"{r['data']['test']} tested"
     if teacher := r.get("teacher"):
-        name = teacher.get("run") or teacher["published"]
-        counted += f", taught by {name} ({teacher['top1']:.2f}, {teacher['sha256'][:12]})"
+        name = next(teacher[key] for key in ("run", "published", "file") if teacher.get(key))
+        reached = [f"{teacher[key]:.2f}" for key in ("top1", "miou") if key in teacher]
+        counted += f", taught by {name} ({', '.join([*reached, teacher['sha256'][:12]])})"
     commit = (r["code"].get("commit") or "unknown")[:9] + ("+" if r["code"].get("dirty") else "")
     return (
         f"- [`{r['path']}`](../runs/{r['path']}): {metrics}; {r['data']['train']} training images of {data}, "

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
-from gkl.evaluation.dense import as_png, colour
+from gkl.data.label_pictures import as_png, colour
 from trainers.reports import figures
 from trainers.reports.charts import segmentations
 from trainers.reports.figures import FORMATS, is_sealed, sealed, write
