@@ -201,9 +201,7 @@ def segmentations(table: Table) -> Figure | None:
         return None
     first = found[0][1]
     columns = [("input", [one["picture"] for one in first]), ("truth", [one["truth"] for one in first])]
-    columns += [
-        (f"{' '.join(row.label)}\n{row.status}", [one["predicted"] for one in shown]) for row, shown in found
-    ]
+    columns += [("\n".join(row.label), [one["predicted"] for one in shown]) for row, shown in found]
     figure = Figure(figsize=(1.75 * len(columns), 1.65 * len(first) + 0.9), layout="constrained")
     panels = figure.subplots(len(first), len(columns), squeeze=False)
     for across, (title, pictures) in enumerate(columns):
@@ -212,7 +210,7 @@ def segmentations(table: Table) -> Figure | None:
             with Image.open(BytesIO(base64.b64decode(png))) as picture:
                 panels[down][across].imshow(picture.convert("RGB"), interpolation="nearest")
             panels[down][across].axis("off")
-    figure.suptitle(f"{table.title}\nours, scale {table.scale}; white: ignored", fontsize=9)
+    figure.suptitle(f"{table.title}\n{provenance(table)}; white: ignored", fontsize=9)
     return figure
 
 
