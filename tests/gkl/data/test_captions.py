@@ -10,7 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from gkl.data.caption_sets import CaptionData, caption_files, datacomp, digits_captions, imagenet_tests
+from gkl.data.caption_sets import (
+    CaptionData,
+    caption_files,
+    datacomp,
+    digits_captions,
+    imagenet_tests,
+    tiny_imagenet_captions,
+)
 from gkl.data.captions import CaptionBatches
 from gkl.data.crops import ResizedCrop
 from gkl.data.pairs import Draw, Shards, members
@@ -308,3 +315,39 @@ def test_datacomp_by_its_configuration(tmp_path: Path, tests: dict[str, str | No
     assert data.train_labels.untyped_storage().nbytes() == 8  # a billion pairs have no labels
     x, y = next(data.test_batches(torch.tensor([5, 7]), 2))
     assert x.shape == (2, 3, 224, 224) and y.tolist() == [5, 7]
+
+
+def test_tiny_imagenet_says_its_classes_by_name(tmp_path: Path) -> None:
+    top = tmp_path / "tiny-imagenet-200"
+    for number, wnid in enumerate(("n02", "n01")):
+        (top / "train" / wnid / "images").mkdir(parents=True)
+        for k in range(3):
+            (top / "train" / wnid / "images" / f"{wnid}_{k}.png").write_bytes(picture(10 * number + k, 64))
+    (top / "val/images").mkdir(parents=True)
+    (top / "val/images/val_0.png").write_bytes(picture(99, 64))
+    (top / "val/val_annotations.txt").write_text("val_0.png\tn02\t0\t0\t63\t63\n")
+    (top / "wnids.txt").write_text("n02\nn01\n")
+    with pytest.raises(ValueError, match="has no words.txt with the names of its classes"):
+        tiny_imagenet_captions(str(tmp_path))
+    (top / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn02\ttench\nn99\tno class\n")
+    data = tiny_imagenet_captions(str(tmp_path))
+    assert data.class_names == ("goldfish", "tench") and data.image_size == 64
+    assert data.test_labels.tolist() == [1] and data.tests.keys() == {"imagenet"}
+    loaded = data.batches(
+        augment=WHOLE,
+        device=torch.device("cpu"),
+        shard=Shard(1),
+        workers=0,
+        batch_size=6,
+        drop_last=True,
+        seed=0,
+    )
+    seen = [loaded.batch(epoch, 0) for epoch in range(1, 7)]
+    templates = {
+        name: {data.tokenizer([t(name)]).numpy().tobytes() for t in data.templates}
+        for name in data.class_names
+    }
+    for batch in seen:
+        for level, tokens in zip(batch.images[:, 0, 0, 0].tolist(), batch.tokens, strict=True):
+            assert tokens.numpy().tobytes() in templates["tench" if level < 10 else "goldfish"]
+    assert len({batch.tokens.numpy().tobytes() for batch in seen}) == 6  # another template in every epoch

@@ -234,6 +234,13 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         assert_equal(trained(make_task(row)), shared, row, rtol=1e-8, atol=1e-10)
 
 
+def test_what_was_not_finite_can_be_looked_at() -> None:
+    task = make_task("fixmatch_hard")
+    task.start_epoch(1)
+    found, batch = task.describe_batch(1, 0), task.batch(1, 0)
+    assert found.keys() == batch._asdict().keys() and found["strong"].equal(batch.strong)
+
+
 def test_rates_of_the_layers() -> None:
     task = make_task("fixmatch_hard")
     found = {p: group for group in task.optimizer.param_groups for p in group["params"]}
