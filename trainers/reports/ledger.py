@@ -7,9 +7,10 @@ it lies below, else `undecided`, with the number of paired seeds that would deci
 80 of 100 trials, were the mean and the spread seen the true ones. One pair of seeds, or none, decides nothing. No line is left out.
 """
 
+import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
 from scipy.special import stdtrit
+from scipy.stats import spearmanr
 
 from gkl.losses import dkl
 from trainers.errors import ConfigError
@@ -94,24 +96,30 @@ def seeds_needed(mean: float, spread: float) -> int | None:
 
 def ledger(records: Sequence[Record]) -> list[Claim]:
     """Every claim of configs/claim in the order of its files."""
-    made: dict[int, list[Table]] = {}
+    made: dict[tuple[str, str], list[Table]] = {}
     found = []
     for path in sorted((CONFIGS / "claim").glob("*.yaml")):
         config: Any = OmegaConf.to_container(OmegaConf.load(path))
         lines, missing, pairs = [], [], config.get("pairs", [])
         for pair in pairs:
-            number = pair["table"]
-            if number not in made:
-                made[number] = sections(load_table(str(number)), records)
-            new = [line for table in made[number] for line in _lines(table, pair)]
+            kind, number = place_of(pair)
+            if (kind, number) not in made:
+                made[kind, number] = sections(load_table(number, kind), records)
+            new = [line for table in made[kind, number] for line in _lines(table, pair)]
             lines += new
             if not any(len(line.differences) > 1 for line in new):
                 missing.append(
-                    f"make table{number} SCALE=small ROWS={pair['ours']},{pair['other']} SEEDS=0,1,2,3,4"
+                    f"make {kind}{number} SCALE=small ROWS={pair['ours']},{pair['other']} SEEDS=0,1,2,3,4"
                 )
-        computed = COMPUTED[config["computed"]]() if "computed" in config else ""
+        computed = COMPUTED[config["computed"]](records) if "computed" in config else ""
         found.append(Claim(path.stem, config["claim"], config["where"], pairs, lines, missing, computed))
     return found
+
+
+def place_of(pair: Mapping[str, Any]) -> tuple[str, str]:
+    """Whether a pair's rows are a table's or a figure's, and its number."""
+    kind = "table" if "table" in pair else "figure"
+    return kind, str(pair[kind])
 
 
 def _lines(table: Table, pair: Mapping[str, Any]) -> list[Line]:
@@ -123,10 +131,13 @@ def _lines(table: Table, pair: Mapping[str, Any]) -> list[Line]:
             )
     ours, other = rows[pair["ours"]], rows[pair["other"]]
     found = []
-    for metric, title in table.metrics.items():
-        if metric not in pair.get("metrics", table.metrics):
+    measure = pair.get("measure")
+    metrics = {measure: pair["title"]} if measure else table.metrics
+    for metric, title in metrics.items():
+        if metric not in pair.get("metrics", metrics):
             continue
-        one, two = _by_seed(ours, metric), _by_seed(other, metric)
+        find = _assessed if measure else _by_seed
+        one, two = find(ours, metric), find(other, metric)
         if both := sorted(one.keys() & two.keys()):
             runs = [side[seed][1] for seed in both for side in (one, two)]
             words = [table.scale, table.protocol if table.protocol != "official" else "", table.setting]
@@ -160,11 +171,21 @@ def _by_seed(row: Row, metric: str) -> dict[int, tuple[float, Record]]:
     return {r["seed"]: (value, r) for r, value in zip(mine, values, strict=True)}
 
 
+def _assessed(row: Row, measure: str) -> dict[int, tuple[float, Record]]:
+    """Seed -> mean over the classes of what an assessment found for each, "structure.margins", in percent, and record."""
+    name, _, key = measure.partition(".")
+    return {
+        r["seed"]: (100 * statistics.mean(r["assessments"][name]["details"][key]), r)
+        for r in row.records
+        if name in r["assessments"]
+    }
+
+
 def _column(record: Record, metric: str) -> bool:
     return bool(record["experiment"].rpartition("/")[2] == metric)
 
 
-def gradients_of_dkl() -> str:
+def gradients_of_dkl(records: Sequence[Record]) -> str:
     """Theorem 1, computed: the largest difference of a gradient of DKL (alpha = beta = 1) from KL's, relative, in float64."""
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
@@ -186,7 +207,40 @@ def _kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
-COMPUTED = {"gradients_of_dkl": gradients_of_dkl}
+def scores_by_size(records: Sequence[Record]) -> str:
+    """How a long-tailed data set's class sizes and the mean score of the true class go together, Spearman's coefficient, each run."""
+    found = []
+    for record in records:
+        seen = record["assessments"].get("class_scores", {}).get("details", {})
+        if len({*seen.get("pictures", ())}) > 1:
+            rho = spearmanr(seen["pictures"], seen["scores"]).statistic
+            found.append(f"{rho:+.2f} in {record['path']} ({len(seen['scores'])} classes)")
+    rule = "Spearman's coefficient of class size and mean score"
+    return (
+        f"undecided: {rule}, run by run: {'; '.join(found)}" if found else f"undecided: no run has {rule} yet"
+    )
+
+
+def time_over_kd(records: Sequence[Record]) -> str:
+    """GKL-KD's step beside KD's, as the benchmark has it: as fast where the ratio's quartiles lie below 1.05, slower where above."""
+    found, bounds = [], []
+    for path in sorted((CONFIGS.parent / "results/benchmarks").glob("table5-*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for row in content["rows"]:
+            if row["what"].endswith(": kd / gkl"):  # the other way round here
+                low, middle, high = (1 / ratio for ratio in reversed(row["ratio"]))
+                bounds.append((low, high))
+                found.append(f"{middle:.3f} ({low:.3f} to {high:.3f}) for {row['what'].split(':')[0]}")
+    slower, as_fast = any(low > 1.05 for low, _ in bounds), all(high <= 1.05 for _, high in bounds)
+    verdict = "contradicted" if slower else "supported" if found and as_fast else "undecided"
+    return f"{verdict}: GKL-KD's step / KD's, median and quartiles, {'; '.join(found) or 'not measured'}"
+
+
+COMPUTED: dict[str, Callable[[Sequence[Record]], str]] = {
+    "gradients_of_dkl": gradients_of_dkl,
+    "scores_by_size": scores_by_size,
+    "time_over_kd": time_over_kd,
+}
 
 
 def counted(claims: Sequence[Claim]) -> str:

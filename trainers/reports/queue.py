@@ -16,7 +16,7 @@ from typing import Any
 
 from trainers.errors import ConfigError
 from trainers.loop.console import duration
-from trainers.reports.ledger import MOST, Line, ledger, seeds_needed
+from trainers.reports.ledger import MOST, Line, ledger, place_of, seeds_needed
 from trainers.runs.cost import Rate
 from trainers.runs.identity import config_hash
 from trainers.runs.plan import Cell, cells, device_hours, experiments, load_table
@@ -68,7 +68,7 @@ def queue(
             except ConfigError as error:
                 if not overrides:
                     raise
-                unfit.append(f"table {pair['table']}, {pair['ours']} against {pair['other']}: {error}")
+                unfit.append(f"{' '.join(place_of(pair))}, {pair['ours']} against {pair['other']}: {error}")
                 continue
             for name, by_seed in runs.items():
                 results = results or [
@@ -98,7 +98,8 @@ def _runs(
     pair: Mapping[str, Any], settings: Mapping[str, Any], overrides: Sequence[str]
 ) -> dict[str, dict[int, list[Cell]]]:
     """Name of a pair -> seed -> its two runs: one pair, or in a table with columns one a column that both rows have."""
-    table = load_table(str(pair["table"]))
+    kind, number = place_of(pair)
+    table = load_table(number, kind)
     rows = {
         row["id"]: experiments(table, row)
         for row in table["rows"]

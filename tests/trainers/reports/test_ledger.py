@@ -1,5 +1,7 @@
 """The ledger: its rule on differences whose verdict is known, its prices against simulation, and that it leaves nothing out."""
 
+import json
+import re
 import statistics
 from pathlib import Path
 
@@ -7,7 +9,16 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from trainers.reports.ledger import Line, gradients_of_dkl, ledger, markdown, seeds_needed
+from trainers.reports.ledger import (
+    Line,
+    gradients_of_dkl,
+    ledger,
+    markdown,
+    place_of,
+    scores_by_size,
+    seeds_needed,
+    time_over_kd,
+)
 from trainers.reports.tables import paired_half_width
 from trainers.runs.plan import load_table
 from trainers.runs.records import read_records
@@ -56,12 +67,13 @@ def test_every_claim_names_rows_that_there_are() -> None:
         claim = OmegaConf.load(path)
         assert claim.claim.endswith((".", ").")) and claim.where
         for pair in claim.get("pairs", []):
-            rows = {row["id"] for row in load_table(str(pair.table))["rows"]}
+            kind, number = place_of(pair)
+            rows = {row["id"] for row in load_table(number, kind)["rows"]}
             assert {pair.ours, pair.other} <= rows, path
 
 
 def test_theorem_1_is_computed() -> None:
-    assert gradients_of_dkl().startswith("supported: the largest relative difference is")
+    assert gradients_of_dkl([]).startswith("supported: the largest relative difference is")
 
 
 def test_the_committed_ledger_is_that_of_the_committed_records() -> None:
@@ -78,3 +90,31 @@ def test_the_committed_ledger_is_that_of_the_committed_records() -> None:
     for one in robust.lines:
         assert len(one.records) == 2 * len(one.differences)
         assert all((ROOT / "results/runs" / path).is_file() for path in one.records)
+
+
+def test_what_an_assessment_found_is_compared_by_seed(tmp_path: Path) -> None:
+    """Figure 4's margins: the mean over the classes, in percent."""
+    claims = {claim.name: claim for claim in ledger(read_records(ROOT / "results/runs"))}
+    (line,) = claims["20_margins"].lines
+    details = [
+        json.loads((ROOT / "results/runs" / path).with_suffix(".structure.json").read_text())["details"][
+            "margins"
+        ]
+        for path in line.records
+    ]
+    ours, other = (100 * sum(found) / len(found) for found in details)
+    assert line.differences == [pytest.approx(ours - other)] and line.metric == "mean class margin, percent"
+
+
+def test_what_is_computed_from_records_and_benchmarks() -> None:
+    records = read_records(ROOT / "results/runs")
+    assert re.match(r"undecided: Spearman's .* [+-]\d\.\d\d in kd/lt_vanilla/", scores_by_size(records))
+    assert (
+        scores_by_size([]) == "undecided: no run has Spearman's coefficient of class size and mean score yet"
+    )
+    found = re.match(r"(\w+): GKL-KD's step / KD's, median and quartiles, (.*)", time_over_kd([]))
+    assert found
+    bounds = [(float(low), float(high)) for low, high in re.findall(r"\((\d\.\d+) to (\d\.\d+)\)", found[2])]
+    assert bounds and all(low <= high for low, high in bounds)
+    assert (found[1] == "supported") == all(high <= 1.05 for _, high in bounds)
+    assert (found[1] == "contradicted") == any(low > 1.05 for low, _ in bounds)
