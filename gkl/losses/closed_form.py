@@ -30,6 +30,7 @@ from gkl.losses.gradients import ClosedForm, common_dtype, expressed_values, sam
 from gkl.losses.inputs import (
     as_rows,
     at_least_float32,
+    checked_above_zero,
     checked_counted,
     checked_gamma,
     checked_labels,
@@ -69,6 +70,7 @@ def kl(
 
     student_logits, teacher_logits, counted, result: as `gkl_loss`.
     """
+    checked_above_zero(temperature=temperature)
     student, teacher = _logits(student_logits, teacher_logits, counted)
     log_student = F.log_softmax(student / temperature, dim=-1)
     log_teacher = F.log_softmax(teacher / temperature, dim=-1)
@@ -198,11 +200,12 @@ def gkl_loss(
     several further tensors of the logits' size. Under torch.func it is so by itself. False refuses a second differentiation.
     validate: False skips the check of the weights' values, which on a GPU waits for the device; torch.func skips it too.
     Returns the mean over the positions, or their values, (B,) or (B, *), with reduction="none".
-    Raises ValueError for shapes that differ, C < 2, gamma outside [0, 1], weights that are no probabilities, labels or counted of
-    another shape or dtype, and settings that require a gradient.
+    Raises ValueError for shapes that differ, C < 2, logits of integers, gamma outside [0, 1], temperatures not above 0, weights
+    that are no probabilities, labels or counted of another shape or dtype, and settings that require a gradient.
     """
     checked_logits(student_logits, teacher_logits)
     checked_gamma(gamma)
+    checked_above_zero(temperature=temperature, weights_temperature=weights_temperature)
     checked_settings(
         alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, weights_temperature=weights_temperature,
         pair_weight=pair_weight,

@@ -4,6 +4,8 @@ Logits are (B, C), or (B, C, *) with the classes in dimension 1, as `torch.nn.fu
 (B, C, T), maps (B, C, H, W). A position is one of B x the rest; a row is a position's C logits.
 """
 
+import math
+
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
@@ -38,6 +40,11 @@ def checked_logits(student: Tensor, teacher: Tensor) -> None:
             "student and teacher logits must both be (B, C) with C >= 2, or (B, C, H, W) with the classes in dimension 1, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; (B, T, C) flattens to (B, C): logits.flatten(0, 1)"
         )
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not logits.is_floating_point():
+            raise ValueError(
+                f"{name} logits must be of a floating dtype, got {logits.dtype}; pass what the network returns, before argmax"
+            )
 
 
 def told_apart(logits: Tensor, labels: Tensor | None, counted: Tensor | None) -> None:
@@ -114,6 +121,17 @@ def checked_settings(**settings: object) -> None:
             raise ValueError(
                 f"{name} must not require a gradient, since the loss gives it none; pass {name}.detach()"
             )
+
+
+def checked_above_zero(**temperatures: float | Tensor) -> None:
+    """Raises ValueError for a temperature that is none; one in a tensor is looked at on a CPU alone, where nothing waits for it."""
+    for name, value in temperatures.items():
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() != 1 or transformed()):
+            continue
+        if torch.compiler.is_compiling() and isinstance(value, Tensor):
+            continue
+        if not 0.0 < value < math.inf:  # NaN, too
+            raise ValueError(f"{name} must be a finite number above 0, got {float(value)}")
 
 
 def checked_gamma(gamma: float) -> None:

@@ -8,6 +8,7 @@ for epoch in ...:
     prior.renew()                    # epoch e uses what epoch e - 1 has seen
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class ClassPrior(nn.Module):
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
         """num_classes: C >= 2. temperature: tau > 0, softens each prediction before it is averaged."""
         super().__init__()
-        if num_classes < 2 or temperature <= 0:
+        if num_classes < 2 or not 0.0 < temperature < math.inf:
             raise ValueError(
                 f"a class prior needs at least 2 classes and a temperature above 0, got {num_classes} and {temperature}"
             )

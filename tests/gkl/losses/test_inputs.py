@@ -380,3 +380,33 @@ def test_a_map_with_a_mask_takes_four_and_a_half_times_its_logits_at_most(weight
     command = [sys.executable, "-c", DENSE, weights, layout]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert 3.5 < float(done.stdout) < 4.5
+
+
+# --- numbers that are none --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), torch.tensor(-1.0)])
+def test_temperatures_that_are_none_are_refused(value: Any) -> None:
+    """Once a negative one gave a number, and 0 NaN or a ZeroDivisionError."""
+    student, teacher = torch.randn(2, 4, 5)
+    shown = float(value)
+    for call in (
+        lambda: gkl_loss(student, teacher, None, **SETTINGS, temperature=value),
+        lambda: gkl_loss(student, teacher, None, **SETTINGS, weights_temperature=value),
+        lambda: kl(student, teacher, temperature=value),
+        lambda: GKLLoss(5, **SETTINGS, temperature=value)(student, teacher, torch.arange(4)),
+    ):
+        with pytest.raises(ValueError, match=f"temperature must be a finite number above 0, got {shown}"):
+            call()
+    with pytest.raises(ValueError, match="temperature above 0"):
+        ClassPrior(5, temperature=shown)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_logits_that_are_none_are_refused(dtype: torch.dtype) -> None:
+    """Predicted classes, or masks, in their place."""
+    logits = torch.randn(4, 5)
+    for loss in (lambda s, t: gkl_loss(s, t, None, **SETTINGS), kl, jsd, dkl):
+        for pair, who in (((logits.to(dtype), logits), "student"), ((logits, logits.to(dtype)), "teacher")):
+            with pytest.raises(ValueError, match=f"{who} logits must be of a floating dtype, got {dtype}"):
+                loss(*pair)
