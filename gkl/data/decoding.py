@@ -24,12 +24,19 @@ PICTURES = (
 UNREAD = (
     ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd", ".exr", ".tga", ".dcm", ".npy",
 )  # fmt: skip
+# How files begin that hold a picture whatever their names end in: JPEG, PNG, GIF, TIFF; RIFF holds WebP, and sound.
+BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
 PIXELS = 178_956_970  # of a picture, at most: Pillow's own bound
 LONGEST = 1000  # times the other side: resized by the shorter one, a line of pixels would fill the memory
 Decoder = Literal["pillow", "torchvision"]
 # torchvision announces that its decoders will move to torchcodec; until they do they are the fastest (benchmarks/decoding.py).
 warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning, r"torchvision\.io")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of half of PIXELS
+
+
+def is_picture(start: bytes) -> bool:
+    """Whether a file that begins so, with 12 bytes or more, holds a picture."""
+    return start.startswith(BEGINNINGS) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
 class Unfit(ValueError):

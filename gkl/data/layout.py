@@ -54,7 +54,7 @@ def classes_of(store: Store, splits: Sequence[str], top: str = "") -> dict[str, 
         for names, what, remedy in (
             (found.nested, f"lie deeper than {split}/<class>/", "move them into the folders of their classes"),
             (found.flat, f"lie in {split}/ itself", _sorting(split)),
-            (unread[split].all(), f"in {split}/ have endings that are not read", "save them as PNG or JPEG, or move them away"),
+            (unread[split].all(), f"in {split}/ have endings that are not read, or none", "save them as PNG or JPEG, or move them away"),
         ):  # fmt: skip
             if names:
                 raise ValueError(

@@ -9,6 +9,7 @@ import stat
 import tarfile
 import zipfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,18 @@ from torch import Tensor
 
 from gkl.atomic import atomically
 from gkl.data.content import CHUNK, hidden, walk
-from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode
+from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode, is_picture
 
 LARGEST = 1 << 30  # bytes of a picture's file
+BESIDE = (
+    ".txt",
+    ".json",
+    ".csv",
+    ".xml",
+    ".md",
+    ".cls",
+    ".html",
+)  # what lies among pictures and is not looked into
 PACKED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
@@ -32,7 +42,7 @@ class PictureError(ValueError):
 class Store:
     """Files by name, "train/n01440764/n01440764_10026.JPEG"; may be handed to worker processes.
 
-    names: of the pictures. unread: of pictures whose endings are not read. empty: folders without any. Nothing hidden.
+    names: of the pictures. unread: of pictures whose endings are not read, or that have none. empty: folders without any. Nothing hidden.
     """
 
     names: Sequence[str]
@@ -65,11 +75,20 @@ class Store:
                 why = str(error)
         raise PictureError(f"{self.path}: picture {name} {why}")
 
+    def start(self, name: str) -> bytes:
+        """How a file begins, empty where that cannot be read."""
+        raise NotImplementedError(f"{type(self).__name__} must define start")
+
     def listed(self, files: Iterable[str], folders: Iterable[str]) -> None:
         """Take the names of what is there."""
         files = sorted({name for name in files if not hidden(name)})
         self.names = [name for name in files if name.lower().endswith(PICTURES)]
-        self.unread = [name for name in files if name.lower().endswith(UNREAD)]
+        self.unread = [
+            name
+            for name in files
+            if name.lower().endswith(UNREAD)
+            or (not name.lower().endswith((*PICTURES, *BESIDE)) and is_picture(self.start(name)))
+        ]
         full: set[str] = set()
         for name in (*self.names, *self.unread):
             while (name := os.path.dirname(name)) and name not in full:
@@ -101,6 +120,14 @@ class Folder(Store):
             raise ValueError("is no regular file; replace or remove it")
         fitting(found.st_size)
         return (self.path / name).read_bytes()
+
+    def start(self, name: str) -> bytes:
+        """How a file begins."""
+        with suppress(OSError):
+            if stat.S_ISREG(os.stat(self.path / name).st_mode):
+                with open(self.path / name, "rb") as file:
+                    return file.read(12)
+        return b""
 
 
 class Zip(Store):
@@ -135,6 +162,14 @@ class Zip(Store):
         """A file's bytes."""
         fitting(self._archive().getinfo(name).file_size)
         return self._archive().read(name)
+
+    def start(self, name: str) -> bytes:
+        """How a file begins."""
+        try:
+            with self._archive().open(name) as file:
+                return file.read(12)
+        except Exception:  # encrypted or damaged: no picture that could be had
+            return b""
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():

@@ -130,6 +130,8 @@ def in_train(name: str) -> Callable[[Path], object]:
 
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "an ending that is not read": (in_train("cat/0.heic"), r"1 pictures in train/ have endings .* first is (pictures/)?train/cat/0\.heic; save"),
+    "no ending": (in_train("cat/n02123045_7"), r"1 pictures in train/ have endings .*, or none, the first is (pictures/)?train/cat/n02123045_7; save"),
+    "an ending of a download": (in_train("cat/0.jpg.1"), r"1 pictures in train/ have endings .* first is (pictures/)?train/cat/0\.jpg\.1; save"),
     "nested folders": (in_train("cat/tabby/0.png"), r"1 pictures lie deeper than train/<class>/, the first is \S*train/cat/tabby/0\.png; move"),
     "no class": (in_train("0.png"), r"1 pictures lie in train/ itself, the first is \S*train/0\.png; sort them into train/<class>/"),
     "an empty class": (lambda root: (root / "train/cow").mkdir(), "1 folders of train/ have no picture in them, the first is train/cow; remove"),
@@ -143,6 +145,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_would_be_left_out_is_refused_by_name(fault: str, form: str, root: Path, tmp_path: Path) -> None:
     harm, message = REFUSED[fault]
+    put(root / "train/cat/notes.odt")  # no picture, and left alone
     harm(root)
     if form == "zip" and fault == "a class of other files":
         (root / "val/cow/.keep").touch()
