@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gkl.data.batches import check_trainable
 from gkl.data.cifar import cifar100
 from gkl.data.digits import digits
 from gkl.data.image_folder import image_folder
@@ -206,9 +207,10 @@ def few_labels(
 ) -> FewLabels:
     """The data set with `labels` labels, as many of each class. seed: of their choice, whatever the run's own.
 
-    Raises ValueError when the classes cannot share them.
+    Raises ValueError when the classes cannot share them, or there is nothing to train with.
     """
-    if labels % data.num_classes:
+    check_trainable(data.name, data.train_labels)
+    if labels < 1 or labels % data.num_classes:
         raise ValueError(
             f"data.labels={labels} cannot be shared by {data.num_classes} classes; choose a multiple"
         )

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,6 +157,12 @@ def test_bad_input_is_one_line() -> None:
         digits_few(labels=25, draws="usb", seed=0, steps_per_epoch=1)
     with pytest.raises(ValueError, match="class 0 has .* pictures, and 300 are to keep their label"):
         digits_few(labels=3000, draws="usb", seed=0, steps_per_epoch=1)
+    whole = digits()
+    tests_alone = replace(whole, train_images=whole.train_images[:0], train_labels=whole.train_labels[:0])
+    with pytest.raises(ValueError, match="digits has no pictures to train with, only to test with"):
+        few_labels(tests_alone, 20, "usb", seed=0, steps_per_epoch=1)
+    with pytest.raises(ValueError, match=r"data\.labels=0 cannot be shared by 10 classes"):
+        few_labels(whole, 0, "usb", seed=0, steps_per_epoch=1)
     for change, message in (({"batch_size": 24}, "batch_size=24 is more than the 20 labelled pictures"),):
         with pytest.raises(ValueError, match=message):
             data().batches(augment=WeakStrong(), device=torch.device("cpu"), shard=Shard(1), seed=0, **change)
