@@ -69,10 +69,22 @@ def check_ranges(config: Mapping[str, Any]) -> None:
     for where, value in numbers(config):
         name = next(part for part in reversed(where.split(".")) if not part.isdigit())
         wanted = RANGES.get(name, ANY)
+        if (
+            name == "epsilon" and _section(config, where).get("norm") == "l2"
+        ):  # a length, of all pixels together
+            wanted = ABOVE_ZERO
         if not math.isfinite(value):
             raise ConfigError(f"{where} must be a finite number, got {value}")
         if not wanted.holds(value):
             raise ConfigError(f"{where} must be {wanted}, got {value:g}{wanted.hint}")
+
+
+def _section(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """What a setting lies in, as far as that is settings by name."""
+    node: Any = config
+    for part in where.split(".")[:-1]:
+        node = node.get(part, {}) if isinstance(node, Mapping) else {}
+    return node if isinstance(node, Mapping) else {}
 
 
 def numbers(node: Any, where: str = "") -> list[tuple[str, float]]:

@@ -6,7 +6,7 @@ import pytest
 
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, completed_by, compose
-from trainers.runs.ranges import RANGES, numbers
+from trainers.runs.ranges import RANGES, check_ranges, numbers
 from trainers.runs.settings import check, check_sections
 
 PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
@@ -76,3 +76,11 @@ def test_every_number_of_every_experiment_has_a_range() -> None:
         for where, _ in numbers(config):
             name = next(part for part in reversed(where.split(".")) if not part.isdigit())
             assert name in RANGES, where
+
+
+def test_a_length_in_l2_may_be_above_one() -> None:
+    """As the robustness library's 3.0 on ImageNet; in linf it is still refused."""
+    check_ranges({"evaluation": {"norm": "l2", "epsilon": 3.0}})
+    for section in ({"norm": "linf", "epsilon": 3.0}, {"norm": "l2", "epsilon": -1.0}, {"epsilon": 3.0}):
+        with pytest.raises(ConfigError, match="evaluation.epsilon must be"):
+            check_ranges({"evaluation": section})
