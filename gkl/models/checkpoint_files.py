@@ -71,7 +71,21 @@ def read(path: Path) -> Any:
                 "where you trust it, save its state dict alone: torch.save(model.state_dict(), path)"
             ) from error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "TorchScript" in why:
+            raise ValueError(
+                f"{path} is a TorchScript archive, whose code is not run here; save its weights: torch.save(torch.jit.load(path).state_dict(), ...)"
+            ) from error
+        why = _no_pickle(path) if "weights_only" in why else why  # torch's advice is to load it unsafely
         raise ValueError(f"{path} is damaged or no checkpoint ({why}); copy or download it again") from error
+
+
+def _no_pickle(path: Path) -> str:
+    """What a file is that torch.save did not write, from how it begins."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS: git lfs pull fetches the file"
+    return "it is a web page" if start.startswith(b"<") else "torch.save did not write it"
 
 
 def _unpickled(path: Path) -> Any:

@@ -90,7 +90,8 @@ def load_checkpoint(
     key: of the state dict in the file, see gkl.models.checkpoint_files.state_dict. A normalisation that the file holds becomes the
     model's where that has none. any_classes: of a file with another number of classes, all but the head. The model changes only if the file fills all of it.
     Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code, no state dict, or several networks;
-    CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation.
+    CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation, and for such as a
+    network cannot compute with: NaN, quantised, without numbers.
     """
     path = Path(path)
     if not path.is_file():
@@ -118,6 +119,8 @@ def load_checkpoint(
             else _diagnosis(report, own)
         )
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
+    if wrong := _unusable(state, own):
+        raise CheckpointMismatch(f"{path}: {wrong}: {report}", report)
     if statistics:
         _normalise_by(statistics, model, path, report)
     network.load_state_dict(state, strict=False)
@@ -229,6 +232,20 @@ def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: 
             "leave model.normalisation out, or give the file's",
             report,
         )
+
+
+def _unusable(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the contents of tensors whose shapes fit: the first that a network cannot compute with."""
+    for name, tensor in state.items():
+        found = f"{name} is {tensor.dtype}".replace("torch.", "")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            return f"{name} is a {'meta' if tensor.is_meta else tensor.layout} tensor without plain numbers; save dense ones"
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            return f"{found} and the model's {own[name].dtype}, so that its scale is lost; save weights that are no quantised ones"
+        counts = tensor.is_floating_point() and bool(own[name].isfinite().all())
+        if counts and not bool(tensor.float().isfinite().all()):
+            return f"{name} holds NaN or infinite numbers: the training that saved it had failed; take an earlier file"
+    return None
 
 
 def _classes_of(

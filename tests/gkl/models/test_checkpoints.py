@@ -6,6 +6,7 @@ import errno
 import functools
 import io
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from fractions import Fraction
@@ -603,3 +604,67 @@ def test_a_device_that_fails_at_a_file_s_end_is_no_damage(tmp_path: Path) -> Non
     (tmp_path / "whole.pt").write_bytes(whole[:-1024])
     with pytest.raises(ValueError, match="is damaged or no checkpoint"):
         read(tmp_path / "whole.pt")
+
+
+def with_nan(tensor: Tensor) -> Tensor:
+    changed = tensor.clone()
+    changed.view(-1)[0] = torch.nan
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (with_nan, "fc.bias holds NaN or infinite numbers: the training that saved it had failed"),
+        (lambda t: t / 0, "fc.bias holds NaN or infinite numbers"),
+        (lambda t: (100 * t).to(torch.int8), "fc.bias is int8 and the model's torch.float32, so that its scale is lost"),
+        (lambda t: t.to(torch.complex64), "fc.bias is complex64 and the model's"),
+        (lambda t: t.to_sparse(), "fc.bias is a torch.sparse_coo tensor without plain numbers"),
+        (lambda t: t.to("meta"), "fc.bias is a meta tensor without plain numbers"),
+    ],
+    ids=["nan", "infinite", "int8", "complex", "sparse", "meta"],
+)  # fmt: skip
+def test_numbers_that_a_network_cannot_compute_with_are_refused(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    """Once argmax of NaN was class 0, and what was left of quantised weights without their scale was measured."""
+    state = trained(create("wrn_10_1", 10)).state_dict()
+    torch.save(state | {"fc.bias": change(state["fc.bias"] + 1.0)}, tmp_path / "f.pt")
+    model = create("wrn_10_1", 10)
+    before = copy.deepcopy(model)
+    with pytest.raises(CheckpointMismatch, match=re.escape(message)):
+        load_checkpoint(model, tmp_path / "f.pt")
+    assert_equal(model, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_taken(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = create("wrn_10_1", 10).state_dict()
+    torch.save({n: t.to(dtype) if t.is_floating_point() else t for n, t in state.items()}, tmp_path / "f.pt")
+    assert load_checkpoint(create("wrn_10_1", 10), tmp_path / "f.pt").fits
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a pointer of Git LFS: git lfs pull"),
+        (b"\n<!DOCTYPE html><html></html>", "it is a web page"),
+        (b"\0\1\2\3 weights", "torch.save did not write it"),
+    ],
+)  # fmt: skip
+def test_files_that_are_no_checkpoints_are_called_what_they_are(
+    content: bytes, why: str, tmp_path: Path
+) -> None:
+    """And torch's advice, to load them unsafely, is not handed on."""
+    (tmp_path / "f.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"f.pt is damaged or no checkpoint ({why}")) as refused:
+        read(tmp_path / "f.pt")
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_torchscript_archive_is_told_how_its_weights_are_saved(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "f.pt")  # type: ignore[no-untyped-call]
+    with pytest.raises(
+        ValueError, match=r"f\.pt is a TorchScript archive.*torch\.jit\.load\(path\)\.state_dict"
+    ):
+        read(tmp_path / "f.pt")
