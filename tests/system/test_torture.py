@@ -42,6 +42,8 @@ TRIALS: list[tuple[str, list[str]]] = [
     ("kd/in_vanilla/imagenet_resnet_18", ["epochs=2"]),
     ("kd/lt_vanilla/resnet_20", ["epochs=3"]),
     ("ssl/denoising", ["epochs=8"]),
+    ("clip/baseline", ["epochs=3"]),
+    ("seg/baseline", ["epochs=3", "data.train_pages=80", "data.test_pages=8"]),
     ("seg/baseline", ["epochs=3", "data.train_pages=80", "data.test_pages=10"]),
 ]
 
