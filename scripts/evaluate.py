@@ -22,6 +22,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from gkl.atomic import atomically
+from gkl.data.dense import DenseData
 from gkl.evaluation.chosen import chosen
 from gkl.models import load_checkpoint
 from gkl.models.own import check_answers
@@ -41,7 +42,7 @@ def main(arguments: list[str]) -> int:
     arguments, published = with_published(arguments)
     config = compose("evaluate", arguments)
     check_sections(config)
-    path = Path(config["checkpoint"])
+    path = Path(str(config["checkpoint"]))
     if published and not own and not path.exists():
         fetch(published["url"], path)
     if not path.is_file():
@@ -51,6 +52,10 @@ def main(arguments: list[str]) -> int:
         device = device_of(config)
         console = Console(path.name, enabled=first)
         data = instantiate(config["data"])
+        if isinstance(data, DenseData):
+            raise ConfigError(
+                f"{data.name} has a label for each pixel, which AutoAttack does not take; choose data of one label a picture: data=..."
+            )
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             chosen(data, config["evaluation"]["images"])  # that they are there
@@ -59,7 +64,8 @@ def main(arguments: list[str]) -> int:
                     f"AutoAttack asks a network for a picture's class, and a {type(model).__name__} gives none; choose model=... of a classifier"
                 )
             check_answers(model, data.image_size)
-            console.say(str(load_checkpoint(model, path, config["checkpoint_key"])))
+            key = config["checkpoint_key"]
+            console.say(str(load_checkpoint(model, path, None if key is None else str(key))))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.to(device).eval()
@@ -70,9 +76,12 @@ def main(arguments: list[str]) -> int:
         )
         clean = clean_accuracy(model, data, device)
         console.say(f"clean accuracy {clean:.2f} % of {len(data.test_labels)} images of {data.name}")
-        metrics, details = autoattack(
-            model, data, config["evaluation"], folder=folder, device=device, console=console
-        )
+        try:
+            metrics, details = autoattack(
+                model, data, config["evaluation"], folder=folder, device=device, console=console
+            )
+        except ValueError as error:  # constant, or too few classes
+            raise ConfigError(str(error)) from error
         if first:
             found = {"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details}
             if published:

@@ -103,3 +103,27 @@ def test_a_network_of_no_classes_is_one_line(command: Command, tmp_path: Path) -
         "AutoAttack asks a network for a picture's class, and a Clip gives none; choose model=... of a classifier"
         in err
     )
+
+
+def test_a_number_may_be_a_key(command: Command, theirs: Path) -> None:  # noqa: F811
+    code, _, err = command("evaluate", f"checkpoint={theirs}", "model=wrn_10_1", "checkpoint_key=3", *QUICK)
+    assert code == 2 and err.count("\n") == 1, err
+    assert "holds no state dict under checkpoint_key=3; it holds model, model_ema" in err
+
+
+def test_networks_that_no_attack_says_anything_of_are_one_line(command: Command, tmp_path: Path) -> None:  # noqa: F811
+    state = create("wrn_10_1", num_classes=10).state_dict()
+    torch.save(state | {"fc.weight": torch.zeros_like(state["fc.weight"])}, tmp_path / "f.pt")
+    code, _, err = command("evaluate", f"checkpoint={tmp_path / 'f.pt'}", "model=wrn_10_1", *QUICK)
+    assert code == 2 and "error: the network gives every image the same logits" in err, err
+    assert "Traceback" not in err
+
+
+def test_few_labels_are_tested_on_all_and_maps_are_refused(command: Command, theirs: Path) -> None:  # noqa: F811
+    given = [f"checkpoint={theirs}", "model=wrn_10_1", *QUICK]
+    whole, few = (command("evaluate", *given, f"data={name}") for name in ("digits", "digits_few"))
+    assert few[0] == 0, few[2]
+    assert numbers(whole[1]) | {"data": "digits_few"} == numbers(few[1])
+    code, _, err = command("evaluate", *given, "data=digits_mosaics")
+    assert code == 2 and err.count("\n") == 1, err
+    assert "has a label for each pixel, which AutoAttack does not take; choose data of one label" in err
