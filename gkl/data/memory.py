@@ -75,6 +75,12 @@ class ImageData:
         check_trainable(self.name, self.train_labels)
         if not isinstance(augment, Views):
             raise ValueError(f"{self.name} needs augment=basic or autoaug, got {type(augment).__name__}")
+        side = min(self.train_images.shape[2:])
+        if augment.padding > side or (augment.padding == side and augment.border == "reflect"):
+            raise ValueError(
+                f"augment.padding={augment.padding} is more than the {side} pixels of a side of {self.name}, whose crops would hold no "
+                "picture; choose a smaller one"
+            )
         return MemoryBatches(self, augment, **settings)
 
     def test_batches(

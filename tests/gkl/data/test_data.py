@@ -8,6 +8,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -396,3 +397,12 @@ def test_what_is_no_tiny_imagenet_is_named(tmp_path: Path) -> None:
             ValueError, match=r"val_annotations\.txt, line 2 needs a picture and a class of wnids\.txt, got"
         ):
             tiny_imagenet(str(whole))
+
+
+@pytest.mark.parametrize("padding, border", [(9, "black"), (100, "black"), (8, "reflect")])
+def test_a_border_wider_than_the_pictures_is_refused(padding: int, border: Any) -> None:
+    """Once most crops were all black."""
+    with pytest.raises(
+        ValueError, match=rf"augment\.padding={padding} is more than the 8 pixels .* of digits"
+    ):
+        digits().batches(augment=Views(["crop_flip"], padding=padding, border=border))
