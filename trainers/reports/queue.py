@@ -58,9 +58,9 @@ def queue(
     records: Sequence[Record], settings: Mapping[str, Any], overrides: Sequence[str]
 ) -> tuple[list[Step], list[str]]:
     """Every step at the settings' scale and protocol, the most telling a minute first; and a line for each pair that cannot be
-    so configured: overrides of adversarial training say nothing of distillation."""
+    so configured: overrides of adversarial training say nothing of distillation. Raises ConfigError where none can."""
     offered: dict[frozenset[Path], Step] = {}
-    results, unfit = list[Path](), list[str]()
+    results, unfit, configured = list[Path](), list[str](), False
     for claim in ledger(records):
         for pair in claim.pairs:
             try:
@@ -70,6 +70,7 @@ def queue(
                     raise
                 unfit.append(f"{' '.join(place_of(pair))}, {pair['ours']} against {pair['other']}: {error}")
                 continue
+            configured = True
             for name, by_seed in runs.items():
                 results = results or [
                     Path(next(iter(by_seed.values()))[0].config["paths"]["results"]) / "runs"
@@ -91,6 +92,8 @@ def queue(
                         None,
                         worth + (before.worth if before else 0.0),
                     )
+    if unfit and not configured:
+        raise ConfigError(f"no claim's runs can be so configured: {unfit[0]}")
     return _ordered(list(offered.values()), records, settings), unfit
 
 

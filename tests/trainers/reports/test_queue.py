@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from trainers.errors import ConfigError
 from trainers.reports.ledger import Line, ledger
 from trainers.reports.queue import Step, _ordered, fitting, missing_seeds, queue
 from trainers.runs.plan import Cell
@@ -49,6 +50,10 @@ def test_what_says_nothing_of_a_claim_s_runs_is_told(monkeypatch: pytest.MonkeyP
     steps, unfit = queue([], settings, ["method.awp_gamma=0.1"])
     assert steps and all("at/" in cell.config["experiment"] for step in steps for cell in step.cells)
     assert any(line.startswith("table 17, gkl against kd: there is no setting") for line in unfit)
+    with pytest.raises(
+        ConfigError, match="no claim's runs can be so configured: .* unknown setting 'nothing'"
+    ):
+        queue([], settings, ["setting=nothing"])
 
 
 def test_the_most_telling_a_minute_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
