@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gkl.data.batches import Batch
+from gkl.data.few_labels import FewLabels
 from gkl.models.batch_norm import eval_mode
 from trainers.loop.compute import compiled
 from trainers.loop.console import Console
@@ -40,12 +41,21 @@ class Method(ABC):
 
     training: "Training"
     views_together: ClassVar[bool] = False  # whether a process gets all views of its samples
+    reads_every_label: ClassVar[bool] = True  # of its training pictures
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 
     def bind(self, training: "Training") -> None:
-        """Told once whose method it is, before the optimizer is made: make further networks here."""
+        """Told once whose method it is, before the optimizer is made: make further networks here.
+
+        Raises ValueError for data that it would read more labels of than there are.
+        """
         self.training = training
+        if self.reads_every_label and isinstance(data := training.data, FewLabels):
+            raise ValueError(
+                f"{type(self).__name__} would train on the labels of all {len(data.train_labels):,} pictures of {data.name}, and not on "
+                f"{len(data.labelled):,} alone; choose the whole set, or data=image_folder data.train_per_class={len(data.labelled) // data.num_classes}"
+            )
 
     @abstractmethod
     def inputs(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor | None, ...]:

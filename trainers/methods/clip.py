@@ -15,17 +15,26 @@ import torch
 from torch import Tensor, nn
 
 from gkl.data.augment import to_float
-from gkl.data.captions import CaptionBatch
+from gkl.data.captions import CaptionBatch, CaptionData
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation.zero_shot import class_weights, predicted
 from gkl.losses.contrastive import Similarities, SimilarityLoss, both_ways, contrastive, similarities
 from gkl.models.batch_norm import eval_mode
 from gkl.models.clip import LARGEST_LOGIT_SCALE
+from gkl.models.clip import Clip as TwoTowers
 from trainers.loop.accuracy import batches_of, eval_batch_size
 from trainers.loop.console import Console
 from trainers.loop.method import Method
 from trainers.loop.training import Training
 from trainers.methods.source import Source, check_same_teacher
+
+
+def check_towers(network: nn.Module, place: str) -> None:
+    """Raises ValueError for a network of pictures alone."""
+    if not isinstance(network, TwoTowers):
+        raise ValueError(
+            f"CLIP needs a network of two towers, got {type(network).__name__}; {place}=clip_b16 or clip_l14"
+        )
 
 
 @dataclass(kw_only=True)
@@ -52,6 +61,11 @@ class Clip(Method):
             raise ValueError(
                 "a teacher and a loss come together: choose both teacher=... and loss=..., or neither"
             )
+        if not isinstance(training.data, CaptionData):
+            raise ValueError(
+                f"CLIP needs pictures with captions, got {training.data.name}; data=digits_captions, datacomp, ..."
+            )
+        check_towers(self.model, "model")
         self.network.check_fits(self.data.tokenizer, self.data.image_size)
         if self.initial is not None:
             begun, self.began = self.initial.load(self.data.num_classes)
@@ -62,6 +76,7 @@ class Clip(Method):
             )
         if self.teacher is not None:
             loaded, self.origin = self.teacher.load(self.data.num_classes)
+            check_towers(loaded, "model@teacher.network")
             self.taught_by = training.compute.to_device(loaded).eval().requires_grad_(False)
             self.taught_by.check_fits(self.data.tokenizer, self.data.image_size, "teacher.network")
 

@@ -7,7 +7,7 @@ pretrained weights where a scale has none.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class Denoising(Method):
 
     hidden: float
     noise: float
+    reads_every_label: ClassVar[bool] = False  # none
 
     def bind(self, training: Training) -> None:
         """The decoder, one layer from a token to its patch. Raises ValueError for a network without tokens."""

@@ -9,14 +9,14 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.data.augment import to_float
-from gkl.data.few_labels import FewBatch
+from gkl.data.few_labels import FewBatch, FewBatches
 from gkl.losses.consistency import Consistency
 from gkl.models.timm_network import set_sample_keys
 from gkl.optim.averaging import swapped
@@ -40,13 +40,18 @@ class SemiSupervised(Method):
     weight: float
     initial: Source | None = None
     shown: str = "last"
+    reads_every_label: ClassVar[bool] = False
 
     def bind(self, training: Training) -> None:
-        """Begin with the pretrained weights."""
+        """Begin with the pretrained weights. Raises ValueError for other data, and for micro-batches."""
         super().bind(training)
         if training.setup.accumulate > 1:
             raise ValueError(
                 f"accumulate={training.setup.accumulate} is not for semi-supervised batches, which are small; set accumulate=1"
+            )
+        if not isinstance(training.batches, FewBatches):
+            raise ValueError(
+                f"{type(self).__name__} needs few labels and their weak and strong views: data=..._few augment=weak_strong"
             )
         self.data: Any = training.data
         self.origin: dict[str, Any] = {}

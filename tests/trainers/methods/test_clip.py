@@ -339,6 +339,11 @@ def test_the_optimizer_and_schedule_are_upstream_s(tmp_path: Path) -> None:
         (("model.name=ViT-B-77",), "OpenCLIP has no network 'ViT-B-77'"),
         (("model.name=RN50",), "has a ResNet's layers"),
         (("drop_last=false",), "set drop_last=true"),
+        (
+            ("data=digits_files",),
+            "CLIP needs pictures with captions, got digits; data=digits_captions, datacomp",
+        ),
+        (("model=resnet_20",), "CLIP needs a network of two towers, got CifarResNet; model=clip_b16"),
     ],
 )
 def test_what_does_not_fit_is_a_line(words: tuple[str, ...], message: str, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.system.test_ranks import assert_equal
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
+from trainers.runs.targets import instantiate
 
 ROWS = ("fixmatch_hard", "fixmatch_soft", "fixmatch_gkl", "mean_teacher_mse", "mean_teacher_gkl")
 WARMUP, STEPS = 1, 6
@@ -257,3 +258,19 @@ def test_rates_of_the_layers() -> None:
 def test_small_batches_alone(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="accumulate=2 is not for semi-supervised batches"):
         make_task("fixmatch_hard", "accumulate=2")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("experiment=kd/c100_vanilla/resnet_20", "data=digits_few"), r"Distillation would train on the labels of all 1,437 pictures of digits_few, and not on 20 .*=2$"),
+        (("experiment=ssl/fixmatch_gkl", "augment=basic"), "FixMatch needs few labels and their weak and strong views: data=..._few augment=weak_strong"),
+        (("experiment=ssl/fixmatch_gkl", "augment=basic", "data=digits"), "FixMatch needs few labels"),
+    ],
+    ids=["every label", "plain views", "other data"],
+)  # fmt: skip
+def test_labels_that_are_hidden_are_not_trained_on(words: tuple[str, ...], message: str) -> None:
+    """Once a baseline of few labels trained on all of them without a word."""
+    config = {**compose("train", [*words, "scale=smoke"]), "initial": None}
+    with pytest.raises(ValueError, match=message):
+        build(config, device=torch.device("cpu"), data=instantiate(config["data"]))
