@@ -51,6 +51,7 @@ FORWARDS = {"clean": 1, "apgd-ce": 204, "apgd-t": 1818, "fab-t": 2729, "square":
 # tensor cores to gain from another one.
 LAYOUT = {"cpu": torch.channels_last}
 FEWEST_CLASSES = 4  # that the targeted DLR loss is defined for
+SAME = 0.01  # of the largest logit: how far two looks at an image may lie apart, in half precision and batches of two sizes
 TOLERANCE = 1e-5  # of the independent check that adversarial images lie in the ball, in pixel units
 
 
@@ -97,8 +98,8 @@ def evaluate(
     and are not read. on_progress: called after each batch with where this process is and the seconds it has left, counted as if
     no further image fell. epsilon: pixel units. graph: on a GPU, replay the attacks' iterations from recordings, with the
     same bits.
-    Raises ValueError for a model in training mode or with too few classes, RuntimeError if AutoAttack returns an image
-    outside the ball or one it calls misclassified that is not.
+    Raises ValueError for a model in training mode, with too few classes, without gradient or whose answers differ from look to look,
+    RuntimeError if AutoAttack returns an image outside the ball or one it calls misclassified that is not.
     """
     _check_call(model, version, norm)
     kept = Kept(
@@ -168,7 +169,24 @@ def _classes(model: nn.Module, x: Tensor) -> int:
         raise ValueError(
             "the network gives every image the same logits: its weights are not those of a trained one"
         )
+    _check_attackable(model, x, logits)
     return int(logits.shape[1])
+
+
+def _check_attackable(model: nn.Module, x: Tensor, logits: Tensor) -> None:
+    """That a second look at some of the images says the same, and has a gradient. Raises ValueError."""
+    few = x[: max(1, len(x) // 2)]
+    with torch.enable_grad():
+        again = model(few.clone().requires_grad_())
+    if not again.requires_grad:
+        raise ValueError(
+            "the network's logits have no gradient to its images (no_grad or detach in its forward?), which AutoAttack climbs"
+        )
+    if float((again.detach() - logits[: len(few)]).abs().max()) > SAME * float(logits.abs().max()):
+        raise ValueError(
+            "the network says something else of the same images at a second look, in a smaller batch: it draws at random in eval mode "
+            "(F.dropout without training=self.training?) or normalises by the batch; AutoAttack's number would mean nothing"
+        )
 
 
 def _check_call(model: nn.Module, version: str, norm: str) -> None:

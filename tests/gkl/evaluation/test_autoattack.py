@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -485,3 +485,36 @@ def test_autoattack_errors(tmp_path: Path) -> None:
     three = scans(4, classes=3)
     with pytest.raises(ValueError, match=r"at least 4 classes, got \(\d+, 3\)"):
         evaluate(Classifier(classes=3).eval(), *three, **options)
+
+
+class Looked(nn.Module):
+    """A classifier in eval mode whose features, (B, 3), are made as told."""
+
+    def __init__(self, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features = features
+        self.linear = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.features(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "features, message",
+    [
+        (lambda x: F.dropout(x.mean((2, 3)), 0.5), "something else of the same images at a second look"),
+        (lambda x: x.mean((2, 3)) - x.mean((0, 2, 3)), "something else of the same images at a second look"),
+        (lambda x: x.detach().mean((2, 3)), "logits have no gradient to its images"),
+    ],
+    ids=["dropout", "statistics of the batch", "detached"],
+)
+def test_networks_that_no_attack_measures_are_refused(
+    features: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    """Once a number came of the first two without a word, and a traceback of the third."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(8, 3, 4, 4), torch.arange(8) % 5
+    place = {"folder": tmp_path, "device": torch.device("cpu"), "epsilon": 0.03, "version": "screen"}
+    with pytest.raises(ValueError, match=message):
+        evaluate(Looked(features).eval(), images, labels, **place)  # type: ignore[arg-type]
+    evaluate(Looked(lambda x: x.mean((2, 3))).eval(), images, labels, **place)  # type: ignore[arg-type]
