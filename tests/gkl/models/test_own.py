@@ -39,6 +39,14 @@ class Maps(Net):
     def forward(self, x):
         return self.frozen(x)
 
+class InPlace(Net):
+    def forward(self, x):
+        return super().forward(x.sub_(0.4).div_(0.2))
+
+class Squeezed(Net):
+    def forward(self, x):
+        return super().forward(x).squeeze()
+
 class Fixed(Net):
     def forward(self, x):
         assert x.shape[-1] == 224, "wants 224"
@@ -84,6 +92,8 @@ def test_a_class_and_a_function_make_a_network(net: Path) -> None:
         ("Pair", "Pair returns a tuple; a network returns its logits alone"),
         ("Auxiliary", "Auxiliary returns a list; a network returns its logits alone"),
         ("Maps", r"Maps returns shape \(4, 4, 8, 8\); a network returns its logits alone"),
+        ("InPlace", "InPlace changes the pictures that it is given; leave out what works in place"),
+        ("Squeezed", r"Squeezed returns shape \(7,\); a network returns its logits alone, \(1, 7\) here"),
         ("Fixed", r"Fixed cannot take pictures of 8x8 \(wants 224\); choose data.image_size"),
     ],
 )
