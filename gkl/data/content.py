@@ -1,4 +1,4 @@
-"""What pictures are, whatever their place: a digest of the files below a folder, of a zip archive, or of tar shards.
+"""What pictures are, whatever their place: a digest of the files below a folder, of a zip archive, of tar shards, or of a table's.
 
     content("pictures.zip") == content("pictures/")        # the same files, packed and unpacked
 
@@ -6,17 +6,22 @@ Names count from where the files' common folder ends, contents by size and CRC-3
 and editors leave among pictures (`hidden`) counts nowhere.
 """
 
+import csv
 import hashlib
+import io
 import os
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from gkl.atomic import atomically
 
 CHUNK = 1 << 20
+TABLES = (".csv", ".tsv")
+SEPARATORS = ",\t;|"
 LEFT_BY_SYSTEMS = {
     "__macosx", "@eadir", "$recycle.bin", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
@@ -44,6 +49,8 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
         return _of_folder(path, kept)
     if not path.is_file():
         return None
+    if path.suffix.lower() in TABLES:
+        return _of_files(path.parent, dict(sorted(_in_table(path))), kept)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()}
@@ -53,7 +60,27 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
 
 
 def _of_folder(path: Path, kept: Path | None) -> str:
-    files = dict(sorted(_below(path)))
+    return _of_files(path, dict(sorted(_below(path))), kept)
+
+
+def _in_table(path: Path) -> Iterator[tuple[str, os.stat_result]]:
+    """A table and every file that it names from its folder on, whatever tells its columns apart."""
+    yield path.name, path.stat()
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    for separator in SEPARATORS:
+        there = False
+        with suppress(csv.Error):  # of what tells its columns apart otherwise
+            for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator):
+                for cell in row:
+                    with suppress(OSError, ValueError):  # no name of a file
+                        if cell and stat.S_ISREG((found := os.stat(path.parent / cell)).st_mode):
+                            there = True
+                            yield os.path.relpath(path.parent / cell, path.parent), found
+        if there:
+            return
+
+
+def _of_files(path: Path, files: Mapping[str, os.stat_result], kept: Path | None) -> str:
     state = hashlib.sha256()
     for name, at in files.items():
         state.update(in_bytes(f"{name}\0{at.st_size}\0{at.st_mtime_ns}\0{at.st_ino}\0{at.st_dev}\n"))

@@ -9,6 +9,7 @@ so that a training goes on anywhere with the pairs that it would have had.
 
 import csv
 import hashlib
+import io
 import os
 import tarfile
 from abc import ABC, abstractmethod
@@ -128,7 +129,13 @@ def table(path: Path, separator: str, picture: str, caption: str) -> tuple[Store
 
     picture, caption: names of the columns. Raises ValueError for a column that is missing, and for pictures that are.
     """
-    with open(path, newline="", encoding="utf-8") as file:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # Excel begins its files with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start:,}); save it as UTF-8"
+        ) from error
+    with io.StringIO(text, newline="") as file:
         reader = csv.DictReader(file, delimiter=separator)
         columns = list(reader.fieldnames or ())
         for setting, wanted in (("picture", picture), ("caption", caption)):

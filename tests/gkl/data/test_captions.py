@@ -282,10 +282,17 @@ def test_a_table_and_a_folder_with_captions(tmp_path: Path, tests: dict[str, str
             "filepath\ttitle\nall/9.png\tlevel 9\n",
             "1 of 1 captions have no picture, the first is all/9.png",
         ),
+        (
+            "d.tsv",
+            "filepath\ttitle\nall/0.png\tcaf\xe9\n",
+            r"d\.tsv is no text in UTF-8 \(.* at byte 28\); save it as UTF-8",
+        ),
     ):
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             caption_files(str(tmp_path / name), **settings)  # type: ignore[arg-type]
+    (tmp_path / "excel.csv").write_text("filepath,title\nall/0.png,level 0\n", encoding="utf-8-sig")
+    assert len(caption_files(str(tmp_path / "excel.csv"), **settings).pairs or ()) == 1  # type: ignore[arg-type]
     (tmp_path / "all/3.txt").unlink()
     with pytest.raises(ValueError, match=r"1 of 6 pictures have no caption beside them, the first is 3.png"):
         caption_files(str(tmp_path / "all"), **settings)  # type: ignore[arg-type]

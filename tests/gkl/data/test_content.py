@@ -116,3 +116,18 @@ def test_pictures_that_changed_since_the_start_are_refused(tmp_path: Path) -> No
         ValueError, match=r"the pictures at .*one have changed since this run was started \(content"
     ):
         image_folder(str(folder), 4, content=frozen)
+
+
+@pytest.mark.parametrize("name, separator", [("pairs.tsv", "\t"), ("pairs.csv", ","), ("pairs.csv", ";")])
+def test_a_table_is_known_by_the_pictures_that_it_names(name: str, separator: str, tmp_path: Path) -> None:
+    """Once two folders of other pictures were one, where the same table lay beside them."""
+    found = []
+    for place, shade in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / place
+        (folder / "all").mkdir(parents=True)
+        Image.new("RGB", (4, 4), (shade,) * 3).save(folder / "all/0.png")
+        (folder / name).write_text(separator.join(["filepath", "title\nall/0.png", 'a "sign", of 4"\n']))
+        (folder / "beside.bin").write_bytes(bytes([len(found)]))  # not named
+        found.append([content(folder / name), content(folder / name, tmp_path / "kept")])
+    assert found[0] == found[1] and found[0] != found[2]
+    assert all(one == other for one, other in found)
