@@ -12,7 +12,7 @@ from gkl.data.content import check_content, hidden
 from gkl.data.decoding import Decoder
 from gkl.data.digits import digits, digits_files
 from gkl.data.files import Split, other_pictures, split
-from gkl.data.pairs import Listed, Pairs, Shards, beside, listed_files, named, table
+from gkl.data.pairs import Listed, Pairs, Shards, beside, listed_files, named, shards_content, table
 from gkl.data.tiny_imagenet import tiny_imagenet_lists
 from gkl.data.tokens import (
     DIGIT_TEMPLATES,
@@ -32,9 +32,17 @@ CLASSES = {"imagenet_r": 200}  # of a test that has fewer than all
 
 def datacomp(
     root: str, samples: int, lanes: int, shuffle: int, tests: Folders, image_size: int = 224, context_length: int = 77,
-    decoder: Decoder = "pillow",
+    decoder: Decoder = "pillow", content: str | None = None,
 ) -> CaptionData:  # fmt: skip
-    """DataComp-1B, or any WebDataset tars of pictures and captions, see gkl.data.pairs.Shards; tested on ImageNet's own and its like."""
+    """DataComp-1B, or any WebDataset tars of pictures and captions, see gkl.data.pairs.Shards; tested on ImageNet's own and its like.
+
+    content: what gkl.data.pairs.shards_content says of root, if they must be those.
+    """
+    if content is not None and (found := shards_content(root)) != content:
+        raise ValueError(
+            f"the shards at {root} have changed since this run was started (content {found}, was {content}); bring those back, or start "
+            "anew with the same command"
+        )
     pairs = Shards(Path(root), samples, lanes, shuffle, decoder)
     return _of_imagenet("datacomp", pairs, bpe(context_length), tests, image_size, decoder)
 

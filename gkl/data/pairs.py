@@ -14,6 +14,7 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -191,8 +192,7 @@ class Shards(Pairs):
     @property
     def sha256(self) -> str:
         """Digest of the shards' names and sizes."""
-        lines = [f"{shard.relative_to(self.path)}\0{shard.stat().st_size}" for shard in self.shards]
-        return hashlib.sha256(in_bytes("\n".join(lines))).hexdigest()
+        return _listing(self.path, self.shards)
 
     def take(self, draw: Draw, lanes: Sequence[int], of: int, first: int, count: int) -> list[Pair]:
         """See Pairs; there are as many lanes as there were to be."""
@@ -206,6 +206,19 @@ class Shards(Pairs):
                     place.next()
                 found.append(place.pair(number - place.first))
         return found
+
+
+def _listing(path: Path, shards: Sequence[Path]) -> str:
+    lines = [f"{shard.relative_to(path)}\0{shard.stat().st_size}" for shard in shards]
+    return hashlib.sha256(in_bytes("\n".join(lines))).hexdigest()
+
+
+@cache
+def shards_content(root: str) -> str | None:
+    """16 hexadecimal digits of the names and sizes of the tars at root, None where there are none: what they hold may be terabytes."""
+    path = Path(root)
+    found = tars(path) if path.is_dir() else []
+    return _listing(path, found)[:16] if found else None
 
 
 class _Place:

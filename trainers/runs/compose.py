@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gkl import own
 from gkl.data.content import content
 from gkl.data.generated import prepared
+from gkl.data.pairs import shards_content
 from trainers.errors import ConfigError
 from trainers.runs.composition import composition, parsed
 from trainers.runs.settings import SETTINGS
@@ -51,6 +52,7 @@ def register_resolvers() -> None:
 
     OmegaConf.register_new_resolver("content", content_at, replace=True)
     OmegaConf.register_new_resolver("sha256", sha256, replace=True)
+    OmegaConf.register_new_resolver("shards", shards_content, replace=True)
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
     )

@@ -1,6 +1,7 @@
 """Pairs of pictures and captions: tars on lanes, whichever process or worker reads them; lists; and what is wrong with them, in a line."""
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from gkl.data.pairs import Draw, Shards, members
 from gkl.data.stores import PictureError
 from gkl.data.tokens import Words
 from gkl.distributed import Shard
+from trainers.runs.compose import compose
+from trainers.runs.identity import config_hash
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
 WHOLE = ResizedCrop((1.0, 1.0), (1.0, 1.0), flip=0.0)
@@ -358,3 +361,21 @@ def test_tiny_imagenet_says_its_classes_by_name(tmp_path: Path) -> None:
         for level, tokens in zip(batch.images[:, 0, 0, 0].tolist(), batch.tokens, strict=True):
             assert tokens.numpy().tobytes() in templates["tench" if level < 10 else "goldfish"]
     assert len({batch.tokens.numpy().tobytes() for batch in seen}) == 6  # another template in every epoch
+
+
+def test_two_folders_of_shards_are_two_runs(tmp_path: Path, tests: dict[str, str | None]) -> None:
+    """Once both were one run; and shards that have changed since a run was composed are refused."""
+    one, other = (shards(tmp_path / name, counts) for name, counts in (("one", (3, 4)), ("other", (5, 2, 9))))
+    copy = Path(shutil.copytree(one, tmp_path / "copy"))
+
+    def composed(root: Path) -> dict[str, Any]:
+        return compose(
+            "train", ["experiment=clip/baseline", "scale=small", "data=datacomp", f"data.root={root}"]
+        )
+
+    assert config_hash(composed(one)) == config_hash(composed(copy)) != config_hash(composed(other))
+    known = composed(one)["data"]["content"]
+    given = {"samples": 8, "lanes": 2, "shuffle": 5, "tests": tests}
+    assert datacomp(str(one), **given, content=known).name == "datacomp"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the shards at .*other have changed since this run was started"):
+        datacomp(str(other), **given, content=known)  # type: ignore[arg-type]
