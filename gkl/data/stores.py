@@ -2,6 +2,8 @@
 
 store = open_store(Path("imagenet"))
 picture = store.picture(store.names[0], "pillow")
+
+One file, since each kind of place lists, opens and refuses the same things in its own way.
 """
 
 import os

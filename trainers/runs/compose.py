@@ -3,6 +3,7 @@
     config = compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", "seed=1"])
 
 Hydra composes; what a person can get wrong ends in a ConfigError of one line.
+One file, since what each word means depends on what the others have chosen.
 """
 
 import copy
@@ -50,9 +51,8 @@ def register_resolvers() -> None:
         there = path is not None and Path(path).is_file()  # what is missing is told where it is wanted
         return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() if there else None
 
-    OmegaConf.register_new_resolver("content", content_at, replace=True)
-    OmegaConf.register_new_resolver("sha256", sha256, replace=True)
-    OmegaConf.register_new_resolver("shards", shards_content, replace=True)
+    for name, found in (("content", content_at), ("sha256", sha256), ("shards", shards_content)):
+        OmegaConf.register_new_resolver(name, found, replace=True)
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
     )
