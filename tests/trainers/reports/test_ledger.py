@@ -9,16 +9,8 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from trainers.reports.ledger import (
-    Line,
-    gradients_of_dkl,
-    ledger,
-    markdown,
-    place_of,
-    scores_by_size,
-    seeds_needed,
-    time_over_kd,
-)
+from trainers.reports.computed import gradients_of_dkl, scores_by_size, time_over_kd
+from trainers.reports.ledger import Line, ledger, markdown, place_of, seeds_needed
 from trainers.reports.tables import paired_half_width
 from trainers.runs.plan import load_table
 from trainers.runs.records import read_records
