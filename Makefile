@@ -37,7 +37,7 @@ REPRODUCE = $(PY) scripts/reproduce.py $(ASKED)
 table%: $(STAMP) ## table1 1kd 2 to 7, 10 to 24: run what is missing, print it (SCALE SEEDS ROWS PAIRS PLAN PROTOCOL DEVICES ARGS)
 	@$(REPRODUCE) table=$*
 
-figure%: $(STAMP) ## figure1, figure3, figure4: run what is missing, draw it as PNG and PDF
+figure%: $(STAMP) ## figure1 to figure4: run what is missing, draw it as PNG and PDF
 	@$(REPRODUCE) figure=$*
 
 tables: $(addprefix table,1 1kd 2 3 4 5 6 7 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24) ## every table there is
@@ -45,7 +45,7 @@ tables: $(addprefix table,1 1kd 2 3 4 5 6 7 10 11 12 13 14 15 16 17 18 19 20 21 
 teachers: ## the teachers of Tables XVII and XVIII, trained here (published files: GKL_TEACHERS=folder, teacher.weights=published)
 	@$(MAKE) --no-print-directory table17 table18 ROWS=teacher SEEDS=0
 
-figures: figure1 figure3 figure4 ## every figure there is
+figures: figure1 figure2 figure3 figure4 ## every figure there is
 
 sweep-alpha: table10 ## the paper's sweep over the weight of wMSE (Table X); scripts/sweep.py sweeps anything else
 sweep-beta: table11 ## over the weight of the cross-entropy (Table XI)

@@ -17,6 +17,7 @@ from trainers.command import run_main
 from trainers.errors import ConfigError
 from trainers.reports.render import render, render_figure, section
 from trainers.reports.tables import markdown
+from trainers.runs.paths import folders
 from trainers.runs.plan import cells, load_table, tables
 from trainers.runs.records import read_records
 from trainers.runs.reproduce import carry_out, damaged, ended, read_settings, setting_of
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> int:
     failures = carry_out(table, plan, settings)
     if failures is None:
         return ended(unread)
-    results = Path(plan[0].config["paths"]["results"])
+    results = Path(folders()["results"])
     records = read_records(results / "runs")
     if kind == "figure":
         written = render_figure(table, records, results)

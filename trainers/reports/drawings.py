@@ -15,6 +15,7 @@ from PIL import Image
 
 from trainers.reports.ablation import ablation
 from trainers.reports.figures import BLACK, BLUE, RED, provenance, shown_pictures
+from trainers.reports.gradient_paths import gradient_paths
 from trainers.reports.tables import Row, Table
 
 CLASS_COLOURS = "tab20"
@@ -220,4 +221,5 @@ DRAWINGS: dict[str, Callable[[Table], Figure | None]] = {
     "class_scores": class_scores,
     "ablation": ablation,
     "segmentations": segmentations,
+    "gradient_paths": gradient_paths,
 }

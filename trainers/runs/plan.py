@@ -28,7 +28,7 @@ ABSENT = {
         "8": "Table VIII (LLaVA) is not built yet",
         "9": "Table IX is the heading of Tables X to XII: make table10, table11 or table12",
     },
-    "figure": {"2": "Figure 2, the drawing of the gradients' paths, is not built yet"},
+    "figure": {},
 }
 
 

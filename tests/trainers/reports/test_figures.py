@@ -16,7 +16,10 @@ from gkl.data.label_pictures import as_png, colour
 from trainers.reports import figures
 from trainers.reports.charts import segmentations
 from trainers.reports.figures import FORMATS, is_sealed, sealed, write
+from trainers.reports.gradient_paths import norms
+from trainers.reports.render import render_figure
 from trainers.reports.tables import Row, Table
+from trainers.runs.plan import load_table
 
 
 def swept(last: float = 51.0) -> Table:
@@ -189,3 +192,18 @@ def test_segmentations_are_shown_side_by_side(tmp_path: Path) -> None:
     assert len(values) == len(panels) and all(v["url"].startswith("data:image/png;base64,") for v in values)
     assert figures.draw("segmentations", swept()) is None and segmentations(swept()) == []
     assert len({colour(n) for n in range(256)}) == 256
+
+
+def test_figure_2_shows_gradients_that_are_measured(tmp_path: Path) -> None:
+    """Theorem 1: KL's to the teacher are DKL's wMSE's, KL's to the student its cross-entropy's; GKL's wMSE reaches both alike (Eq. 13)."""
+    found = norms()
+    assert found["DKL"]["wMSE"]["teacher"] == pytest.approx(found["KL"]["KL"]["teacher"], rel=1e-12)
+    assert found["DKL"]["CE"]["student"] == pytest.approx(found["KL"]["KL"]["student"], rel=1e-12)
+    assert (
+        found["DKL"]["wMSE"]["student"] == found["DKL"]["CE"]["teacher"] == found["GKL"]["CE"]["teacher"] == 0
+    )
+    assert found["GKL"]["wMSE"]["student"] == pytest.approx(found["GKL"]["wMSE"]["teacher"], rel=1e-12) and (
+        found["GKL"]["wMSE"]["student"] > 0
+    )
+    written = render_figure(load_table("2", "figure"), [], tmp_path)
+    assert [path.name for path in written] == ["figure2-paper.png", "figure2-paper.pdf"]
