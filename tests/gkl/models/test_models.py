@@ -109,7 +109,9 @@ def test_a_config_has_a_network_of_its_own_or_names_those_it_makes() -> None:
         "vit_small_patch2_32",
         "pspnet_18",
         "pspnet_101",
-    }  # the last: tests/gkl/models/test_vit.py, test_pspnet.py
+        "clip_b16",
+        "clip_l14",
+    }  # the last: tests/gkl/models/test_vit.py, test_pspnet.py, test_clip.py
 
 
 def small_networks() -> list[nn.Module]:
@@ -226,7 +228,7 @@ def test_initialisation(model: nn.Module) -> None:
         ({"name": "wrn_10_1", "num_classes": 10, "pretrained": True}, "no pretrained weights"),
         (
             {"name": "wrn_28_10_swish", "num_classes": 200},
-            "cifar10, cifar100, cifar100_kd, cifar100_usb, imagenet, half, got cifar200; with 200 classes",
+            "cifar10, cifar100, cifar100_kd, cifar100_usb, imagenet, openai, half, got cifar200; with 200 classes",
         ),
         ({"name": "wrn_28_10_swish", "num_classes": 10, "normalisation": "svhn"}, "got svhn"),
     ],
