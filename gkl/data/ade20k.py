@@ -4,24 +4,23 @@ data = ade20k("ADEChallengeData2016")       # or the zip archive of it
 """
 
 import hashlib
-import io
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
 from gkl.data.content import check_content, in_bytes
-from gkl.data.decoding import PIXELS
+from gkl.data.decoding import Unfit, opened
 from gkl.data.dense import IGNORED, DenseData
-from gkl.data.stores import PictureError, Store, open_store
+from gkl.data.stores import Store, open_store
 
 Coding = Literal["from_one", "from_zero"]
 PARTS = ("training", "validation")
@@ -47,28 +46,16 @@ class FilePages:
 
     def labels(self, name: str, size: tuple[int, int]) -> "np.ndarray[Any, Any]":
         """A label map (H, W) uint8 of a picture of a size (W, H), 0 to C - 1 and IGNORED. Raises PictureError."""
-        try:
-            return decoded(self.store.read(name), size, self.classes, self.coding)
-        except KeyError:
-            why = "is not there; bring it back"
-        except OSError as error:
-            why = f"cannot be read ({error.strerror or error}); bring it back"
-        except ValueError as error:
-            why = str(error)
-        raise PictureError(f"{self.store.path}: label map {name} {why}")
+        return self.store.made(
+            "label map", name, partial(decoded, size=size, classes=self.classes, coding=self.coding)
+        )
 
     def check(self) -> None:
         """Look at each. Raises PictureError naming the first that cannot be."""
 
         def one(number: int) -> None:
             picture, marked = (name.decode(errors="surrogateescape") for name in self.names[number])
-            try:
-                with Image.open(io.BytesIO(self.store.read(picture))) as image:  # the header alone
-                    size = image.size
-            except (OSError, ValueError, KeyError) as error:
-                raise PictureError(
-                    f"{self.store.path}: picture {picture} cannot be read ({error}); replace it"
-                ) from error
+            size = self.store.made("picture", picture, size_of)  # of the header alone
             self.labels(marked, size)
 
         with ThreadPoolExecutor() as pool:
@@ -80,28 +67,27 @@ class FilePages:
         return hashlib.sha256(b"\n".join([*self.names.flatten().tolist(), self.coding.encode()])).digest()
 
 
+def size_of(data: bytes) -> tuple[int, int]:
+    """(W, H) of a picture, from its header. Raises ValueError for none."""
+    with opened(data) as picture:
+        return picture.size
+
+
 def decoded(data: bytes, size: tuple[int, int], classes: int, coding: Coding) -> "np.ndarray[Any, Any]":
     """A label map from its bytes, (H, W) uint8 of 0 to C - 1 and IGNORED. size: (W, H). Raises ValueError for one that is none."""
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "TIFF")) as picture:
-            if picture.width * picture.height > PIXELS:
-                raise ValueError(f"says that it has {picture.width} x {picture.height} pixels; replace it")
-            if picture.mode not in ("L", "P", "1"):
-                coded = (
-                    "is RGB-coded"
-                    if picture.mode in ("RGB", "RGBA")
-                    else f"has pixels of mode {picture.mode}"
-                )
-                raise ValueError(
-                    f"{coded}, and a label map has one number of 8 bits a pixel; ADE20K's are those of ADEChallengeData2016.zip"
-                )
-            if picture.size != size:
-                raise ValueError(
-                    f"is of {picture.width} x {picture.height} pixels and its picture of {size[0]} x {size[1]}; bring the one that belongs to it"
-                )
-            values = np.array(picture, dtype=np.uint8)
-    except OSError as error:
-        raise ValueError(f"is damaged or no PNG ({error}); replace it") from error
+    with opened(data, ("PNG", "BMP", "TIFF")) as picture:
+        if picture.mode not in ("L", "P", "1"):
+            coded = (
+                "is RGB-coded" if picture.mode in ("RGB", "RGBA") else f"has pixels of mode {picture.mode}"
+            )
+            raise Unfit(
+                f"{coded}, and a label map has one number of 8 bits a pixel; ADE20K's are those of ADEChallengeData2016.zip"
+            )
+        if picture.size != size:
+            raise Unfit(
+                f"is of {picture.width} x {picture.height} pixels and its picture of {size[0]} x {size[1]}; bring the one that belongs to it"
+            )
+        values = np.array(picture, dtype=np.uint8)
     known = range(classes + 1) if coding == "from_one" else [*range(classes), IGNORED]
     there = np.flatnonzero(np.bincount(values.ravel(), minlength=256))
     if odd := sorted(set(there.tolist()) - set(known)):

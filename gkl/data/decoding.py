@@ -6,6 +6,8 @@ decode(Path("n01440764_10026.JPEG").read_bytes(), "torchvision")     # (3, H, W)
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -49,8 +51,20 @@ def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
     Both give the same pixels: torchvision decodes JPEG in RGB or grey, and Pillow the rest. Of 16 bits the upper 8, of several
     frames the first; transparency and what Exif says of rotation are left out.
     """
+    with opened(data) as picture:
+        # Of damaged PNG torchvision ends the process (libpng's jump out of its C++), and it is no faster there.
+        if decoder == "torchvision" and picture.format in ("JPEG", "MPO") and picture.mode in ("L", "RGB"):
+            raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return torchvision.io.decode_image(raw, torchvision.io.ImageReadMode.RGB)
+        rgb = _in_rgb(picture)
+    return rgb if decoder == "pillow" else pil_to_tensor(rgb)
+
+
+@contextmanager
+def opened(data: bytes, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """Pillow's picture of a file's bytes, of which the header alone is read yet. Raises ValueError saying why there is none, inside too."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:  # the header alone
+        with Image.open(io.BytesIO(data), formats=formats) as picture:
             width, height = picture.size
             if width * height > PIXELS:
                 raise Image.DecompressionBombError
@@ -58,16 +72,8 @@ def decode(data: bytes, decoder: Decoder) -> Image.Image | Tensor:
                 raise Unfit(
                     f"is of {width} x {height} pixels, one side more than {LONGEST} times the other; replace or remove it"
                 )
-            # Of damaged PNG torchvision ends the process (libpng's jump out of its C++), and it is no faster there.
-            if (
-                decoder == "torchvision"
-                and picture.format in ("JPEG", "MPO")
-                and picture.mode in ("L", "RGB")
-            ):
-                raw = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                return torchvision.io.decode_image(raw, torchvision.io.ImageReadMode.RGB)
-            rgb = _in_rgb(picture)
-        return rgb if decoder == "pillow" else pil_to_tensor(rgb)
+            yield picture
+        return
     except Image.DecompressionBombError:
         raise ValueError(f"says that it has more than {PIXELS:,} pixels; replace or remove it") from None
     except UnidentifiedImageError:

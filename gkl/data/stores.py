@@ -10,10 +10,11 @@ import os
 import stat
 import tarfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from gkl.atomic import atomically
 from gkl.data.content import CHUNK, hidden, walk
 from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode, is_picture
 
+T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of a picture's file
 BESIDE = (
     ".txt",
@@ -60,6 +62,10 @@ class Store:
 
     def picture(self, name: str, decoder: Decoder) -> Image.Image | Tensor:
         """A picture in RGB, see decode. Raises PictureError."""
+        return self.made("picture", name, partial(decode, decoder=decoder))
+
+    def made(self, what: str, name: str, make: Callable[[bytes], T]) -> T:
+        """What `make` makes of a file's bytes, or raises ValueError saying why not. Raises PictureError with its words. what: it is."""
         try:
             data = self.read(name)
         except KeyError:
@@ -72,10 +78,10 @@ class Store:
             why = f"cannot be unpacked ({' '.join(str(error).split())}); pack the archive anew, without a password"
         else:
             try:
-                return decode(data, decoder)
+                return make(data)
             except ValueError as error:
                 why = str(error)
-        raise PictureError(f"{self.path}: picture {name} {why}")
+        raise PictureError(f"{self.path}: {what} {name} {why}")
 
     def start(self, name: str) -> bytes:
         """How a file begins, empty where that cannot be read."""

@@ -29,6 +29,7 @@ from gkl.data.dense import (
 from gkl.data.mosaics import digits_mosaics
 from gkl.data.stores import PictureError
 from gkl.distributed import Shard
+from tests.gkl.data.test_decoding import png
 
 # --- views ------------------------------------------------------------------------------------------------------------
 
@@ -221,8 +222,10 @@ def test_prepared_label_maps(tmp_path: Path) -> None:
         (MAP, np.zeros((36, 24, 3), np.uint8), r"ADE_train_00000001\.png is RGB-coded, and a label map has one number of 8 bits a pixel"),
         (MAP, np.zeros((36, 24), np.uint16), r"has pixels of mode I;16"),
         (MAP, np.full((36, 24), 151, np.uint8), r"holds 151, and labels are 0 \(none\) to 150; set data\.classes"),
-        (MAP, b"no png", r"ADE_train_00000001\.png is damaged or no PNG"),
-        (MAP.replace("annotations", "images").replace("png", "jpg"), b"no jpeg", r"picture images/training/ADE_train_00000001\.jpg cannot be read"),
+        (MAP, b"no png", r"ADE_train_00000001\.png is damaged \(it is no picture that is read here\); replace"),
+        (MAP, png(20_000, 20_000, 8, 0, b"\0" * 1000), r"label map annotations/training/ADE_train_00000001\.png says that it has more than 178,956,970 pixels"),
+        (MAP.replace("annotations", "images").replace("png", "jpg"), png(20_000, 20_000, 8, 2, b"\0" * 1000), r"00000001\.jpg says that it has more than"),
+        (MAP.replace("annotations", "images").replace("png", "jpg"), b"no jpeg", r"picture images/training/ADE_train_00000001\.jpg is damaged"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_it_is_one_line_at_the_start(
