@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gkl.data.crops import CentreCrop, ResizedCrop
 from gkl.data.decoding import Decoder
-from gkl.data.files import FileViews, Split, loader, single_thread
+from gkl.data.files import FileViews, Split, as_a_worker, loader
 from gkl.data.pairs import Draw, Pairs
 from gkl.data.stores import PictureError
 from gkl.data.tokens import Template, Tokenizer, every_text
@@ -172,7 +172,7 @@ class CaptionBatches:
         count = max(1, min(self.workers, len(self.own_lanes)))
         stream = DataLoader(
             _Lanes(self, epoch, first), batch_size=None, num_workers=self.workers and count,
-            pin_memory=torch.cuda.is_available(), worker_init_fn=single_thread if self.workers else None,
+            pin_memory=torch.cuda.is_available(), worker_init_fn=as_a_worker if self.workers else None,
         )  # fmt: skip
         parts = []
         for part in stream:

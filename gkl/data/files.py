@@ -7,6 +7,10 @@ Nothing is decoded here but what a batch asks for. Pictures lie in a folder, a z
 """
 
 import hashlib
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -239,7 +243,7 @@ def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: in
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=single_thread if workers else None,
+        worker_init_fn=as_a_worker if workers else None,
         collate_fn=_batched,
     ):
         if isinstance(batch, PictureError):
@@ -252,9 +256,24 @@ def _batched(items: list[Any]) -> Any:
     return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
 
 
-def single_thread(worker: int) -> None:
-    """What a worker process begins with."""
+def as_a_worker(worker: int) -> None:
+    """What a worker process begins with: one thread for its work, and an ear for its run alone.
+
+    A signal to all of a run's processes (a scheduler's, a terminal's) is the run's to heed: it saves itself, and then ends the
+    workers. One that died by itself would be an error in the run, which then saved nothing.
+    """
     torch.set_num_threads(1)
+    run, asked = multiprocessing.parent_process(), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    if run is None or not hasattr(signal, "sigwaitinfo"):  # macOS tells nobody who has sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def listen() -> None:
+        while signal.sigwaitinfo(asked).si_pid != run.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
 
 
 def long_tail(classes: int, largest: int, smallest: int) -> list[int | None]:

@@ -3,6 +3,9 @@
 import io
 import itertools
 import os
+import signal
+import subprocess
+import sys
 import tarfile
 import zipfile
 from dataclasses import dataclass
@@ -385,3 +388,44 @@ def test_open_store_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text")
     with pytest.raises(ValueError, match="neither a folder nor a zip archive"):
         open_store(tmp_path / "file")
+
+
+READING = """
+import os, signal, sys, time
+import torch
+from gkl.data.files import loader
+
+class Views(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, drawn):
+        time.sleep(0.02)
+        return torch.zeros(3, 4, 4, dtype=torch.uint8), drawn[0]
+
+heard = []
+for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(signum, lambda signum, frame: heard.append(signum))
+for number, batch in enumerate(loader(Views(), [[(n, 0), (n + 1, 0)] for n in range(900)], 2)):
+    if number == 3:
+        print("ready", flush=True)
+    if heard:
+        for _ in range(10):  # what a run still does, pictures read ahead included
+            time.sleep(0.05)
+        break
+print("saved", heard[0] if heard else None, flush=True)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_all_processes_is_the_run_s_to_heed(signum: signal.Signals) -> None:
+    """As `timeout`, a scheduler and a terminal send it; the run ends by itself and leaves no worker."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", READING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[3]), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert process.stdout and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signum)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, f"saved {signum.value}\n", "")
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
