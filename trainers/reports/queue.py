@@ -10,7 +10,7 @@ worth their sum; what an earlier step brings, a teacher say, costs a later one n
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,13 +157,17 @@ def _ordered(offered: list[Step], records: Sequence[Record], settings: Mapping[s
         minutes = None if None in each else sum(m for m in each if m is not None)
         return Step(step.claims, step.pair, step.seed, left, minutes, step.worth)
 
+    offered = [step for step in offered if step.worth > 0]
     while offered:
         priced = [costing(step) for step in offered]
-        best = max(range(len(priced)), key=lambda i: _rank(priced[i]))
-        if priced[best].cells and priced[best].worth > 0:
-            found.append(priced[best])
-        brought |= {cell.record for cell in priced[best].cells}
-        offered.pop(best)
+        best = priced[max(range(len(priced)), key=lambda i: _rank(priced[i]))]
+        brought |= {cell.record for cell in best.cells}
+        freed = [step for step in offered if all(cell.record in brought for cell in step.cells)]
+        offered = [step for step in offered if step not in freed]
+        # What the same runs decide beside it, the other side having come before, is its worth, too.
+        names = dict.fromkeys(name for step in freed for name in step.claims)
+        worth = sum(step.worth for step in freed)
+        found.append(replace(best, claims=list(names), worth=worth))
     return found
 
 

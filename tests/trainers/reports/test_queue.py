@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,10 @@ def test_the_most_telling_a_minute_comes_first(monkeypatch: pytest.MonkeyPatch) 
     offered = [step("unknown", worth=9.0), step("t", "b"), step("t", "a"), step("c"), step("c", worth=0.0)]
     found = [("".join(c.row for c in s.cells), s.minutes) for s in _ordered(offered, [], {})]
     assert found == [("c", 10.0), ("ta", 11.0), ("b", 2.0), ("unknown", None)]
+    # [a, b] needs what [t, a] and [t, b] bring: whichever comes last has its claim and its worth, too.
+    third = replace(step("a", "b", worth=0.1), claims=["another"])
+    last = _ordered([step("t", "b"), step("t", "a"), third], [], {})[-1]
+    assert (last.claims, last.worth, len(last.cells)) == (["claim", "another"], 0.6, 1)
 
 
 def test_nothing_twice_nothing_done_and_teachers_first(steps: list[Step]) -> None:
