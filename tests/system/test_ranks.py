@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from gkl.data.digits import digits
 from gkl.data.memory import ImageData
+from gkl.distributed import rank
+from tests.processes import on_processes
 from tests.system.test_fidelity import TinyNet
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
@@ -79,16 +79,12 @@ def twice(task: Training) -> list[dict[str, Any]]:
     return [within, ended(task)]
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str) -> None:
     for number, experiment in enumerate(EXPERIMENTS):
         task = make_task(experiment, Path(folder))
         states = twice(task)
-        if rank == 0:
+        if rank() == 0:
             torch.save(states, f"{folder}/{number}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 def assert_equal(one: Any, other: Any, where: str, **tolerance: float) -> None:
@@ -112,7 +108,7 @@ def assert_equal(one: Any, other: Any, where: str, **tolerance: float) -> None:
 
 @pytest.mark.long  # every method on two processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     for number, experiment in enumerate(EXPERIMENTS):
         task = make_task(experiment, tmp_path)
         shared = torch.load(tmp_path / f"{number}.pt", weights_only=True)

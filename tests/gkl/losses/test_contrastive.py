@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +17,7 @@ from gkl.losses.contrastive import (
     contrastive,
     similarities,
 )
+from tests.processes import on_processes
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
 PAIRS, OWN, THEIRS = 6, 5, 7  # widths of the student's and the teacher's features
@@ -84,20 +83,13 @@ def compare(folder: str | None = None) -> None:
         torch.save(result(ours, GKL), f"{folder}/gkl{rank()}.pt")
 
 
-def worker(number: int, count: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=count)
-    torch.set_num_threads(1)
-    compare(folder)
-    dist.destroy_process_group()
-
-
 def test_one_process_is_openclip() -> None:
     compare()
 
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_are_openclip_and_gkl_on_them_is_that_on_one(count: int, tmp_path: Path) -> None:
-    mp.spawn(worker, args=(count, str(tmp_path)), nprocs=count)
+    on_processes(compare, tmp_path, str(tmp_path), count=count)
     whole = result(ours, GKL)
     parts = [torch.load(tmp_path / f"gkl{n}.pt", weights_only=True) for n in range(count)]
     for name in ("images", "texts"):

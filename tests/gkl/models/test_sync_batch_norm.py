@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from gkl.distributed import rank
 from gkl.models.batch_norm import frozen_statistics, ghost_batch_norm
 from gkl.models.sync_batch_norm import SyncBatchNorm2d, synchronised
+from tests.processes import on_processes
 
 
 def network() -> nn.Module:
@@ -38,17 +38,14 @@ def batch() -> tuple[Tensor, Tensor]:
     return 5 + torch.randn(5, 2, 4, 3, dtype=torch.float64), torch.rand(5, 3, 4, 3, dtype=torch.float64)
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    own = (slice(0, 2), slice(2, 5))[rank]  # of other sizes
+def worker(folder: str) -> None:
+    own = (slice(0, 2), slice(2, 5))[rank()]  # of other sizes
     found = computed(synchronised(network()), *(x[own] for x in batch()))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.save(found, f"{folder}/{rank()}.pt")
 
 
 def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     whole = computed(network(), *batch())
     for name, wanted in whole.items():

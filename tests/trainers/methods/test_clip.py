@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gkl.data.augment import to_float
-from gkl.distributed import all_reduce
+from gkl.distributed import all_reduce, rank
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
 from trainers.errors import ConfigError
 from trainers.loop.console import Console
@@ -196,21 +195,17 @@ def test_the_teacher_is_frozen_and_in_no_checkpoint(tmp_path: Path) -> None:
         task.load_state_dict({**state, "teacher": {"run": "drawn", "sha256": "other"}})
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str) -> None:
     for row, own in (("kl", ()), ("gkl", ("accumulate=2",))):
         found = trained(make_task(row, Path(folder), *own))
-        if rank == 0:
+        if rank() == 0:
             torch.save(found, f"{folder}/{row}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.long  # two processes that import OpenCLIP
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     alone = {row: trained(make_task(row, tmp_path)) for row in ("kl", "gkl")}
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     for row, one in alone.items():
         shared = torch.load(tmp_path / f"{row}.pt", weights_only=True)
         assert_equal(one, shared, row, rtol=1e-9, atol=1e-11)

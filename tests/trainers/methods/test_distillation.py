@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
@@ -16,9 +15,11 @@ from gkl.distillation.dkd import DKD
 from gkl.distillation.gkl_kd import GKLKD, IKLKD
 from gkl.distillation.jsd import JSD
 from gkl.distillation.kd import KD
+from gkl.distributed import rank
 from gkl.losses.objectives import CrossEntropy
 from gkl.models import create
 from gkl.models.classifier import Taps
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal, scans
 from trainers.errors import ConfigError
 from trainers.loop.training import Training
@@ -395,15 +396,11 @@ def twice(task: Training) -> list[dict[str, Any]]:
     return [within, ended(task, 2)]
 
 
-def worker(rank: int, folder: str, methods: tuple[str, ...]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str, methods: tuple[str, ...]) -> None:
     for method in methods:
         states = twice(make_task(method, Path(folder), "bn_groups=2"))
-        if rank == 0:
+        if rank() == 0:
             torch.save(states, f"{folder}/{method}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -415,7 +412,7 @@ def worker(rank: int, folder: str, methods: tuple[str, ...]) -> None:
 )
 def test_two_processes_equal_one(methods: tuple[str, ...], tmp_path: Path) -> None:
     configured("kd", tmp_path)  # writes the teacher
-    mp.spawn(worker, args=(str(tmp_path), methods), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path), methods)
     for method in methods:
         shared = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         assert_equal(twice(make_task(method, tmp_path, "bn_groups=2")), shared, method, rtol=1e-8, atol=1e-10)

@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.data.augment import Views
 from gkl.data.mosaics import digits_mosaics
-from gkl.distributed import all_reduce
+from gkl.distributed import all_reduce, rank
 from gkl.models import create
 from gkl.models.timm_network import set_sample_keys
 from gkl.rng import sample_keys
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
@@ -225,15 +224,11 @@ def test_a_run_goes_on_to_the_same_bits(row: str) -> None:
             assert other.method.teacher_transform.state_dict()[name].equal(value), name
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str) -> None:
     for row, own in (("apd_kl", ()), ("apd_gkl", ("method.count_ignored=false",))):
         found = trained(make_task(row, *own))
-        if rank == 0:
+        if rank() == 0:
             torch.save(found, f"{folder}/{row}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 def trained(task: Training) -> dict[str, Any]:
@@ -253,7 +248,7 @@ def trained(task: Training) -> dict[str, Any]:
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Batch norm over the pictures of both, losses over a card's."""
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     for row, own in (("apd_kl", ()), ("apd_gkl", ("method.count_ignored=false",))):
         shared = torch.load(tmp_path / f"{row}.pt", weights_only=True)
         assert_equal(trained(make_task(row, *own)), shared, row, rtol=1e-7, atol=1e-9)

@@ -7,17 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.data.augment import to_float
 from gkl.data.few_labels import digits_few
-from gkl.distributed import all_reduce
+from gkl.distributed import all_reduce, rank
 from gkl.models import create
 from gkl.models.timm_network import set_sample_keys
 from tests.gkl.losses.test_consistency import released
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
@@ -209,15 +208,11 @@ def test_a_run_goes_on_to_the_same_bits(row: str) -> None:
         assert other.model.state_dict()[name].equal(value), name
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str) -> None:
     for row in ("fixmatch_gkl", "mean_teacher_gkl"):
         found = trained(make_task(row))
-        if rank == 0:
+        if rank() == 0:
             torch.save(found, f"{folder}/{row}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 def trained(task: Training) -> dict[str, Any]:
@@ -229,7 +224,7 @@ def trained(task: Training) -> dict[str, Any]:
 
 @pytest.mark.long  # every row, on two processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     for row in ("fixmatch_gkl", "mean_teacher_gkl"):
         shared = torch.load(tmp_path / f"{row}.pt", weights_only=True)
         assert_equal(trained(make_task(row)), shared, row, rtol=1e-8, atol=1e-10)

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.scheduler import CosineLRScheduler
 
 from gkl.data.digits import digits_files
 from gkl.data.mixing import Mixing, box
+from gkl.distributed import rank
 from gkl.losses.objectives import BinaryCrossEntropy
 from gkl.models import create, published
 from gkl.models.timm_network import KeyedDropPath, set_sample_keys
 from gkl.optim.schedules import timm_cosine, warmup_cosine
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
 from tests.trainers.methods.test_distillation import ended, train
 from trainers.errors import ConfigError
@@ -363,21 +363,17 @@ def twice(task: Training) -> dict[str, Any]:
     return copy.deepcopy(ended(task, 2))
 
 
-def worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(folder: str) -> None:
     for kind in ("lt", "strong", "in_at"):
         state = twice(made(words(kind, Path(folder)), Path(folder)))
-        if rank == 0:
+        if rank() == 0:
             torch.save(state, f"{folder}/{kind}.pt")
-        dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_and_micro_batches_equal_one(tmp_path: Path) -> None:
     """Streams, validation, prior, mixing, stochastic depth; the last batch of `lt` is dropped, others' is short."""
     made(words("lt", tmp_path), tmp_path)  # writes teacher and digits
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    on_processes(worker, tmp_path, str(tmp_path))
     for kind in ("lt", "strong", "in_at"):
         shared = torch.load(tmp_path / f"{kind}.pt", weights_only=True)
         one = twice(made(words(kind, tmp_path), tmp_path))

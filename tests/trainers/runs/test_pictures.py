@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
+from gkl.distributed import rank
 from tests.gkl.data.test_files import shards
+from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
 from tests.trainers.loop.test_engine import Quiet
 from trainers.errors import ConfigError, NotBegun, RunError
@@ -109,15 +109,12 @@ def test_a_picture_ends_a_run_with_a_line_and_what_was_computed_is_saved(
     assert len((tmp_path / "run/history.jsonl").read_text().splitlines()) == 2
 
 
-def worker(rank: int, root: str, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def worker(root: str, folder: str) -> None:
     try:
         said, state = "", trained(made(Path(root), "workers=0", "bn_groups=2"), Path(folder) / "run")
     except RunError as error:
         said, state = str(error), {}
-    torch.save({"said": said, "state": state}, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save({"said": said, "state": state}, f"{folder}/{rank()}.pt")
 
 
 def test_two_processes_stop_before_the_same_step(tmp_path: Path) -> None:
@@ -126,8 +123,7 @@ def test_two_processes_stop_before_the_same_step(tmp_path: Path) -> None:
 
     def both(name: str) -> list[dict[str, Any]]:
         (tmp_path / name).mkdir(exist_ok=True)
-        (tmp_path / name / "rendezvous").unlink(missing_ok=True)
-        mp.spawn(worker, args=(str(root), str(tmp_path / name)), nprocs=2)
+        on_processes(worker, tmp_path / name, str(root), str(tmp_path / name))
         return [torch.load(tmp_path / name / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     whole = both("whole")

@@ -1,0 +1,25 @@
+"""Work on several processes of one group, as a run's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_processes(body: Callable[..., None], folder: Path, *arguments: object, count: int = 2) -> None:
+    """body(*arguments) on `count` processes, which talk by gloo, each of one thread; returns when all have ended well."""
+    rendezvous = folder / "rendezvous"
+    rendezvous.unlink(missing_ok=True)
+    mp.spawn(_member, args=(body, f"file://{rendezvous}", count, arguments), nprocs=count)
+
+
+def _member(
+    rank: int, body: Callable[..., None], place: str, count: int, arguments: tuple[object, ...]
+) -> None:
+    dist.init_process_group("gloo", init_method=place, rank=rank, world_size=count)
+    torch.set_num_threads(1)
+    body(*arguments)
+    dist.barrier()  # none leaves before the others
+    dist.destroy_process_group()
