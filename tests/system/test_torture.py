@@ -39,7 +39,7 @@ TRIALS: list[tuple[str, list[str]]] = [
     ("at/c100_dm_gkl", [*AT, "generated.images=500"]),
     ("kd/c100_vanilla/resnet_20", ["epochs=6"]),
     ("kd/c100_vanilla/resnet_20", ["epochs=6", "devices=2", "bn_groups=2"]),
-    ("kd/in_vanilla/imagenet_resnet_18", ["epochs=2"]),
+    ("kd/in_vanilla/imagenet_resnet_18", ["epochs=2", "workers=2"]),
     ("kd/lt_vanilla/resnet_20", ["epochs=3"]),
     ("ssl/denoising", ["epochs=8"]),
     ("clip/baseline", ["epochs=3"]),
