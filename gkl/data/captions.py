@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gkl.data.crops import CentreCrop, ResizedCrop
 from gkl.data.decoding import Decoder
-from gkl.data.files import FileViews, Split, as_a_worker, loader
+from gkl.data.files import FileViews, Split
 from gkl.data.pairs import Draw, Pairs
 from gkl.data.stores import PictureError
 from gkl.data.tokens import Template, Tokenizer, every_text
+from gkl.data.workers import as_a_worker, loader
 from gkl.distributed import Shard, world_size
 from gkl.rng import sample_keys
 

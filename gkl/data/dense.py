@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gkl.data.batches import Batch
-from gkl.data.files import FileBatches, loader
+from gkl.data.files import FileBatches
 from gkl.data.stores import PictureError
+from gkl.data.workers import loader
 
 IGNORED = 255  # the label of a pixel that has none
 ATTEMPTS = 100  # crops without a label in a row, after which a data set has none worth the name

@@ -7,11 +7,7 @@ Nothing is decoded here but what a batch asks for. Pictures lie in a folder, a z
 """
 
 import hashlib
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +16,6 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
 
 from gkl.data.batches import Batch, check_labels, check_trainable, epoch_order, steps_in
 from gkl.data.content import in_bytes
@@ -28,6 +23,7 @@ from gkl.data.crops import CentreCrop, Picture, ResizedCrop
 from gkl.data.decoding import Decoder
 from gkl.data.layout import classes_of
 from gkl.data.stores import PictureError, Store, open_store
+from gkl.data.workers import loader
 from gkl.distributed import Shard
 from gkl.rng import sample_keys
 
@@ -231,49 +227,6 @@ class FileViews(torch.utils.data.Dataset[tuple[Tensor, int] | PictureError]):
             return self.crop(self.part.read(number, self.decoder), self.size, key=key), number
         except PictureError as error:
             return error
-
-
-def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
-    """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes.
-
-    Raises PictureError.
-    """
-    for batch in DataLoader(
-        views,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=as_a_worker if workers else None,
-        collate_fn=_batched,
-    ):
-        if isinstance(batch, PictureError):
-            raise batch
-        yield batch
-
-
-def _batched(items: list[Any]) -> Any:
-    """A batch of views, or what is wrong with the first that is none."""
-    return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
-
-
-def as_a_worker(worker: int) -> None:
-    """What a worker process begins with: one thread for its work, and an ear for its run alone.
-
-    A signal to all of a run's processes (a scheduler's, a terminal's) is the run's to heed: it saves itself, and then ends the
-    workers. One that died by itself would be an error in the run, which then saved nothing.
-    """
-    torch.set_num_threads(1)
-    run, asked = multiprocessing.parent_process(), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
-    if run is None or not hasattr(signal, "sigwaitinfo"):  # macOS tells nobody who has sent a signal
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
-
-    def listen() -> None:
-        while signal.sigwaitinfo(asked).si_pid != run.pid:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=listen, daemon=True).start()
 
 
 def long_tail(classes: int, largest: int, smallest: int) -> list[int | None]:

@@ -393,7 +393,7 @@ def test_open_store_names_what_is_missing(tmp_path: Path) -> None:
 READING = """
 import os, signal, sys, time
 import torch
-from gkl.data.files import loader
+from gkl.data.workers import loader
 
 class Views(torch.utils.data.Dataset):
     def __len__(self):
@@ -416,7 +416,13 @@ print("saved", heard[0] if heard else None, flush=True)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signum",
+    [
+        signal.SIGTERM,
+        *(pytest.param(s, marks=pytest.mark.long) for s in (signal.SIGINT, signal.SIGHUP)),
+    ],  # the same way
+)
 def test_a_signal_to_all_processes_is_the_run_s_to_heed(signum: signal.Signals) -> None:
     """As `timeout`, a scheduler and a terminal send it; the run ends by itself and leaves no worker."""
     process = subprocess.Popen(

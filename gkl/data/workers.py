@@ -1,0 +1,59 @@
+"""The processes that read pictures ahead of a training.
+
+for views, numbers in loader(views, batches, workers=4): ...
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, default_collate
+
+from gkl.data.stores import PictureError
+
+
+def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
+    """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes.
+
+    Raises PictureError.
+    """
+    for batch in DataLoader(
+        views,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=as_a_worker if workers else None,
+        collate_fn=_batched,
+    ):
+        if isinstance(batch, PictureError):
+            raise batch
+        yield batch
+
+
+def _batched(items: list[Any]) -> Any:
+    """A batch of views, or what is wrong with the first that is none."""
+    return next((item for item in items if isinstance(item, PictureError)), None) or default_collate(items)
+
+
+def as_a_worker(worker: int) -> None:
+    """What a worker process begins with: one thread for its work, and an ear for its run alone.
+
+    A signal to all of a run's processes (a scheduler's, a terminal's) is the run's to heed: it saves itself, and then ends the
+    workers. One that died by itself would be an error in the run, which then saved nothing.
+    """
+    torch.set_num_threads(1)
+    run, asked = multiprocessing.parent_process(), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    if run is None or not hasattr(signal, "sigwaitinfo"):  # macOS tells nobody who has sent a signal
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+
+    def listen() -> None:
+        while signal.sigwaitinfo(asked).si_pid != run.pid:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=listen, daemon=True).start()
