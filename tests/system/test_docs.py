@@ -157,7 +157,11 @@ def test_commands_exist_and_take_what_is_shown(
 
 def recipe(arguments: Sequence[str]) -> Iterator[list[str]]:
     """The commands that make would start, their words."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("GKL_RESULTS", "MAKEFLAGS", "MAKELEVEL")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("GKL_RESULTS", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    }
     done = subprocess.run(
         ["make", "-n", *arguments], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
     )

@@ -88,6 +88,7 @@ def levels(batch: Any) -> list[int]:
     return found
 
 
+@pytest.mark.long  # worker processes, begun again and again
 def test_workers_and_the_place_to_begin_change_nothing(tmp_path: Path) -> None:
     folder = shards(tmp_path / "tars")
     whole = batches(folder)

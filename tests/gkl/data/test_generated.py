@@ -33,6 +33,7 @@ def part(
     return arrays
 
 
+@pytest.mark.long  # parts of every size, packed and not
 def test_parts_come_back_in_any_order_and_number(tmp_path: Path) -> None:
     count = ROWS + 17  # one whole stretch of rows and a rest
     one = part(tmp_path / "a.npz", count, 0)

@@ -87,7 +87,7 @@ def test_one_process_is_openclip() -> None:
     compare()
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.long)])  # each imports OpenCLIP
 def test_processes_are_openclip_and_gkl_on_them_is_that_on_one(count: int, tmp_path: Path) -> None:
     on_processes(compare, tmp_path, str(tmp_path), count=count)
     whole = result(ours, GKL)

@@ -476,6 +476,7 @@ def writer(folder: str) -> None:
         cache.put(index, index * number % 18, rows(index, index * number % 18))
 
 
+@pytest.mark.long  # until two writers have come far enough to be killed
 def test_a_killed_writer_leaves_no_wrong_row(tmp_path: Path) -> None:
     writers = [mp.get_context("spawn").Process(target=writer, args=(str(tmp_path),)) for _ in range(2)]
     for process in writers:

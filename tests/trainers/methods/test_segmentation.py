@@ -246,6 +246,7 @@ def trained(task: Training) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long  # two processes
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Batch norm over the pictures of both, losses over a card's."""
     on_processes(worker, tmp_path, str(tmp_path))

@@ -87,7 +87,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "workers"), [("damaged", 2), ("empty", 0), ("a huge header", 1), ("gone", 0)]
+    ("fault", "workers"),
+    [
+        ("damaged", 2),
+        ("a huge header", 1),
+        *(pytest.param(fault, 0, marks=pytest.mark.long) for fault in ("empty", "gone")),
+    ],
 )
 def test_a_picture_ends_a_run_with_a_line_and_what_was_computed_is_saved(
     fault: str, workers: int, uninterrupted: dict[str, Any], tmp_path: Path
@@ -117,6 +122,7 @@ def worker(root: str, folder: str) -> None:
     torch.save({"said": said, "state": state}, f"{folder}/{rank()}.pt")
 
 
+@pytest.mark.long  # six processes
 def test_two_processes_stop_before_the_same_step(tmp_path: Path) -> None:
     """One of them cannot read a picture; both say which, and go on from there to the same bits."""
     root = write(tmp_path / "pictures")
