@@ -21,7 +21,7 @@ from gkl.data.files import FileViews, Split
 from gkl.data.pairs import Draw, Pairs
 from gkl.data.stores import PictureError
 from gkl.data.tokens import Template, Tokenizer, every_text
-from gkl.data.workers import as_a_worker, loader
+from gkl.data.workers import as_a_worker, handed_over, loader
 from gkl.distributed import Shard, world_size
 from gkl.rng import sample_keys
 
@@ -176,7 +176,7 @@ class CaptionBatches:
             pin_memory=torch.cuda.is_available(), worker_init_fn=as_a_worker if self.workers else None,
         )  # fmt: skip
         parts = []
-        for part in stream:
+        for part in handed_over(stream):
             if isinstance(part, PictureError):
                 raise part
             parts.append(part)

@@ -15,23 +15,44 @@ from torch.utils.data import DataLoader, default_collate
 
 from gkl.data.stores import PictureError
 
+# Of torch's messages, those that speak of shared memory and of a worker that is gone.
+NOT_HANDED_OVER = (
+    "unable to resize file", "unable to open shared memory", "unable to mmap", "unable to write to file", "insufficient shared memory",
+    "exited unexpectedly", "is killed by signal",
+)  # fmt: skip
+
 
 def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: int) -> Iterator[Any]:
     """Views (b, 3, S, S) uint8 and their numbers (b,), batch by batch in the order given, read ahead by worker processes.
 
     Raises PictureError.
     """
-    for batch in DataLoader(
+    stream = DataLoader(
         views,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=as_a_worker if workers else None,
         collate_fn=_batched,
-    ):
+    )
+    for batch in handed_over(stream):
         if isinstance(batch, PictureError):
             raise batch
         yield batch
+
+
+def handed_over(stream: Iterable[Any]) -> Iterator[Any]:
+    """What worker processes hand over. Raises PictureError where the memory that they share is full, or one of them was killed."""
+    try:
+        yield from stream
+    except RuntimeError as error:
+        last = str(error).strip().splitlines()[-1]
+        if not any(words in str(error) for words in NOT_HANDED_OVER):
+            raise
+        raise PictureError(
+            f"the processes that read pictures cannot hand them over ({last}); give them more shared memory (docker run --shm-size=8g, or "
+            "space in /dev/shm), or set workers=0"
+        ) from error
 
 
 def _batched(items: list[Any]) -> Any:
