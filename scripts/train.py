@@ -17,7 +17,7 @@ from trainers.command import become, run_main
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.launch import run_all
-from trainers.runs.paths import check_teacher, freeze, processes
+from trainers.runs.paths import check_sources, freeze, processes
 from trainers.runs.plan import Cell
 from trainers.runs.reproduce import ended
 from trainers.runs.settings import check
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(cell.stale)
         print(f"this run is done: {cell.record}")
         return 0
-    check_teacher(config)
+    check_sources(config)
     if launcher.here:
         become(launcher.command(freeze(config)))  # the run takes this process's place
     return ended(run_all([cell], launcher, 1, keep_going=False))

@@ -128,12 +128,9 @@ def _lacking(some: Sequence[Cell]) -> list[Cell]:
     """Those that are not done, after the teachers that they wait for."""
     found: dict[Path, Cell] = {}
     for cell in some:
-        chain = []
-        one: Cell | None = cell
-        while one and one.status != "done":
-            chain.append(one)
-            one = one.teacher
-        found.update({c.record: c for c in reversed(chain)})
+        if cell.status != "done":
+            for one in [*_lacking(cell.before), cell]:
+                found.setdefault(one.record, one)
     return list(found.values())
 
 

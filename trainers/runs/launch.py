@@ -117,12 +117,12 @@ def run_all(
 
 
 def startable(waiting: Sequence[Cell], running: Sequence[Job]) -> list[Cell]:
-    """Runs whose teacher is done, and whose folder no other holds: measurements of one training go one after the other."""
+    """Runs whose teachers are done, and whose folder no other holds: measurements of one training go one after the other."""
     held = {run_folder(job.cell.config).path for job in running}
     found = []
     for cell in waiting:
         folder = run_folder(cell.config).path
-        if folder not in held and (cell.teacher is None or cell.teacher.recorded):
+        if folder not in held and all(one.recorded for one in cell.before):
             held.add(folder)
             found.append(cell)
     return found

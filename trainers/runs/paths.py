@@ -13,7 +13,7 @@ from trainers.loop.folder import RunFolder
 from trainers.runs import records
 from trainers.runs.identity import config_hash, training_hash
 from trainers.runs.targets import CONFIGS, instantiate
-from trainers.runs.teacher import source, teacher_config
+from trainers.runs.teacher import prerequisites, sources
 
 
 def folders() -> dict[str, str]:
@@ -47,19 +47,18 @@ def record_path(config: dict[str, Any]) -> Path:
     )
 
 
-def with_teacher(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the path of its teacher's record, where the teacher is a run of ours."""
-    teacher = teacher_config(config)
-    if teacher is None:
-        return config
-    key = source(config) or ""
-    return {**config, key: {**config[key], "record": str(record_path(teacher))}}
+def with_records(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the paths of the records of the runs before it."""
+    before = prerequisites(config)
+    return config | {key: {**config[key], "record": str(record_path(run))} for key, run in before.items()}
 
 
-def check_teacher(config: dict[str, Any]) -> None:
-    """Raises ConfigError naming the teacher whose record or weights a student run lacks."""
-    if key := source(config):
-        instantiate(with_teacher(config)[key]).check()
+def check_sources(config: dict[str, Any], published: bool = False) -> None:
+    """Raises ConfigError naming the record or weights that a run lacks of those before it. published: of those that no run makes."""
+    whole, before = with_records(config), prerequisites(config)
+    for key in sources(config):
+        if not (published and key in before):
+            instantiate(whole[key]).check()
 
 
 def _check_writable(results: Path) -> None:
@@ -76,7 +75,7 @@ def _check_writable(results: Path) -> None:
 
 def freeze(config: dict[str, Any]) -> Path:
     """Write the resolved configuration into its run's folder; every process of the run starts from this file."""
-    config = with_teacher(config)
+    config = with_records(config)
     _check_writable(Path(config["paths"]["results"]))
     folder = run_folder(config)
     folder.open("lock").close()  # says what is wrong with it, if anything is

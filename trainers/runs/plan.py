@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
-from trainers.runs.paths import record_path, run_folder, with_teacher
+from trainers.runs.paths import record_path, run_folder, with_records
 from trainers.runs.records import assessment_path, is_whole, read_record, validate_assessment
 from trainers.runs.targets import CONFIGS, instantiate, unknown
-from trainers.runs.teacher import source, teacher_config
+from trainers.runs.teacher import prerequisites, sources
 
 Overrides = Mapping[str, Any]  # dotted setting -> value
 STATES = ("done", "failed", "started", "missing")
@@ -25,7 +25,6 @@ SEEDS = {"paper": [0, 1, 2], "small": [0, 1, 2], "smoke": [0]}
 # What the paper has and nobody can ask for here, by the number that a person types.
 ABSENT = {
     "table": {
-        "8": "Table VIII (LLaVA) is not built yet",
         "9": "Table IX is the heading of Tables X to XII: make table10, table11 or table12",
     },
     "figure": {},
@@ -61,23 +60,23 @@ class Cell:
         return self.recorded or (run_folder(self.config).path / f"{self.config['evaluate']}.pt").exists()
 
     @cached_property
-    def teacher(self) -> "Cell | None":
-        """The run that must be done before, where a student learns from another run."""
-        made = teacher_config(self.config)
-        return Cell(source(self.config) or "", made) if made else None
+    def before(self) -> "list[Cell]":
+        """The runs that must be done before: a student's teacher, what a run begins with."""
+        return [Cell(key, made) for key, made in prerequisites(self.config).items()]
 
     @property
     def stale(self) -> str | None:
-        """What a finished run was made with and is another now: its teacher's weights. None where it is not known to be."""
-        key = source(self.config)
-        made = read_record(record_path(self.config)).get(key) if key and self.recorded else None
-        now = instantiate(with_teacher(self.config)[key]).sha256 if key and made else None
-        if made is None or now is None or made["sha256"] == now:
-            return None
-        return (
-            f"the run of {record_path(self.config)} began with the {key}'s weights {made['sha256'][:12]}, and these are {now[:12]} now; "
-            f"move the record away to run anew, or bring the {key}'s weights back"
-        )
+        """What a finished run was made with and is another now: the weights of a run before. None where it is not known to be."""
+        record = read_record(record_path(self.config)) if self.recorded else {}
+        for key in sources(self.config):
+            made = record.get(key)
+            now = instantiate(with_records(self.config)[key]).sha256 if made else None
+            if made and now and made["sha256"] != now:
+                return (
+                    f"the run of {record_path(self.config)} began with the {key}'s weights {made['sha256'][:12]}, and these are {now[:12]} now; "
+                    f"move the record away to run anew, or bring the {key}'s weights back"
+                )
+        return None
 
     @property
     def status(self) -> str:
@@ -170,12 +169,15 @@ def cells(
             for seed in seeds if seeds is not None else SEEDS[scale]:
                 cell = Cell(row, {**config, "seed": seed})
                 found.setdefault(cell.record, cell)
-    teachers: dict[Path, Cell] = {}
-    layer = [cell.teacher for cell in found.values()]
-    while before := {cell.record: cell for cell in layer if cell and cell.record not in teachers}:
-        teachers = {**before, **teachers}  # a teacher's own teacher comes first
-        layer = [cell.teacher for cell in before.values()]
-    return [*({k: found.get(k, cell) for k, cell in teachers.items()} | found).values()]
+    before: dict[Path, Cell] = {}
+    layer = [one for cell in found.values() for one in cell.before]
+    while fresh := {cell.record: cell for cell in layer}:
+        before = {
+            **fresh,
+            **{k: cell for k, cell in before.items() if k not in fresh},
+        }  # what these need comes first
+        layer = [one for cell in fresh.values() for one in cell.before]
+    return [*({k: found.get(k, cell) for k, cell in before.items()} | found).values()]
 
 
 def claims() -> dict[str, list[Overrides]]:

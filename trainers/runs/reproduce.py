@@ -13,7 +13,7 @@ from trainers.runs.compose import choices
 from trainers.runs.cost import ASSUMED, Rate, measured_rate
 from trainers.runs.identity import differences
 from trainers.runs.launch import run_all
-from trainers.runs.paths import check_teacher, processes
+from trainers.runs.paths import check_sources, processes
 from trainers.runs.plan import Cell, row_config, summary
 from trainers.runs.provenance import machine_name
 from trainers.runs.records import read_records
@@ -76,8 +76,7 @@ def carry_out(
 
     def ready(cell: Cell) -> Cell:
         check(cell.config, processes(cell.config))
-        if cell.teacher is None:
-            check_teacher(cell.config)  # a published file; a run of ours is in the plan
+        check_sources(cell.config, published=True)  # a run of ours is in the plan
         cell.config["logger"] = {**cell.config["logger"], "table": table["name"], "row": cell.row}
         return cell
 

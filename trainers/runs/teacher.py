@@ -19,23 +19,25 @@ from trainers.runs.compose import compose
 from trainers.runs.identity import differences
 from trainers.runs.records import is_whole, read_record, stamp
 
-# What a person changes in a student's data and schedule, its teacher is trained with, too.
-SHARED = (
-    "data", "augment", "epochs", "batch_size", "drop_last", "bn_groups", "precision", "channels_last", "compile",
-    "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "launcher", "paths",
+# What a person changes of these is changed for the run before, too: how and where it runs, and, unless it has data of its own,
+# what it is trained with.
+MACHINE = (
+    "precision", "channels_last", "compile", "device", "devices", "accumulate", "workers", "checkpoint_minutes", "logger", "launcher", "paths",
 )  # fmt: skip
+TRAINED_WITH = ("data", "augment", "epochs", "batch_size", "drop_last", "bn_groups")
 
 
 @dataclass(frozen=True)
 class Teacher:
     """Which network teaches, and its weights.
 
-    run: the experiment that trains it, seed 0. weights: own, that run's; published, a file below folder: of
+    run: the experiment that trains it, seed 0, perhaps with overrides after it. weights: own, that run's; published, a file below folder: of
     torchvision/<weights> or timm/<model> the one that these download, else <published>/ckpt_epoch_240.pth, the layout of
     RepDistiller's and mdistiller's archives, or a path of its own with a suffix.
     outputs: where runs keep their weights. record: of the teacher's run, set when a student's configuration is frozen.
     weights: file: checkpoint, any file that gkl.models.load_checkpoint reads; checkpoint_sha256: its content when the run was composed.
     cache: folder for the teacher's logits on each view of each picture, or None: they are computed anew in every step.
+    own_data: its run's data and schedule are its own, and not the student's.
     """
 
     network: Callable[..., nn.Module]
@@ -49,6 +51,7 @@ class Teacher:
     checkpoint: str | None = None
     checkpoint_key: str | None = None
     checkpoint_sha256: str | None = None
+    own_data: bool = False
 
     @property
     def file(self) -> Path:
@@ -142,20 +145,28 @@ def _sha256(file: Path, stamp: tuple[int, ...]) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def source(config: Mapping[str, Any]) -> str | None:
-    """Which section of a configuration names a network that must be trained before, None for none."""
-    return next((key for key in ("teacher", "initial") if config.get(key)), None)
+def sources(config: Mapping[str, Any]) -> list[str]:
+    """The sections of a configuration that name a network which must be there before: a teacher, what a run begins with."""
+    return [
+        key
+        for key, node in config.items()
+        if isinstance(node, Mapping) and node.get("_target_") == "teacher/Teacher"
+    ]
 
 
-def teacher_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The run that must be done before, a student's teacher: its experiment at this scale, with what both share; None for none."""
-    key = source(config)
-    teacher = config[key] if key else None
-    if not teacher or teacher["weights"] != "own":
-        return None
-    place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]
-    made = compose("train", [f"experiment={teacher['run']}", *place])
-    usual = compose("train", [f"experiment={config['experiment']}", *place])
-    changed = {key for key in SHARED if usual.get(key) != config.get(key)}
-    own = [word for word in config["overrides"] if re.split("[.@=]", word.lstrip("+~"))[0] in SHARED]
-    return {**made, **{key: config[key] for key in changed}, "seed": 0, "overrides": own}
+def prerequisites(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The runs that must be done before, by section: each one's experiment at this scale, with what both share."""
+    found = {}
+    for key in sources(config):
+        teacher = config[key]
+        if teacher["weights"] != "own":
+            continue
+        place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]
+        experiment, *asked = teacher["run"].split()
+        made = compose("train", [f"experiment={experiment}", *place, *asked])
+        usual = compose("train", [f"experiment={config['experiment']}", *place])
+        shared = (*MACHINE, *(() if teacher.get("own_data") else TRAINED_WITH))
+        changed = {key for key in shared if usual.get(key) != config.get(key)}
+        own = [word for word in config["overrides"] if re.split("[.@=]", word.lstrip("+~"))[0] in shared]
+        found[key] = {**made, **{key: config[key] for key in changed}, "seed": 0, "overrides": [*asked, *own]}
+    return found

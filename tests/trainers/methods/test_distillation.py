@@ -27,7 +27,7 @@ from trainers.methods.teacher_logits import LogitsCache
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
-from trainers.runs.teacher import teacher_config
+from trainers.runs.teacher import prerequisites
 
 METHODS = ("vanilla", "fitnet", "rkd", "crd", "ofd", "reviewkd", "dkd", "kd", "ikl", "gkl")
 B, C = 7, 5
@@ -546,13 +546,13 @@ def test_a_missing_or_foreign_teacher_is_named(tmp_path: Path) -> None:
 def test_a_teacher_shares_its_students_data_and_schedule() -> None:
     student = compose("train", ["experiment=kd/c100_gkl/vgg13_vgg8", "scale=smoke", "epochs=3", "seed=2",
                                 "distiller.gamma=0.9", "data=cifar10"])  # fmt: skip
-    teacher = teacher_config(student)
+    teacher = prerequisites(student)["teacher"]
     usual = compose("train", ["experiment=kd/c100_vanilla/vgg_13", "scale=smoke"])
     assert teacher == {
         **usual, "epochs": 3, "data": student["data"], "overrides": ["epochs=3", "data=cifar10"],
     }  # fmt: skip
-    assert teacher_config({**student, "teacher": {**student["teacher"], "weights": "published"}}) is None
-    assert teacher_config(usual) is None
+    assert not prerequisites({**student, "teacher": {**student["teacher"], "weights": "published"}})
+    assert not prerequisites(usual)
 
 
 def test_networks_without_taps_are_refused(tmp_path: Path) -> None:

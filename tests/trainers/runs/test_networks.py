@@ -15,7 +15,7 @@ from tests.gkl.models.test_own import NET
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, compose, usual
 from trainers.runs.identity import asked, config_hash, differences, without_excluded
-from trainers.runs.paths import check_teacher
+from trainers.runs.paths import check_sources
 from trainers.runs.settings import build, check, check_sections
 
 AT = ["experiment=at/c100_basic_gkl", "scale=smoke"]
@@ -158,7 +158,7 @@ def test_a_pair_of_one_s_own_borrows_none() -> None:
     with pytest.raises(
         ConfigError, match="teacher.checkpoint=... is missing: the file with the weights of teacher.network"
     ):
-        check_teacher(config)
+        check_sources(config)
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "lcnet_050", "mobilenetv3_small_050", "convnext_atto"])
