@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -85,9 +87,16 @@ def first_said(words: str | None) -> str | None:
     dist.all_reduce(any_has, op=dist.ReduceOp.MAX, group=beside)
     if not any_has:
         return None
-    said: list[str | None] = [None] * world_size()
-    dist.all_gather_object(said, words, group=beside)
-    return next(each for each in said if each is not None)
+    return next(each for each in gathered(words) if each is not None)
+
+
+def gathered(value: T) -> list[T]:
+    """What each process has, process by process; plain Python values, and no device is waited for."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value, group=_on_cpus(dist.group.WORLD))
+    return found
 
 
 @cache

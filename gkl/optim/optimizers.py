@@ -87,3 +87,18 @@ def clip_adamw(model: nn.Module, *, lr: float, weight_decay: float) -> torch.opt
         {"params": others, "weight_decay": weight_decay},
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), eps=1e-6)
+
+
+def llava_adamw(
+    model: nn.Module, *, lr: float, projector_lr: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
+    """torch's AdamW (0.9, 0.999, 1e-8) in two groups: a LLaVA's projector, then its adapters. lr: of these.
+
+    Source: LLaVA's create_optimizer; its launch scripts clip no gradient, as their DeepSpeed files name no bound.
+    """
+    network: Any = model
+    groups: list[dict[str, Any]] = [
+        {"params": list(network.projector.parameters()), "lr": projector_lr},
+        {"params": network.adapters()},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)

@@ -84,6 +84,17 @@ def clip_cosine(step: int, steps: int, *, warmup: int) -> float:
     return _cosine(1.0, 0.0, (step - warmup) / (steps - warmup))
 
 
+def warmup_share_cosine(step: int, steps: int, *, warmup: float) -> float:
+    """step / w until w = ceil(warmup * steps), then 0.5 (1 + cos(pi (step - w) / (steps - w))): by step, from 0.
+
+    Source: transformers' get_cosine_schedule_with_warmup and warmup_ratio, as LLaVA trains; the first step has rate 0.
+    """
+    rising = math.ceil(warmup * steps)
+    if step < rising:
+        return step / rising
+    return _cosine(1.0, 0.0, (step - rising) / max(1, steps - rising))
+
+
 def poly(step: int, steps: int, *, power: float) -> float:
     """(1 - step / steps)^power: by step, from 0. Source: poly_learning_rate of dvlab-research/APD, whose first step has the whole rate."""
     return (1.0 - step / steps) ** power

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gkl.data.workers import not_handed_over
 from gkl.distributed import agree, all_reduce, rank, world_size
 from trainers.errors import Interrupted, NotBegun, RunError, in_a_line
 from trainers.loop.folder import RunFolder
@@ -29,7 +30,8 @@ REQUESTS = (0, SAVE, signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 class Task(Protocol):
     """One kind of training. Every method runs on every process."""
 
-    steps_per_epoch: int
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch."""
 
     def start_epoch(self, epoch: int) -> None:
         """Set what is constant within epoch 1, 2, ...; also called when resuming inside it."""
@@ -83,7 +85,7 @@ def fit(task: Task, *, epochs: int, folder: RunFolder, checkpoint_minutes: float
             loop.steps(epoch, first.step if begun else 0, sums, signal_received)
             row = {
                 "epoch": epoch,
-                **{name: value / task.steps_per_epoch for name, value in sums.items()},
+                **{name: value / task.steps_in(epoch) for name, value in sums.items()},
                 **task.end_epoch(epoch),
                 "seconds": round(time.monotonic() - loop.started, 3),
             }
@@ -129,7 +131,7 @@ class _Loop:
     def _taken(self, checkpoint: Any) -> "Position":
         """Put the task where a checkpoint stands. Raises RunError for one that is not this run's."""
         try:
-            position = Position.of(checkpoint, self.epochs, self.task.steps_per_epoch)
+            position = Position.of(checkpoint, self.epochs, self.task.steps_in)
             self.task.load_state_dict(checkpoint["task"])
         except RunError:
             raise
@@ -144,7 +146,7 @@ class _Loop:
         self, epoch: int, first: int, sums: dict[str, float], signal_received: Callable[[], int]
     ) -> None:
         """The steps of an epoch from `first` on, their values added to sums. Raises Interrupted after a signal."""
-        steps = self.task.steps_per_epoch
+        steps = self.task.steps_in(epoch)
         for step in range(first, steps):
             scalars = self.step(epoch, step, sums)
             self.report.step(epoch, self.epochs, step + 1, steps)
@@ -172,6 +174,10 @@ class _Loop:
             raise RunError(
                 f"{error}; checkpoint saved before epoch {epoch}, step {step}. With the same pictures the same command goes on from there"
             ) from error
+        except RuntimeError as error:  # which may have come in the midst of an update
+            if words := not_handed_over(error):
+                raise RunError(f"{words}; the last checkpoint is intact") from error
+            raise
 
     def read(self, epoch: int, sums: dict[str, float], but: int = 0) -> int:
         """Add the values of the steps taken to the sums, of all but the last `but`; returns what was asked for after them."""
@@ -204,8 +210,8 @@ class Position:
         self.epoch, self.step, self.seconds, self.sums = epoch, step, seconds, sums or {}
 
     @classmethod
-    def of(cls, checkpoint: Any, epochs: int, steps: int) -> "Position":
-        """Where a checkpoint stands in a run of so many epochs of so many steps. Raises ValueError for none of such a run."""
+    def of(cls, checkpoint: Any, epochs: int, steps_in: Callable[[int], int]) -> "Position":
+        """Where a checkpoint stands in a run of so many epochs. Raises ValueError for none of such a run. steps_in: an epoch."""
         if not isinstance(checkpoint, dict) or not {"task", "position"} <= checkpoint.keys():
             keys = ", ".join(map(str, list(checkpoint)[:3])) if isinstance(checkpoint, dict) else ""
             raise ValueError(
@@ -220,13 +226,11 @@ class Position:
         ):
             raise ValueError(f"its position is {str(kept)[:80]}")
         epoch, step = kept["epoch"], kept["step"]
-        within = (
-            isinstance(epoch, int) and 1 <= epoch <= epochs and isinstance(step, int) and 0 <= step < steps
-        )
+        known = isinstance(epoch, int) and 1 <= epoch <= epochs
+        within = known and isinstance(step, int) and 0 <= step < steps_in(epoch)
         if not within and (epoch, step) != (epochs + 1, 0):
-            raise ValueError(
-                f"it stands before epoch {epoch}, step {step}, of {epochs} epochs of {steps} steps"
-            )
+            of = f" of {steps_in(epoch)} steps" if known else ""
+            raise ValueError(f"it stands before epoch {epoch}, step {step}, of {epochs} epochs{of}")
         return cls(**kept)
 
 

@@ -69,6 +69,14 @@ class Method(ABC):
         self.first_step. Every loss is this process's share of the mean over the global batch.
         """
 
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        return self.training.batches.steps_per_epoch
+
+    def span(self, epoch: int) -> tuple[int, int]:
+        """First and last epoch of what a schedule by step runs over, once."""
+        return 1, self.training.epochs
+
     def constants(self, epoch: int) -> tuple[Any, ...]:
         """Numbers of an epoch that an update holds and Python keeps: one recording serves the epochs that agree in them."""
         return ()

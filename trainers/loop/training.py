@@ -48,8 +48,7 @@ class Training:
             generated=setup.generated(self.data) if setup.generated else None, generated_share=setup.generated_share,
             held_out=setup.held_out, held_out_by_class=setup.held_out_by_class,
         )  # fmt: skip
-        self.steps_per_epoch = self.batches.steps_per_epoch
-        if self.steps_per_epoch < 1:
+        if self.batches.steps_per_epoch < 1:
             raise ValueError(
                 f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
             )
@@ -65,7 +64,7 @@ class Training:
             self.replayed = Replayed(self.device, warn=lambda line: self.say(f"warning: {line}"))
         self.averages = setup.averages
         for average in self.averages.values():
-            average.prepare(self.epochs * self.steps_per_epoch, self.model)
+            average.prepare(sum(map(self.steps_in, range(1, self.epochs + 1))), self.model)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -76,8 +75,8 @@ class Training:
             self.say(f"warning: steps are not recorded as CUDA graphs, which is slower: {reason}")
             self.replayed = None
         if self.setup.schedule_every == "step":
-            steps = self.steps_per_epoch
-            self._set_rates(self.setup.schedule((epoch - 1) * steps + step, self.epochs * steps))
+            (first, last), steps = self.method.span(epoch), self.steps_in(epoch)
+            self._set_rates(self.setup.schedule((epoch - first) * steps + step, (last - first + 1) * steps))
         graphs, started = compiled_graphs(), time.monotonic()
         inputs = self.method.inputs(self.batch(epoch, step), epoch, step)
         if self.replayed is None:
@@ -185,6 +184,15 @@ class Training:
                 group.update(lr=float(group["lr"]), fused=None, foreach=None)
 
     # --- the engine's task --------------------------------------------------------------------------------------------
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the epoch that has begun."""
+        return self.batches.steps_per_epoch
+
+    def steps_in(self, epoch: int) -> int:
+        """Steps of an epoch."""
+        return self.method.steps_in(epoch)
 
     def start_epoch(self, epoch: int) -> None:
         """Learning rate, order of the samples, and what the method sets."""

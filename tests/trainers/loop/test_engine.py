@@ -22,6 +22,9 @@ class Counting:
 
     steps_per_epoch = 4
 
+    def steps_in(self, epoch: int) -> int:
+        return self.steps_per_epoch
+
     def __init__(self) -> None:
         self.value, self.log = torch.zeros((), dtype=torch.float64), list[tuple[int, int]]()
 
@@ -214,3 +217,18 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file/run").locked(),
     ):
         pass
+
+
+def test_a_worker_that_is_killed_is_a_line(tmp_path: Path) -> None:
+    """torch raises it wherever the run stands, so that nothing is saved of that step."""
+
+    class Killed(Counting):
+        def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+            if step == 2:
+                raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+            return super().train_step(epoch, step)
+
+    with pytest.raises(
+        RunError, match="is killed by signal.*or set workers=0; the last checkpoint is intact$"
+    ):
+        fit(Killed(), epochs=2, folder=RunFolder(tmp_path), checkpoint_minutes=10, report=Quiet())
