@@ -46,13 +46,20 @@ def handed_over(stream: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from stream
     except RuntimeError as error:
-        last = str(error).strip().splitlines()[-1]
-        if not any(words in str(error) for words in NOT_HANDED_OVER):
-            raise
-        raise PictureError(
-            f"the processes that read pictures cannot hand them over ({last}); give them more shared memory (docker run --shm-size=8g, or "
-            "space in /dev/shm), or set workers=0"
-        ) from error
+        if words := not_handed_over(error):
+            raise PictureError(words) from error
+        raise
+
+
+def not_handed_over(error: RuntimeError) -> str | None:
+    """What to say of an error that is a worker's end or full shared memory; None for another. torch raises the former at any moment."""
+    if not any(words in str(error) for words in NOT_HANDED_OVER):
+        return None
+    last = str(error).strip().splitlines()[-1]
+    return (
+        f"the processes that read pictures cannot hand them over ({last}); give them more memory, shared memory too (docker run "
+        "--shm-size=8g, or space in /dev/shm), or set workers=0"
+    )
 
 
 def _batched(items: list[Any]) -> Any:

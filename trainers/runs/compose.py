@@ -44,14 +44,19 @@ def register_resolvers() -> None:
     def per_class(weight: float, *, _root_: DictConfig) -> float:
         return weight * (_root_.class_share or 1.0)
 
-    def content_at(root: str) -> str | None:
-        return content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
+    def content_at(root: str | None) -> str | None:
+        return root and content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
 
     def sha256(path: str | None) -> str | None:
         there = path is not None and Path(path).is_file()  # what is missing is told where it is wanted
         return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() if there else None
 
-    for name, found in (("content", content_at), ("sha256", sha256), ("shards", shards_content)):
+    for name, found in (
+        ("content", content_at),
+        ("sha256", sha256),
+        ("shards", shards_content),
+        ("sum", lambda *n: sum(n)),
+    ):
         OmegaConf.register_new_resolver(name, found, replace=True)
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
@@ -123,7 +128,7 @@ def network(key: str, name: str) -> list[str]:
         made = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{name}.yaml"))
         assert isinstance(made, dict)
         # An experiment that names its network would have its own, made as this one is.
-        its = [] if made["name"] == "???" else [f'{key.rpartition("@")[2]}.name="{made["name"]}"']
+        its = [] if made.get("name", "???") == "???" else [f'{key.rpartition("@")[2]}.name="{made["name"]}"']
         return [f"{key}={name}", *its]
     family = next((family for family, names in families().items() if name in names), "plain")
     if family == "plain" and re.fullmatch(r"[\w.-]+", name):

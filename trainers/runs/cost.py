@@ -42,11 +42,14 @@ SIZES = {
     "datacomp": Size(15_000_000, 50_000, 224, 1000),
     "digits": Size(1_437, 360, 8, 10),
     "digits_captions": Size(1_437, 180, 8, 10),
+    "digit_questions": Size(2_874, 2_400, 8, 0),
+    "digit_texts": Size(5_600, 0, 8, 0),
     "digits_few": Size(1_437, 360, 8, 10),
     "digits_mosaics": Size(800, 100, 65, 10),
     "digits_files": Size(514, 360, 32, 10),
     "imagenet": Size(1_281_167, 50_000, 224, 1000),
     "imagenet_lt": Size(115_846, 50_000, 224, 1000),
+    "llava_data": Size(1_223_426, 35_500, 224, 0),
     "imagenet_zero_shot": Size(0, 50_000, 224, 1000),
     "tiny_imagenet_captions": Size(100_000, 10_000, 64, 200),
 }
@@ -158,7 +161,10 @@ def _flops(text: str, side: int, num_classes: int) -> float:
             module.forward = _unchanged  # type: ignore[method-assign]
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         side = getattr(model, "image_size", side)  # CLIP's have one size that they take
-        model(torch.empty(1, 3, side, side))
+        given = (
+            model.example_inputs() if hasattr(model, "example_inputs") else (torch.empty(1, 3, side, side),)
+        )
+        model(*given)
     return float(counter.get_total_flops())
 
 

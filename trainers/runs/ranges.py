@@ -44,7 +44,8 @@ RANGES: dict[str, Range] = {
          "image_size", "images", "largest", "smallest", "classes", "train_per_class", "test_per_class", "of", "drops",
          "awp_start_epoch", "dim", "negatives", "kernel_size", "max_width", "nodes", "array", "cpus_per_device", "perplexity",
          "eighths", "resize", "restarts", "labels", "steps_per_epoch", "unlabelled",
-         "samples", "lanes", "long_side", "train_pages", "test_pages", "shuffle", "context_length"), COUNT),
+         "samples", "lanes", "long_side", "train_pages", "test_pages", "shuffle", "context_length", "rank", "cards", "longest_answer",
+         "caption_epochs", "caption_batch_size", "patch_size"), COUNT),
     **dict.fromkeys(
         ("epochs", "alpha", "beta", "gamma", "weight", "angle_weight", "distance_weight", "inter", "intra", "js_weight", "label_weight",
          "view_weights", "weight_decay", "warmup", "padding", "layer", "offset", "length", "awp_gamma", "mixup", "cutmix", "start", "start_epoch", "operations",
@@ -52,9 +53,9 @@ RANGES: dict[str, Range] = {
          "checkpoint_minutes", "wait_minutes", "aux_weight", "divergence_weight", "centres_weight", "align_weight", "power"), FROM_ZERO),
     **dict.fromkeys(
         ("lr", "temperature", "prior_temperature", "weights_temperature", "clip_gradient", "ratio", "minutes", "memory_gb",
-         "step_size", "heads", "sharpness", "transform_lr", "zoom"), ABOVE_ZERO),
+         "step_size", "heads", "sharpness", "transform_lr", "projector_lr", "zoom"), ABOVE_ZERO),
     **dict.fromkeys(("flip", "label_smoothing", "smoothing", "rise", "confidence", "hidden", "blur"), SHARE),
-    **dict.fromkeys(("held_out", "generated_share", "momentum", "decay"), BELOW_ONE),
+    **dict.fromkeys(("held_out", "generated_share", "momentum", "decay", "dropout"), BELOW_ONE),
     **dict.fromkeys(("class_share", "scale", "layer_decay"), Range(0, 1, low_open=True)),
     **dict.fromkeys(("robust_reward", "clean_reward"), ANY),
     "epsilon": PIXELS,

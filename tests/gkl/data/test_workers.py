@@ -13,14 +13,9 @@ from gkl.data.workers import handed_over, loader
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """Grey ones. killed: the number of the one at which its worker ends."""
-
-    def __init__(self, killed: int | None = None) -> None:
-        self.killed = killed
+    """Grey ones."""
 
     def __getitem__(self, item: tuple[int, int]) -> Any:
-        if item[0] == self.killed:
-            signal.raise_signal(signal.SIGKILL)
         return torch.zeros(3, 64, 64, dtype=torch.uint8), item[0]
 
 
@@ -37,14 +32,6 @@ def test_full_shared_memory_is_a_line() -> None:
     process.start()
     process.join(60)
     assert process.exitcode == 0
-
-
-def test_a_killed_worker_is_a_line() -> None:
-    stream = loader(Pictures(killed=2), [[(n, 0)] for n in range(4)], workers=1)
-    with pytest.raises(
-        PictureError, match=r"(is killed by signal: Killed|exited unexpectedly).*or set workers=0$"
-    ):
-        list(stream)
 
 
 def test_another_error_stays_what_it_is() -> None:
