@@ -163,6 +163,28 @@ def pictures() -> Chart:
     )
 
 
+@cache
+@unchecked
+def answers() -> Chart:
+    """Pictures in the first column, words in the others."""
+    places = {
+        "x": alt.X(
+            "column:N",
+            sort=None,
+            title=None,
+            axis=alt.Axis(orient="top", labelAngle=0, domain=False, ticks=False),
+        ),
+        "y": alt.Y("row:N", sort=None, title=None, axis=None),
+    }
+    pictures = alt.Chart(HERE).mark_image(width=64, height=64).encode(**places, url=alt.Url("url:N"))
+    words = (
+        alt.Chart(HERE)
+        .mark_text(lineBreak="\n", fontSize=10)
+        .encode(**places, text=alt.Text("text:N"), tooltip=_tooltip("column:N", "text:N"))
+    )
+    return _form(alt.layer(pictures, words))
+
+
 def _scale(colours: Mapping[str, str]) -> alt.Scale:
     return alt.Scale(domain=list(colours), range=list(colours.values()))
 

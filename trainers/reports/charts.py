@@ -177,6 +177,26 @@ def segmentations(table: Table) -> list[Chart]:
     return [_chart(forms.pictures(), values, title, said, 30 + 100 * len({v["row"] for v in values}))]
 
 
+def questions(table: Table) -> list[Chart]:
+    """Questions about pictures, and what each row answers."""
+    found = [(row, shown) for row in table.rows if (shown := shown_pictures(row))]
+    if not found:
+        return []
+    first = found[0][1]
+    columns = [("question", [one["question"] for one in first])]
+    columns += [(row.label[0], [one["answer"] for one in shown]) for row, shown in found]
+    values = [
+        {"column": "picture", "row": n, "url": f"data:image/png;base64,{one['picture']}", "text": ""}
+        for n, one in enumerate(first)
+    ] + [
+        {"column": name, "row": n, "text": text, "url": ""}
+        for name, texts in columns
+        for n, text in enumerate(texts)
+    ]
+    said = f"Questions about pictures and each method's answers, scale {table.scale}"
+    return [_chart(forms.answers(), values, f"scale {table.scale}", said, 30 + 90 * len(first))]
+
+
 def differences(values: Values) -> list[Chart]:
     """Paired differences with their intervals; each value: name, metric, mean, low, high, seeds."""
     description = "Paired differences over shared seeds with 95 % intervals"

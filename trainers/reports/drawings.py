@@ -215,11 +215,32 @@ def segmentations(table: Table) -> Figure | None:
     return figure
 
 
+def questions(table: Table) -> Figure | None:
+    """Questions about pictures, and what each row's run of the lowest seed answers, a line each."""
+    found = [(row, shown) for row in table.rows if (shown := shown_pictures(row))]
+    if not found:
+        return None
+    first = found[0][1]
+    figure = Figure(figsize=(9.0, 1.05 * len(first) + 0.9), layout="constrained")
+    panels = figure.subplots(len(first), 2, squeeze=False, width_ratios=[1, 7])
+    for number, (picture, text) in enumerate(panels):
+        with Image.open(BytesIO(base64.b64decode(first[number]["picture"]))) as seen:
+            picture.imshow(seen.convert("RGB"), interpolation="nearest")
+        given = "\n".join(f"{' '.join(row.label)}: {shown[number]['answer']}" for row, shown in found)
+        text.text(0.0, 0.5, first[number]["question"], fontsize=7, va="center", wrap=True)
+        text.text(0.62, 0.5, given, fontsize=8, va="center")
+        for panel in (picture, text):
+            panel.axis("off")
+    figure.suptitle(f"{table.title}\n{provenance(table)}", fontsize=9)
+    return figure
+
+
 DRAWINGS: dict[str, Callable[[Table], Figure | None]] = {
     "clean_against_aa": clean_against_aa,
     "structure": structure,
     "class_scores": class_scores,
     "ablation": ablation,
     "segmentations": segmentations,
+    "questions": questions,
     "gradient_paths": gradient_paths,
 }

@@ -41,6 +41,7 @@ HEADINGS = {
     "margins": "Figure 4: class margins",
     "scores": "Figure 3: class scores",
     "segmentations": "Table XXIII: segmentations",
+    "questions": "Table VIII: questions and answers",
     "cost": "Cost",
 }
 
@@ -123,6 +124,7 @@ def _charts(parts: Mapping[str, Sequence[Part]], runs: Path) -> dict[str, list[t
         "margins": [(p, charts.margins(p.table)) for p in _named(figures, "structure")],
         "scores": [(p, charts.class_scores(p.table)) for p in _named(figures, "class_scores")],
         "segmentations": [(p, charts.segmentations(p.table)) for p in _named(tables, "segmentations")],
+        "questions": [(p, charts.questions(p.table)) for p in _named(tables, "questions")],
         "cost": [(p, charts.cost(p.table)) for p in tables if _has_records(p)],
         "differences": [
             (p, charts.differences(_intervals(p.table.comparisons))) for p in tables if p.table.comparisons

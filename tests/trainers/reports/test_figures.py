@@ -14,7 +14,7 @@ from PIL import Image
 
 from gkl.data.label_pictures import as_png, colour
 from trainers.reports import figures
-from trainers.reports.charts import segmentations
+from trainers.reports.charts import questions, segmentations
 from trainers.reports.figures import FORMATS, is_sealed, sealed, write
 from trainers.reports.gradient_paths import norms
 from trainers.reports.render import render_figure
@@ -159,6 +159,7 @@ def test_the_code_of_a_figure_is_all_that_draws_it() -> None:
         "class_scores",
         "ablation",
         "segmentations",
+        "questions",
         "shown_pictures",
     ):
         assert f"\ndef {function}(" in code, function
@@ -192,6 +193,33 @@ def test_segmentations_are_shown_side_by_side(tmp_path: Path) -> None:
     assert len(values) == len(panels) and all(v["url"].startswith("data:image/png;base64,") for v in values)
     assert figures.draw("segmentations", swept()) is None and segmentations(swept()) == []
     assert len({colour(n) for n in range(256)}) == 256
+
+
+def test_questions_stand_beside_every_row_s_answers() -> None:
+    picture = as_png(torch.full((3, 8, 8), 77, dtype=torch.uint8))
+    table = swept()
+    rows = [
+        dataclasses.replace(
+            row,
+            records=[
+                {**r, "evaluation": {"shown": [{"benchmark": "gqa", "question": f"which?{k}", "answer": f"{n}.{k}", "picture": picture} for k in range(2)]}}
+                for r in row.records
+            ],
+        )
+        for n, row in enumerate(table.rows)
+    ]  # fmt: skip
+    table = dataclasses.replace(table, rows=rows)
+    figure = figures.draw("questions", table)
+    assert figure is not None
+    assert sum(bool(axes.images) for axes in figure.axes) == 2
+    words = [text.get_text() for axes in figure.axes for text in axes.texts]
+    values = questions(table)[0]["data"]["values"]
+    for n, row in enumerate(rows):
+        for k in range(2):
+            shown = bool(row.records)
+            assert any(f"{n}.{k}" in text for text in words) == shown
+            assert any(v["text"] == f"{n}.{k}" and v["row"] == k for v in values) == shown
+    assert figures.draw("questions", swept()) is None and questions(swept()) == []
 
 
 def test_figure_2_shows_gradients_that_are_measured(tmp_path: Path) -> None:
