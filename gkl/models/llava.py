@@ -8,8 +8,7 @@ picture has among the words. The language model is frozen, too; LoRA (peft's) ad
 Source: LlavaMetaForCausalLM and find_all_linear_names of LLaVA at c121f04.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -98,6 +97,10 @@ class Llava(nn.Module):
             if isinstance(layer, peft().tuners.tuners_utils.BaseTunerLayer):
                 layer.enable_adapters(on)
 
+    def recompute(self) -> None:
+        """Keep what goes into each of the language model's layers alone, and compute the layer again in the backward pass: less memory."""
+        self.language.model.activation_checkpointing_enable({"use_reentrant": False})
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Projector and adapters: what is frozen has its own place."""
         whole = super().state_dict(*args, **kwargs)
@@ -143,17 +146,11 @@ class KeyedDropout(nn.Module):
         return x * kept.to(x.dtype) / (1.0 - self.drop)
 
 
-@contextmanager
-def drawing_by(model: nn.Module, keys: Tensor) -> Iterator[None]:
-    """Inside, dropout follows from the texts' keys (B,)."""
-    layers = [m for m in model.modules() if isinstance(m, KeyedDropout)]
-    for layer in layers:
-        layer.keys = keys
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.keys = None
+def set_text_keys(model: nn.Module, keys: Tensor) -> None:
+    """What the next batch's dropout follows from, also where it is computed a second time in the backward pass. keys: (B,) from gkl.rng."""
+    for module in model.modules():
+        if isinstance(module, KeyedDropout):
+            module.keys = keys
 
 
 def llava(

@@ -73,7 +73,6 @@ CPU = ["device=cpu", "logger=off"]
     [
         ("reproduce", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 2, 3, 4"),
         ("reproduce table=3 figure=1", r"name one table=\.\.\. of 1, 1kd, 2, 3, .* or one figure=\.\.\. of 1, 2, 3, 4"),
-        ("reproduce table=8", r"Table VIII \(LLaVA\) is not built yet; there are: 1, 1kd"),
         ("reproduce table=9", r"Table IX is the heading of Tables X to XII: make table10, table11 or table12"),
         ("reproduce table=33", r"unknown table '33'; did you mean '3'\?; there are: 1, 1kd, 2, 3, 4"),
         ("reproduce figure=5", r"unknown figure '5'.*there are: 1, 2, 3, 4"),

@@ -352,7 +352,7 @@ def test_coverage_says_what_is_built_and_run() -> None:
     assert list(dict.fromkeys(row[0] for row in rows)) == ROMAN
     made = {row[2].strip("`"): row for row in rows}
     assert {target for target in made if target.startswith("table")} == {f"table{n}" for n in tables()}
-    assert {row[0] for row in rows if row[2] == "not built"} == {"VIII"}
+    assert not [row for row in rows if row[2] == "not built"]
     for number, file in tables().items():
         row = made[f"table{number}"]
         assert ROMAN[int(re.match(r"\d+", number)[0]) - 1] == row[0]  # type: ignore[index]

@@ -20,7 +20,7 @@ from gkl.distributed import gathered, rank, world_size
 from gkl.models.batch_norm import eval_mode
 from gkl.models.language import Language
 from gkl.models.llava import Llava as Network
-from gkl.models.llava import drawing_by
+from gkl.models.llava import set_text_keys
 from gkl.rng import sample_keys
 from trainers.loop.console import Console
 from trainers.loop.training import Training
@@ -62,6 +62,8 @@ class Llava(LanguageModelling):
         if self.language_model is not None:
             spoken, self.told_by = self.language_model.load(0)
         network.begin_from(found, spoken)
+        if self.device.type == "cuda":
+            network.recompute()
         self.rates: tuple[float, ...] = ()
         self.begun = 0  # the first epoch of the phase that the optimizer is of
 
@@ -97,8 +99,8 @@ class Llava(LanguageModelling):
     def loss_of(self, batch: DialogueBatch, weights: Tensor) -> Tensor:
         """As of a language model, with dropout in the adapters that follows from each text's place."""
         keys = sample_keys(self.training.seed, self.epoch, batch.sample, "adapters").to(self.device)
-        with drawing_by(self.network, keys):
-            return super().loss_of(batch, weights)
+        set_text_keys(self.network, keys)
+        return super().loss_of(batch, weights)
 
     def embedded(self, batch: DialogueBatch) -> Tensor:
         """Words and pictures."""
@@ -107,8 +109,8 @@ class Llava(LanguageModelling):
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
-        """A step 2: what is frozen has no gradients of its own."""
-        return {"model": 2.0}
+        """A step 2, what is frozen has no gradients of its own; an epoch has the texts of one phase, half of all."""
+        return {"model": 1.0}
 
     # --- what is measured and kept ------------------------------------------------------------------------------------
 

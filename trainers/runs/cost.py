@@ -192,4 +192,5 @@ def disk_bytes(config: Mapping[str, Any]) -> float:
     size = SIZES.get(config["data"]["_target_"].rpartition("/")[2], SIZES["cifar10"])
     model = _network(json.dumps(config["model"], sort_keys=True), size.classes)
     networks = 1 + len(config["averages"])
-    return 4.0 * sum(p.numel() for p in model.parameters()) * (2 * (networks + 1) + networks)
+    kept = sum(value.numel() for value in model.state_dict().values())  # what is frozen, LLaVA leaves out
+    return 4.0 * kept * (2 * (networks + 1) + networks)

@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="needs peft, the extra llava")
 from gkl.data.conversations import IMAGE, check_tokenizer
 from gkl.models.clip import clip
 from gkl.models.language import folder_tokenizer, llama, word_tokenizer, words_of
-from gkl.models.llava import KeyedDropout, Llava, drawing_by, llava
+from gkl.models.llava import KeyedDropout, Llava, llava, set_text_keys
 from gkl.rng import sample_keys
 
 PLACES = 16
@@ -160,9 +160,7 @@ def test_a_batch_without_pictures_has_a_gradient_of_zero() -> None:
     """So that processes with and without pictures exchange the same gradients."""
     ours = network().train()
     tokens = torch.tensor([[3, 4, 5]])
-    ours(
-        torch.zeros(0, 3, 8, 8, dtype=torch.float64), tokens, torch.tensor([False])
-    ).mean().backward()
+    ours(torch.zeros(0, 3, 8, 8, dtype=torch.float64), tokens, torch.tensor([False])).mean().backward()
     assert all(p.grad is not None and not p.grad.any() for p in ours.projector.parameters())
 
 
@@ -178,17 +176,33 @@ def test_dropout_follows_from_keys_and_places() -> None:
     layer = KeyedDropout(0.25, number=3).train()
     x = torch.ones(4, 50, 8)
     keys = sample_keys(0, 1, torch.arange(4), "adapters")
-    holder = nn.Sequential(layer)
-    with drawing_by(holder, keys):
-        whole = layer(x)
+    assert layer(x) is x  # no keys, no draws
+    set_text_keys(nn.Sequential(layer), keys)
+    whole = layer(x)
     assert whole.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert (whole == 0).double().mean().item() == pytest.approx(0.25, abs=0.04)
-    with drawing_by(holder, keys[2:3]):
-        assert layer(x[2:3, :20]).equal(whole[2:3, :20])  # whoever is beside it, and however much padding
-    assert layer(x) is x and layer.eval()(x) is x  # no keys, no draws
+    set_text_keys(nn.Sequential(layer), keys[2:3])
+    assert layer(x[2:3, :20]).equal(whole[2:3, :20])  # whoever is beside it, and however much padding
     other = KeyedDropout(0.25, number=4).train()
-    with drawing_by(nn.Sequential(other), keys):
-        assert not other(x).equal(whole)
+    set_text_keys(nn.Sequential(other), keys)
+    assert not other(x).equal(whole) and other.eval()(x) is x
+
+
+def test_what_is_computed_again_has_the_same_gradients() -> None:
+    images, tokens, shown, there = batch()
+    found = []
+    for again in (False, True):
+        ours = network(dropout=0.3).train()
+        calls: list[int] = []
+        first = ours.language.model.model.layers[0].mlp
+        first.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        if again:
+            ours.recompute()
+        set_text_keys(ours, sample_keys(0, 1, torch.arange(3), "adapters"))
+        ours(images, tokens, shown)[there].square().mean().backward()
+        assert len(calls) == 1 + again
+        found.append([p.grad for p in (*ours.projector.parameters(), *ours.adapters())])
+    assert all(a is not None and b is not None and a.equal(b) for a, b in zip(*found, strict=True))
 
 
 def test_answers_are_the_likeliest_tokens_one_by_one() -> None:
