@@ -132,7 +132,7 @@ def test_commands_exist_and_take_what_is_shown(
             Path(block.title).write_text(block.text)
     for words in commands(page):
         for word in words:
-            if re.fullmatch(r"(model|teacher)\.checkpoint=\w+\.pt", word):
+            if re.fullmatch(r"(model|teacher|tower)\.checkpoint=\w+\.pt", word):
                 Path(word.partition("=")[2]).touch()
         match words:
             case ["make", *arguments]:

@@ -152,7 +152,8 @@ class Llava(LanguageModelling):
                 asked.benchmark.upload(folder / "answers" / f"{name}.{ENDINGS.get(name, 'json')}", texts)
             metrics |= asked.benchmark.score(texts)
             details["questions"][name] = len(texts)
-            details["shown"] += [self.shown(name, number, texts) for number in range(SHOWN_QUESTIONS)]
+            places = [len(texts) * number // SHOWN_QUESTIONS for number in range(SHOWN_QUESTIONS)]
+            details["shown"] += [self.shown(name, place, texts) for place in places]
         return metrics, details
 
     def shown(self, name: str, number: int, texts: list[str]) -> dict[str, str]:

@@ -216,8 +216,12 @@ def segmentations(table: Table) -> Figure | None:
 
 
 def questions(table: Table) -> Figure | None:
-    """Questions about pictures, and what each row's run of the lowest seed answers, a line each."""
-    found = [(row, shown) for row in table.rows if (shown := shown_pictures(row))]
+    """Questions about pictures, and what each row's run of the lowest seed answers; Chinese ones, for which fonts lack, are on the page."""
+    found = [
+        (row, [one for one in shown if one["question"].isascii()])
+        for row in table.rows
+        if (shown := shown_pictures(row))
+    ]
     if not found:
         return None
     first = found[0][1]
