@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from gkl.lines import one_line
 from trainers.errors import Interrupted, LostProcess, RunError
 from trainers.signals import ending, heeded, unheard
 
@@ -50,7 +51,7 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
             if error.errno not in DISK:
                 raise
             _say(
-                f"error: {error.strerror} at {error.filename or 'a file of this run'}; what was finished is kept. Mend it, "
+                f"error: {error.strerror} at {one_line(error.filename or 'a file of this run')}; what was finished is kept. Mend it, "
                 "then start the same command again"
             )
             return 2

@@ -1,8 +1,13 @@
 """What a person can mend, each in one line: what was needed, what came, what to do."""
 
+from gkl.lines import one_line
+
 
 class RunError(Exception):
     """Something the person who started the run can mend; the message is one line that says how."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class ConfigError(RunError):

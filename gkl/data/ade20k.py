@@ -21,6 +21,7 @@ from gkl.data.content import check_content, in_bytes
 from gkl.data.decoding import Unfit, opened
 from gkl.data.dense import IGNORED, DenseData
 from gkl.data.stores import Store, open_store
+from gkl.lines import one_line
 
 Coding = Literal["from_one", "from_zero"]
 PARTS = ("training", "validation")
@@ -123,7 +124,7 @@ def pairs(store: Store, part: str, remedy: str) -> "np.ndarray[Any, Any]":
     ):
         if lonely := sorted(some.keys() - others.keys()):
             raise ValueError(
-                f"{store.path}: {len(lonely):,} of {len(some):,} files have no {what}/{part}/, the first is {some[lonely[0]]}; bring "
+                f"{store.path}: {len(lonely):,} of {len(some):,} files have no {what}/{part}/, the first is {one_line(some[lonely[0]])}; bring "
                 "what is missing, or remove them"
             )
     return np.array([[in_bytes(images[stem]), in_bytes(maps[stem])] for stem in sorted(images)])

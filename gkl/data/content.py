@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gkl.atomic import atomically
+from gkl.lines import one_line
 
 CHUNK = 1 << 20
 TABLES = (".csv", ".tsv")
@@ -109,7 +110,7 @@ def walk(path: Path) -> Iterator[tuple[str, list[str]]]:
         folders[:] = [f for f in folders if not hidden(f)]
         for link in (os.path.join(folder, f) for f in folders if os.path.islink(os.path.join(folder, f))):
             if Path(folder).resolve().is_relative_to(Path(link).resolve()):
-                raise ValueError(f"{link} is a link to a folder that it lies in; remove it")
+                raise ValueError(f"{one_line(link)} is a link to a folder that it lies in; remove it")
         at = os.path.relpath(folder, path)
         yield "" if at == "." else at, [name for name in names if not hidden(name)]
 
@@ -124,10 +125,10 @@ def _below(path: Path) -> Iterator[tuple[str, os.stat_result]]:
                     found = os.stat(path / file)
                 except OSError as error:
                     raise ValueError(
-                        f"{path / file} cannot be read ({error.strerror}); bring it back or remove it"
+                        f"{one_line(path / file)} cannot be read ({error.strerror}); bring it back or remove it"
                     ) from error
                 if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
-                    raise ValueError(f"{path / file} is no regular file; remove it")
+                    raise ValueError(f"{one_line(path / file)} is no regular file; remove it")
                 yield file, found
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from gkl.lines import one_line
 from gkl.rng import sample_keys
 
 IGNORED = -100  # the label of what is not learned
@@ -102,7 +103,7 @@ def read_conversations(path: str | Path, pictures: Collection[str]) -> list[Conv
     data = [_conversation(f"{path}: conversation {number}", row) for number, row in enumerate(rows)]
     if lacking := [each for each in data if each.picture is not None and each.picture not in pictures]:
         raise ValueError(
-            f"{lacking[0].name} needs the picture {lacking[0].picture}, one of {len(lacking):,} that are not there; fetch them, or "
+            f"{lacking[0].name} needs the picture {one_line(lacking[0].picture)}, one of {len(lacking):,} that are not there; fetch them, or "
             "name the folder that they are relative to"
         )
     return data

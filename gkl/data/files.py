@@ -25,6 +25,7 @@ from gkl.data.layout import classes_of
 from gkl.data.stores import PictureError, Store, open_store
 from gkl.data.workers import loader
 from gkl.distributed import Shard
+from gkl.lines import one_line
 from gkl.rng import sample_keys
 
 
@@ -243,7 +244,7 @@ def first_of_classes(
     for c, count in zip(names, counts, strict=True):
         if count is not None and len(files[c]) < count:
             raise ValueError(
-                f"{store.path}: class {c} needs {count} training pictures, got {len(files[c])}; ask for fewer "
+                f"{store.path}: class {one_line(c)} needs {count} training pictures, got {len(files[c])}; ask for fewer "
                 "(data.largest, data.train_per_class)"
             )
     limits = dict(zip(names, counts, strict=True))
@@ -261,7 +262,7 @@ def other_pictures(
     found = classes_of(store, (path.name,), top=f"{path.name}/")[path.name]
     if unknown := sorted(set(found) - set(class_names)):
         raise ValueError(
-            f"{path} has {len(unknown)} classes that the data set has not, the first is {unknown[0]}"
+            f"{path} has {len(unknown)} classes that the data set has not, the first is {one_line(unknown[0])}"
         )
     if classes is not None and len(found) != classes:
         raise ValueError(f"{path} needs pictures of {classes} classes, got {len(found)}")

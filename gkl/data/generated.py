@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gkl.data.memory import ImageData
 from gkl.data.preparing import INDEX, ROWS, alone, prepare, read_index, written
+from gkl.lines import one_line
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def open_shards(root: str, num_classes: int, verify: bool = False) -> Generated:
             images = np.load(path, mmap_mode="r", allow_pickle=False)
             mine = np.load(folder / f"labels_{number:03d}.npy", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove {folder} and prepare it again") from error
+            raise ValueError(
+                f"{path} is damaged ({' '.join(str(error).split())}); remove {folder} and prepare it again"
+            ) from error
         if list(images.shape) != entry["shape"] or len(mine) != len(images):
             raise ValueError(
                 f"{path} has {images.shape} and its index says {entry['shape']}; prepare it again"
@@ -163,7 +166,7 @@ def class_gaussian(
         mine, rows = flat[data.train_labels.numpy() == label], np.flatnonzero(labels == label)
         if len(mine) < 2:
             raise ValueError(
-                f"class {data.class_names[label]} has {len(mine)} training pictures, a Gaussian needs 2"
+                f"class {one_line(data.class_names[label])} has {len(mine)} training pictures, a Gaussian needs 2"
             )
         mean = mine.mean(0)
         _, scales, axes = np.linalg.svd((mine - mean) / np.sqrt(len(mine) - 1), full_matrices=False)

@@ -10,6 +10,7 @@ from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, split
 from gkl.data.imagenet import check_there
 from gkl.data.stores import open_store
+from gkl.lines import one_line
 
 # The published lists of ImageNet-LT (Liu et al. 2019): lines, and classes with > 100, 20..100 and < 20 training pictures.
 LISTS = {"train": 115_846, "val": 20_000, "test": 50_000}
@@ -51,7 +52,7 @@ def imagenet_lt(
         if missing:
             raise ValueError(
                 f"{root} lacks {len(missing):,} of the {len(listed[part]):,} pictures of ImageNet-LT's {part} list, "
-                f"the first is {missing[0]}; complete ImageNet there"
+                f"the first is {one_line(missing[0])}; complete ImageNet there"
             )
         parts.append(split(store, [(known[_stem(path)], label) for path, label in listed[part]]))
     wnids = sorted({path.split("/")[1] for path, _ in listed["train"]})

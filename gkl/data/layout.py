@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gkl.data.stores import Store
+from gkl.lines import one_line
 
 SPLITS = ("train", "val", "test")
 ByClass = dict[str, list[str]]
@@ -58,17 +59,17 @@ def classes_of(store: Store, splits: Sequence[str], top: str = "") -> dict[str, 
         ):  # fmt: skip
             if names:
                 raise ValueError(
-                    f"{store.path}: {len(names):,} pictures {what}, the first is {names[0].removeprefix(top)}; {remedy}"
+                    f"{store.path}: {len(names):,} pictures {what}, the first is {one_line(names[0].removeprefix(top))}; {remedy}"
                 )
         if found.by_class and (bare := sorted(empty[split].by_class)):
             raise ValueError(
-                f"{store.path}: {len(bare):,} folders of {split}/ have no picture in them, the first is {split}/{bare[0]}; remove "
+                f"{store.path}: {len(bare):,} folders of {split}/ have no picture in them, the first is {split}/{one_line(bare[0])}; remove "
                 "them, or put their pictures there"
             )
         tops = sorted({str(Path(name).parents[2]) for names in found.by_class.values() for name in names})
         if len(tops) > 1:
             raise ValueError(
-                f"{store.path} has {len(tops)} folders {split}/, in {tops[0]} and in {tops[1]}; set data.root to the one that is meant"
+                f"{store.path} has {len(tops)} folders {split}/, in {one_line(tops[0])} and in {one_line(tops[1])}; set data.root to the one that is meant"
             )
     return {split: here[split].by_class for split in splits}
 
@@ -98,6 +99,6 @@ def train_and_test(store: Store) -> tuple[ByClass, ByClass]:
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
         raise ValueError(
-            f"{store.path}: train and {test_split} must have the same classes; only one of them has {', '.join(odd[:5])}"
+            f"{store.path}: train and {test_split} must have the same classes; only one of them has {one_line(', '.join(odd[:5]))}"
         )
     return train, test

@@ -27,6 +27,7 @@ from gkl.data.content import hidden, in_bytes
 from gkl.data.crops import Picture
 from gkl.data.decoding import PICTURES, Decoder, decode
 from gkl.data.stores import PictureError, Store, fitting, open_store, tars
+from gkl.lines import one_line
 from gkl.rng import integers, sample_keys
 
 CAPTION = ".txt"
@@ -120,7 +121,7 @@ def beside(path: Path) -> tuple[Store, list[tuple[str, str]]]:
     if bare or not files:
         raise ValueError(
             f"{path}: {len(bare):,} of {len(store.names):,} pictures have no caption beside them"
-            + (f", the first is {bare[0]}; write its text into a file of its name with the ending .txt" if bare else "; there are none")
+            + (f", the first is {one_line(bare[0])}; write its text into a file of its name with the ending .txt" if bare else "; there are none")
         )  # fmt: skip
     return store, files
 
@@ -142,7 +143,7 @@ def table(path: Path, separator: str, picture: str, caption: str) -> tuple[Store
         for setting, wanted in (("picture", picture), ("caption", caption)):
             if wanted not in columns:
                 raise ValueError(
-                    f"{path} has no column {wanted!r} but {', '.join(columns)}; set data.{setting}=..., or data.separator where columns are "
+                    f"{path} has no column {wanted!r} but {one_line(', '.join(columns))}; set data.{setting}=..., or data.separator where columns are "
                     "not told apart by what is set"
                 )
         rows = [(row[picture], row[caption]) for row in reader]
@@ -152,7 +153,7 @@ def table(path: Path, separator: str, picture: str, caption: str) -> tuple[Store
         )
     if missing := [name for name, _ in rows if not (path.parent / name).is_file()]:
         raise ValueError(
-            f"{path}: {len(missing):,} of {len(rows):,} captions have no picture, the first is {missing[0]}; paths count from the folder "
+            f"{path}: {len(missing):,} of {len(rows):,} captions have no picture, the first is {one_line(missing[0])}; paths count from the folder "
             "of the table"
         )
     return open_store(path.parent, "pictures"), rows
@@ -162,7 +163,7 @@ def _text(data: bytes, where: str) -> str:
     try:
         return data.decode().strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"the caption of {where} is no text in UTF-8; write it again") from error
+        raise ValueError(f"the caption of {one_line(where)} is no text in UTF-8; write it again") from error
 
 
 class Shards(Pairs):
@@ -239,7 +240,7 @@ class _Place:
         try:
             self.members = members(self.shard)
         except (OSError, ValueError) as error:
-            raise PictureError(str(error)) from error
+            raise PictureError(one_line(error)) from error
         generator = torch.Generator().manual_seed(int(key) & (2**63 - 1))
         blocks = torch.arange(len(self.members)).split(self.source.shuffle)
         self.order = torch.cat([block[torch.randperm(len(block), generator=generator)] for block in blocks])
@@ -259,7 +260,7 @@ class _Place:
                 except ValueError as error:
                     why = str(error)
         raise PictureError(
-            f"{self.shard}: none of its {len(self.order):,} pairs can be decoded, the last {why}"
+            f"{one_line(self.shard)}: none of its {len(self.order):,} pairs can be decoded, the last {one_line(why)}"
         )
 
 
@@ -280,12 +281,14 @@ def members(shard: Path) -> "np.ndarray[Any, Any]":
                 elif suffix == CAPTION:
                     found["caption"][key] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{shard} is damaged or no plain tar ({error}); fetch or write it again") from error
+        raise ValueError(
+            f"{one_line(shard)} is damaged or no plain tar ({one_line(error)}); fetch or write it again"
+        ) from error
     pictures, captions = found["picture"], found["caption"]
     keys = [key for key in pictures if key in captions]
     if not keys:
         raise ValueError(
-            f"{shard} has {len(pictures):,} pictures and {len(captions):,} captions and no pair of them; a shard needs <key>.jpg and "
+            f"{one_line(shard)} has {len(pictures):,} pictures and {len(captions):,} captions and no pair of them; a shard needs <key>.jpg and "
             "<key>.txt side by side"
         )
     return np.array([(*pictures[key], *captions[key]) for key in keys], dtype=np.int64)

@@ -195,7 +195,7 @@ def _header(source: IO[bytes], part: Path) -> tuple[tuple[int, ...], np.dtype[An
         read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(source)
     except ValueError as error:
-        raise ValueError(f"{part} is damaged ({error})") from error
+        raise ValueError(f"{part} is damaged ({' '.join(str(error).split())})") from error
     if fortran or dtype.hasobject or any(length < 1 for length in shape):
         raise ValueError(
             f"{part}: arrays must be in C order, of plain numbers and not empty, got {shape} {dtype}"

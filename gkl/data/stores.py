@@ -24,6 +24,7 @@ from torch import Tensor
 from gkl.atomic import atomically
 from gkl.data.content import CHUNK, hidden, walk
 from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode, is_picture
+from gkl.lines import one_line
 
 T = TypeVar("T")
 LARGEST = 1 << 30  # bytes of a picture's file
@@ -81,7 +82,7 @@ class Store:
                 return make(data)
             except ValueError as error:
                 why = str(error)
-        raise PictureError(f"{self.path}: {what} {name} {why}")
+        raise PictureError(one_line(f"{self.path}: {what} {name} {why}"))
 
     def start(self, name: str) -> bytes:
         """How a file begins, empty where that cannot be read."""
@@ -148,7 +149,7 @@ class Zip(Store):
         try:
             members = self._archive().infolist()
         except Exception as error:  # zipfile's own and others', of bytes that anybody may have written
-            raise ValueError(f"{path} is damaged ({error}); fetch or pack it again") from error
+            raise ValueError(f"{path} is damaged ({one_line(error)}); fetch or pack it again") from error
         folders = [i.filename.rstrip("/") for i in members if i.is_dir()]
         self.listed((i.filename for i in members if not i.is_dir()), folders)
         self._check(members)
@@ -162,7 +163,7 @@ class Zip(Store):
         ):
             if shut := [name for name in shut if name in pictures]:
                 raise ValueError(
-                    f"{self.path}: {len(shut):,} of {len(pictures):,} pictures are {what}, the first is {shut[0]}; pack them anew, "
+                    f"{self.path}: {len(shut):,} of {len(pictures):,} pictures are {what}, the first is {one_line(shut[0])}; pack them anew, "
                     "with deflate and without a password"
                 )
 
@@ -257,11 +258,13 @@ def _tar_index(root: Path, shards: Sequence[Path]) -> dict[str, Any]:
             found, classes = _members(shard)
         except (tarfile.TarError, EOFError) as error:
             raise ValueError(
-                f"{shard} is damaged or no plain tar ({error}); fetch or write it again"
+                f"{one_line(shard)} is damaged or no plain tar ({one_line(error)}); fetch or write it again"
             ) from error
         for key, (name, start, size) in found.items():
             if key not in classes:
-                raise ValueError(f"{shard}: picture {name} has no {key}.cls beside it with its class")
+                raise ValueError(
+                    f"{one_line(shard)}: picture {one_line(name)} has no {one_line(key)}.cls beside it with its class"
+                )
             names.append(str(shard.relative_to(root).with_suffix("") / name))
             labels.append(classes[key])
             places.append((number, start, size))
@@ -283,18 +286,20 @@ def _members(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
                 continue
             if suffix.lower() in UNREAD or (suffix.lower() in PICTURES and not member.isreg()):
                 what = "is a link" if suffix.lower() in PICTURES else "has an ending that is not read"
-                raise ValueError(f"{shard}: picture {member.name} {what}; write the shard with PNG or JPEG")
+                raise ValueError(
+                    f"{one_line(shard)}: picture {one_line(member.name)} {what}; write the shard with PNG or JPEG"
+                )
             if suffix.lower() in PICTURES:
                 if key in found:
                     raise ValueError(
-                        f"{shard} has two pictures of one key, {found[key][0]} and {member.name}"
+                        f"{one_line(shard)} has two pictures of one key, {one_line(found[key][0])} and {one_line(member.name)}"
                     )
                 found[key] = (member.name, member.offset_data, member.size)
             elif suffix == ".cls" and (file := archive.extractfile(member)) is not None:
                 said = file.read(40).decode(errors="replace").strip()
                 if not (said.isascii() and said.isdecimal() and len(said) < 10):
                     raise ValueError(
-                        f"{shard}: {member.name} needs a class, a number from 0 on, got {said!r}"
+                        f"{one_line(shard)}: {one_line(member.name)} needs a class, a number from 0 on, got {said!r}"
                     )
                 classes[key] = int(said)
         end = archive.offset
@@ -304,7 +309,7 @@ def _members(shard: Path) -> tuple[dict[str, tuple[str, int, int]], dict[str, in
         file.seek(end)
         if file.read(CHUNK).strip(b"\0") or end > shard.stat().st_size:
             raise ValueError(
-                f"{shard} is damaged, or several in one, from byte {end:,} on; fetch or write it again"
+                f"{one_line(shard)} is damaged, or several in one, from byte {end:,} on; fetch or write it again"
             )
     return found, classes
 

@@ -30,6 +30,7 @@ from gkl.evaluation.vqa_files import (
     write_json,
 )
 from gkl.evaluation.vqa_words import normalised
+from gkl.lines import one_line
 
 ANSWERS = 10  # by people, to a question of TextVQA
 
@@ -52,7 +53,7 @@ class TextVQA:
         ):
             if not (isinstance(row.get("answers"), list) and len(row["answers"]) == ANSWERS):
                 raise ValueError(
-                    f"{annotations}: question {row['question_id']} needs {ANSWERS} answers by people, got {row.get('answers')!r:.60}"
+                    f"{annotations}: question {one_line(row['question_id'])} needs {ANSWERS} answers by people, got {row.get('answers')!r:.60}"
                 )
             rows[str(row["image_id"]), row["question"].lower()] = row
         keys = [(str(question.id), _asked_of_text(question).lower()) for question in asked]
@@ -142,7 +143,7 @@ class POPE:
         if strange := sorted({question.category for question in asked} ^ {*annotations}):
             raise ValueError(
                 f"{questions} needs questions of the categories {', '.join(sorted(annotations))}, and of no other; it differs in "
-                f"{', '.join(strange)}"
+                f"{one_line(', '.join(strange))}"
             )
         rows = {}
         for category, path in annotations.items():
@@ -223,5 +224,5 @@ def _asked_of_text(question: Question) -> str:
     elif len(lines) == 2:
         return lines[0]
     raise ValueError(
-        f"question {question.id} needs the lines question, Reference OCR token and instruction, got {question.text!r:.80}"
+        f"question {one_line(question.id)} needs the lines question, Reference OCR token and instruction, got {question.text!r:.80}"
     )

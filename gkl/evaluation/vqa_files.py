@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gkl.atomic import atomically
+from gkl.lines import one_line
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def read_answers(path: str | Path, questions: Sequence[Question]) -> list[str]:
         "that are not asked": [key for key in given if key not in asked],
     }
     if found := {what: some for what, some in wrong.items() if some}:
-        counts = ", ".join(f"{len(some):,} {what} (such as {some[0][0]})" for what, some in found.items())
+        counts = ", ".join(
+            f"{len(some):,} {what} (such as {one_line(some[0][0])})" for what, some in found.items()
+        )
         raise ValueError(
             f"{path} needs one answer to each of {len(keys):,} questions, got {counts}; give it the file it answers"
         )
@@ -132,7 +135,7 @@ def check_once(path: str | Path, keys: Sequence[Any]) -> None:
     """Raises ValueError for a question that is asked twice."""
     if twice := [key for key, count in Counter(keys).items() if count > 1]:
         raise ValueError(
-            f"{path} asks {len(twice):,} questions more than once, such as {twice[0]}; each is scored once"
+            f"{path} asks {len(twice):,} questions more than once, such as {one_line(twice[0])}; each is scored once"
         )
 
 
@@ -140,7 +143,7 @@ def check_annotated(questions: Any, annotations: Any, keys: Sequence[Any], rows:
     """Raises ValueError for questions without annotation. questions, annotations: their files. keys: of the questions."""
     if missing := [key for key in keys if key not in rows]:
         raise ValueError(
-            f"{questions} has {len(missing):,} of {len(keys):,} questions that {annotations} does not know, such as {missing[0]}; "
+            f"{questions} has {len(missing):,} of {len(keys):,} questions that {annotations} does not know, such as {one_line(missing[0])}; "
             "take both of one version"
         )
 
@@ -151,7 +154,7 @@ def check_asked(
     """Raises ValueError for annotations without question."""
     if left := {*rows} - {*keys}:
         raise ValueError(
-            f"{annotations} has {len(left):,} of {len(rows):,} {what} that {questions} does not ask after, such as {min(left)}; "
+            f"{annotations} has {len(left):,} of {len(rows):,} {what} that {questions} does not ask after, such as {one_line(min(left))}; "
             "take both of one version"
         )
 

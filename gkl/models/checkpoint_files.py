@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gkl.lines import one_line
+
 # Under which keys the network lies, the first that is there; averages (timm's state_dict_ema, torchvision's model_ema) are asked for.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
 # What DataParallel and DDP, AveragedModel and torch.compile put before the names of what they wrap.
@@ -67,7 +69,7 @@ def read(path: Path) -> Any:
     except Exception as error:  # damaged files fail in every way there is
         if forbidden := re.search(r"GLOBAL (\S+)", str(error)):
             raise ValueError(
-                f"{path} holds Python objects ({forbidden[1]}) that could run code, and was not loaded; "
+                f"{path} holds Python objects ({one_line(forbidden[1])}) that could run code, and was not loaded; "
                 "where you trust it, save its state dict alone: torch.save(model.state_dict(), path)"
             ) from error
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -76,7 +78,9 @@ def read(path: Path) -> Any:
                 f"{path} is a TorchScript archive, whose code is not run here; save its weights: torch.save(torch.jit.load(path).state_dict(), ...)"
             ) from error
         why = _no_pickle(path) if "weights_only" in why else why  # torch's advice is to load it unsafely
-        raise ValueError(f"{path} is damaged or no checkpoint ({why}); copy or download it again") from error
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({one_line(why)}); copy or download it again"
+        ) from error
 
 
 def _no_pickle(path: Path) -> str:
@@ -141,7 +145,7 @@ def state_dict(
     chosen = next((w for w in _nested(WRAPPERS, content) if w in found), None)
     if chosen is None and len(found) > 1:
         raise ValueError(
-            f"{path} holds several state dicts ({some(tuple(found))}); say which: checkpoint_key={next(iter(found))}"
+            f"{path} holds several state dicts ({some(tuple(found))}); say which: checkpoint_key={one_line(next(iter(found)))}"
         )
     chosen = chosen or next(iter(found), None)
     if chosen is None:
@@ -205,4 +209,4 @@ def _under(
 
 def some(names: tuple[str, ...]) -> str:
     """The first few of many."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return one_line(", ".join(names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkl.lines import one_line
 from gkl.models.checkpoint_files import WRAPPING, read, some, state_dict
 from gkl.models.clip import Clip
 from gkl.models.normalise import Normalise, Statistics, described, same
@@ -61,7 +62,7 @@ class LoadReport:
         if self.others:
             found += f" and not {' or '.join(map(repr, self.others[:4]))}, which checkpoint_key=... takes"
         parts += [found] if found else []
-        parts += [f"there as {self.prefix}*"] if self.prefix else []
+        parts += [f"there as {one_line(self.prefix)}*"] if self.prefix else []
         lists = {
             "missing in the file": self.missing,
             "not in the model": self.unexpected,
@@ -142,7 +143,9 @@ def _by_own_name(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path:
             name = "".join(f"{part}." for part in parts[:start]) + bare[".".join(parts[start:])]
         name = key if key in own else name
         if name in found:
-            raise ValueError(f"{path} holds several networks ({name} twice); save the state dict of one")
+            raise ValueError(
+                f"{path} holds several networks ({one_line(name)} twice); save the state dict of one"
+            )
         found[name] = tensor
     return found
 
@@ -165,7 +168,7 @@ def _prefixes(
     whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
     if len(whole) > 1 and ("" in whole or not _alike([[given[p + n] for n in needed] for p in whole])):
         asked = " or ".join(f"checkpoint_key={f'{wrapper}.' if wrapper else ''}{p[:-1]}" for p in whole if p)
-        raise ValueError(f"{path} holds several networks ({needed[0]} twice); say which: {asked}")
+        raise ValueError(f"{path} holds several networks ({needed[0]} twice); say which: {one_line(asked)}")
     return whole or [max(met, key=lambda prefix: (met[prefix], -len(prefix)))]
 
 
