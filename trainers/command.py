@@ -1,6 +1,7 @@
 """The border between a script and the shell."""
 
 import errno
+import gc
 import io
 import os
 import signal
@@ -32,6 +33,9 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
     """
     with patient_streams():
         arguments = sys.argv[1:]
+        if not gc.isenabled():  # see trainers.interrupt
+            gc.freeze()  # modules stay to the end
+            gc.enable()
         try:
             for signum in heeded():
                 signal.signal(signum, _stop)

@@ -114,6 +114,18 @@ def test_a_second_interrupt_ends_what_is_ending_without_a_traceback(tmp_path: Pa
     assert process.returncode == 130 and out == err == ""
 
 
+def test_memory_is_collected_again_when_the_imports_are_over() -> None:
+    program = """
+import gc, sys
+import trainers.interrupt
+from trainers.command import run_main
+before = gc.isenabled()
+sys.exit(run_main(lambda _: print(before, gc.isenabled()) or 0))
+"""
+    done = subprocess.run(command(program), env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "False True\n")
+
+
 BECOMING = """
 import os, signal, sys
 from trainers.command import become, run_main

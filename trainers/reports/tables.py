@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from scipy.special import stdtrit  # the quantiles of scipy.stats.t, which takes a second to load
-
 from trainers.runs.plan import Overrides, experiments
 from trainers.runs.records import Record
 
@@ -254,6 +252,10 @@ def _other_teachers(rows: Iterable[Sequence[Record]]) -> list[str]:
 
 def paired_half_width(values: Sequence[float]) -> float:
     """Half-width of the Student interval of the mean of at least two paired differences."""
+    from scipy.special import (
+        stdtrit,
+    )  # the quantiles of scipy.stats.t; half a second to load, which a plan need not wait for
+
     error = statistics.stdev(values) / math.sqrt(len(values))
     return float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
 

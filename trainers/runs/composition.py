@@ -7,12 +7,14 @@ the settings of Hydra's launchers, logging and help into it, which nothing here 
 """
 
 import copy
+import pickle
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import hydra
+import omegaconf.base
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
@@ -24,6 +26,9 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
 from trainers.errors import ConfigError
+
+# Every composition asks for the same interpolations, and to read one takes ANTLR milliseconds; what it comes to is never changed.
+omegaconf.base.parse = cache(omegaconf.base.parse)  # type: ignore[attr-defined]
 
 Choices = dict[str, Any]  # group -> what is chosen of it
 Times = dict[Path, int]  # file -> when it was written
@@ -39,7 +44,7 @@ class Files(CachingConfigRepository):
         super().__init__(loader.repository)
         self.folder = folder
         self.times = Times()
-        self.merged: dict[tuple[str, ...], tuple[Times, DictConfig, Choices]] = {}
+        self.merged: dict[tuple[str, ...], tuple[Times, bytes, Choices]] = {}
 
     def load_config(self, config_path: str) -> ConfigResult | None:
         """A file's content, which is never changed."""
@@ -132,6 +137,6 @@ def _merged(files: Files, entry: str, groups: Sequence[Override]) -> tuple[DictC
             assert loaded is not None
             made.merge_with(ConfigLoaderImpl._embed_result_config(loaded, default.package).config)
             times[files.path(path)] = files.times[files.path(path)]
-        files.merged[key] = (times, made, found.overrides.known_choices)
+        files.merged[key] = (times, pickle.dumps(made), found.overrides.known_choices)
     _, config, chosen = files.merged[key]
-    return copy.deepcopy(config), dict(chosen)
+    return pickle.loads(config), dict(chosen)  # a fifth of the time of copy.deepcopy

@@ -41,8 +41,12 @@ class Cell:
     @cached_property
     def record(self) -> Path:
         """Where the file that completes it is or will be."""
-        record = record_path(self.config)
-        return assessment_path(record, self.assessment) if self.assessment else record
+        return assessment_path(self.run_record, self.assessment) if self.assessment else self.run_record
+
+    @cached_property
+    def run_record(self) -> Path:
+        """Where the run's own record is or will be."""
+        return record_path(self.config)
 
     @property
     def assessment(self) -> str | None:
@@ -52,7 +56,7 @@ class Cell:
     @property
     def recorded(self) -> bool:
         """Whether the run itself has its record."""
-        return is_whole(record_path(self.config))
+        return is_whole(self.run_record)
 
     @property
     def trained(self) -> bool:
@@ -67,13 +71,13 @@ class Cell:
     @property
     def stale(self) -> str | None:
         """What a finished run was made with and is another now: the weights of a run before. None where it is not known to be."""
-        record = read_record(record_path(self.config)) if self.recorded else {}
+        record = read_record(self.run_record) if self.recorded else {}
         for key in sources(self.config):
             made = record.get(key)
             now = instantiate(with_records(self.config)[key]).sha256 if made else None
             if made and now and made["sha256"] != now:
                 return (
-                    f"the run of {record_path(self.config)} began with the {key}'s weights {made['sha256'][:12]}, and these are {now[:12]} now; "
+                    f"the run of {self.run_record} began with the {key}'s weights {made['sha256'][:12]}, and these are {now[:12]} now; "
                     f"move the record away to run anew, or bring the {key}'s weights back"
                 )
         return None
