@@ -1,14 +1,14 @@
 """CLIP's data as configurations name it: DataComp's shards, any captions, Tiny-ImageNet's names, digits; and ImageNet's tests."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from gkl.data.captions import CaptionData, TestSet
-from gkl.data.content import check_content, hidden
+from gkl.data.content import check_content, check_same, hidden, listing
 from gkl.data.decoding import Decoder
 from gkl.data.digits import digits, digits_files
 from gkl.data.files import Split, other_pictures, split
@@ -26,7 +26,8 @@ from gkl.data.tokens import (
     templates_of,
 )
 
-Folders = Mapping[str, str | None]  # root, and below it a folder for each test; None leaves one out
+# root, and below it a folder for each test, None leaves one out; content: what tests_content says of them, if they must be those
+Folders = Mapping[str, str | None]
 CLASSES = {"imagenet_r": 200}  # of a test that has fewer than all
 
 
@@ -38,11 +39,7 @@ def datacomp(
 
     content: what gkl.data.pairs.shards_content says of root, if they must be those.
     """
-    if content is not None and (found := shards_content(root)) != content:
-        raise ValueError(
-            f"the shards at {root} have changed since this run was started (content {found}, was {content}); bring those back, or start "
-            "anew with the same command"
-        )
+    check_same(f"the shards at {root}", content, lambda: shards_content(root))
     pairs = Shards(Path(root), samples, lanes, shuffle, decoder)
     return _of_imagenet("datacomp", pairs, bpe(context_length), tests, image_size, decoder)
 
@@ -94,8 +91,7 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
 
     ImageNet-V2 has the classes' places, 0 to 999, for names. classes: how many. Raises ValueError naming what is missing.
     """
-    root = Path(str(folders["root"]))
-    wanted = {metric: root / name for metric, name in folders.items() if metric != "root" and name}
+    wanted = _wanted(folders)
     if missing := [f"{metric} at {path}" for metric, path in wanted.items() if not path.is_dir()]:
         raise ValueError(
             f"no pictures to test with: {', '.join(missing)}; unpack their class folders there, set data.tests.root=..., or leave one out "
@@ -105,6 +101,8 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
         raise ValueError(
             "data.tests.imagenet is needed: ImageNet's validation pictures say what the classes are"
         )
+    where = f"the pictures to test with below {folders['root']}"
+    check_same(where, folders.get("content"), lambda: tests_content(folders))
     ids = _folders(wanted["imagenet"])
     if len(ids) != classes:
         raise ValueError(
@@ -117,6 +115,21 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
         class_names = [str(n) for n in range(classes)] if numbered else ids
         found[metric] = TestSet(*other_pictures(path, class_names, CLASSES.get(metric, classes)))
     return found
+
+
+def tests_content(folders: Folders, of: Callable[[Path], str | None] = listing) -> str | None:
+    """16 hexadecimal digits of what `of` says of each test, None unless every one is there."""
+    found = {metric: of(path) for metric, path in _wanted(folders).items()}
+    lines = [f"{metric}\0{digest}" for metric, digest in sorted(found.items())]
+    there = lines and None not in found.values()
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if there else None
+
+
+def _wanted(folders: Folders) -> dict[str, Path]:
+    root = Path(str(folders["root"]))
+    return {
+        metric: root / name for metric, name in folders.items() if metric not in ("root", "content") and name
+    }
 
 
 def _folders(path: Path) -> list[str]:

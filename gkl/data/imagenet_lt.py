@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from gkl.data.content import check_same
+from gkl.data.content import content as content_of
 from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, split
 from gkl.data.imagenet import check_there
@@ -20,14 +22,17 @@ PROFILE = (385, 479, 136)
 
 
 def imagenet_lt(
-    root: str, lists: str, image_size: int = 224, resize: int = 256, decoder: Decoder = "torchvision"
-) -> ImageFiles:
+    root: str, lists: str, image_size: int = 224, resize: int = 256, decoder: Decoder = "torchvision",
+    content: str | None = None, lists_content: str | None = None,
+) -> ImageFiles:  # fmt: skip
     """ImageNet-LT: the pictures of ImageNet under root that the published lists name; test is the list of that name.
 
-    lists: folder with ImageNet_LT_train.txt, _val.txt, _test.txt, a path and a class a line. Other arguments as `image_files`.
+    lists: folder with ImageNet_LT_train.txt, _val.txt, _test.txt, a path and a class a line. content, lists_content: what
+    gkl.data.content says of root (`listing`) and lists (`content`), if they must be those. Other arguments as `image_files`.
     Raises FileNotFoundError or ValueError when lists or pictures are missing, or the lists are not the published ones by
     their lines and the number of pictures a class has.
     """
+    check_same(f"the lists at {lists}", lists_content, lambda: content_of(lists))
     listed = {
         part: read_list(Path(lists) / f"ImageNet_LT_{part}.txt", count) for part, count in LISTS.items()
     }
@@ -43,7 +48,7 @@ def imagenet_lt(
             f"{lists}/ImageNet_LT_train.txt is another list: needs 1000 classes, {_profile(PROFILE)}; got {classes}, "
             f"{_profile(profile)}"
         )
-    check_there(root)
+    check_there(root, content)
     store = open_store(Path(root))
     known = {os.path.splitext(os.path.basename(name))[0]: name for name in store.names}
     parts = []

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gkl import own
-from gkl.data.content import content
+from gkl.data.caption_sets import tests_content
+from gkl.data.content import content, listing
 from gkl.data.generated import prepared
 from gkl.data.pairs import shards_content
 from trainers.errors import ConfigError
@@ -47,16 +48,23 @@ def register_resolvers() -> None:
     def content_at(root: str | None) -> str | None:
         return root and content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
 
+    def tests(*, _parent_: DictConfig) -> str | None:
+        folders = {str(key): _parent_[key] for key in _parent_ if key != "content"}
+        return tests_content(folders, _listing)
+
     def sha256(path: str | None) -> str | None:
         there = path is not None and Path(path).is_file()  # what is missing is told where it is wanted
         return hashlib.sha256(Path(str(path)).read_bytes()).hexdigest() if there else None
 
-    for name, found in (
-        ("content", content_at),
-        ("sha256", sha256),
-        ("shards", shards_content),
-        ("sum", lambda *n: sum(n)),
-    ):
+    resolvers: dict[str, Callable[..., Any]] = {
+        "content": content_at,
+        "listing": _listing,
+        "tests": tests,
+        "sha256": sha256,
+        "shards": shards_content,
+        "sum": lambda *n: sum(n),
+    }
+    for name, found in resolvers.items():
         OmegaConf.register_new_resolver(name, found, replace=True)
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
@@ -65,6 +73,9 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
     for resolver in (scaled, by_model, per_class):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+_listing = cache(listing)  # once for all rows of a table; each run looks again
 
 
 def choices(group: str) -> list[str]:

@@ -34,7 +34,10 @@ EXCLUDED = (
 )
 # How the weights are measured when the training is over: another measurement takes the same weights.
 MEASUREMENT = ("evaluation", "evaluate")
+MEASURED_WITH = ("tests",)  # of the data: CLIP's zero-shot tests
 EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache", "checkpoint")
+PLACES = {"lists": "data/ImageNet_LT"}  # places that once counted: as the usual one, wherever they are
+CONTENTS = ("content", "lists_content")  # what is known of data once they are there
 
 
 def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def clean(node: Any) -> Any:
         if isinstance(node, Mapping):
-            return {key: clean(value) for key, value in node.items() if key not in EXCLUDED_ANYWHERE}
+            kept = {key: clean(value) for key, value in node.items() if key not in EXCLUDED_ANYWHERE}
+            return kept | {key: place for key, place in PLACES.items() if key in kept}
         return [clean(value) for value in node] if isinstance(node, list) else node
 
     return {key: clean(value) for key, value in config.items() if key not in EXCLUDED}
@@ -72,7 +76,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 def training_hash(config: Mapping[str, Any]) -> str:
     """config_hash of what the weights depend on: runs that differ in their measurement alone share one training."""
-    return config_hash({key: value for key, value in config.items() if key not in MEASUREMENT})
+    kept = {key: value for key, value in config.items() if key not in MEASUREMENT}
+    return config_hash({**kept, "data": {k: v for k, v in config["data"].items() if k not in MEASURED_WITH}})
 
 
 def _defaults(name: str) -> dict[str, Any]:
@@ -102,7 +107,7 @@ def asked(overrides: list[str]) -> list[str]:
         key = key.lstrip("+~")
         if key.split(".")[0].split("@")[0] in EXCLUDED:
             continue
-        if key.split(".")[-1] not in EXCLUDED_ANYWHERE:
+        if key.split(".")[-1] not in (*EXCLUDED_ANYWHERE, *PLACES):
             kept.append(override)
         elif value not in ("null", "true", "false"):  # data.download=false is no place
             kept.append(f"{key}=PATH")
@@ -110,7 +115,10 @@ def asked(overrides: list[str]) -> list[str]:
 
 
 def differences(usual: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Every setting that changes the result and differs: its dotted name -> [usual value, this configuration's]."""
+    """Every setting that changes the result and differs: its dotted name -> [usual value, this configuration's].
+
+    The same data known on one side alone, where they do not lie at their usual place, are no difference.
+    """
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict):
@@ -120,8 +128,17 @@ def differences(usual: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         }
 
     one, other = (flat(_with_defaults(without_excluded(c))) for c in (usual, config))
-    return {
+    found = {
         key: [one.get(key), other.get(key)]
         for key in sorted({*one, *other})
         if one.get(key) != other.get(key)
+    }
+
+    def of_other_data(key: str) -> bool:
+        return any(f"{key[:end]}_target_" in found for end, mark in enumerate(key, 1) if mark == ".")
+
+    return {
+        key: values
+        for key, values in found.items()
+        if key.rpartition(".")[2] not in CONTENTS or None not in values or of_other_data(key)
     }

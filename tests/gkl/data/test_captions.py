@@ -26,7 +26,7 @@ from gkl.data.stores import PictureError
 from gkl.data.tokens import Words
 from gkl.distributed import Shard
 from trainers.runs.compose import compose
-from trainers.runs.identity import config_hash
+from trainers.runs.identity import config_hash, training_hash
 
 pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
 WHOLE = ResizedCrop((1.0, 1.0), (1.0, 1.0), flip=0.0)
@@ -380,3 +380,52 @@ def test_two_folders_of_shards_are_two_runs(tmp_path: Path, tests: dict[str, str
     assert datacomp(str(one), **given, content=known).name == "datacomp"  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the shards at .*other have changed since this run was started"):
         datacomp(str(other), **given, content=known)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("data", ["datacomp", "caption_files", "imagenet_zero_shot"])
+def test_other_tests_measure_the_same_training_anew(
+    data: str, tmp_path: Path, tests: dict[str, str | None]
+) -> None:
+    """Once whatever lay at data.tests.root was one run; and no test is read in a training."""
+    folder = imagenet_below(tmp_path / "other")
+    (tmp_path / "other/v2/7/0.png").write_bytes(picture(7, 64))
+    root = shards(tmp_path / "tars") if data == "datacomp" else tmp_path
+    (tmp_path / "pairs.csv").write_text("filepath,title\n")
+
+    def composed(at: object, *more: str) -> dict[str, Any]:
+        known = [
+            "data.tests.imagenet=val",
+            "data.tests.imagenet_v2=v2",
+            "data.tests.imagenet_sketch=null",
+            "data.tests.imagenet_r=null",
+        ]
+        place = {"datacomp": [f"data.root={root}"], "caption_files": [f"data.root={root}/pairs.csv"]}.get(
+            data, []
+        )
+        words = [
+            "experiment=clip/baseline",
+            "scale=small",
+            f"data={data}",
+            *place,
+            f"data.tests.root={at}",
+            *known,
+            *more,
+        ]
+        return compose("train", words)
+
+    copy = shutil.copytree(str(tests["root"]), tmp_path / "copy")
+    one, again, other, none = (composed(at) for at in (tests["root"], copy, folder["root"], "nowhere"))
+    assert config_hash(one) == config_hash(again) != config_hash(other)
+    assert (
+        training_hash(one)
+        == training_hash(other)
+        == training_hash(composed(copy, "data.tests.imagenet_v2=null"))
+    )
+    assert none["data"]["tests"]["content"] is None
+    assert config_hash(none) == config_hash(composed(copy, "~data.tests.content"))
+    assert imagenet_tests(other["data"]["tests"], 1000).keys() == {"imagenet", "imagenet_v2"}
+    (tmp_path / "other/v2/8/0.png").unlink()
+    with pytest.raises(
+        ValueError, match=r"^the pictures to test with below .*other have changed since this run was started"
+    ):
+        imagenet_tests(other["data"]["tests"], 1000)

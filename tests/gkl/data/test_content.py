@@ -3,17 +3,21 @@
 import os
 import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
-from gkl.data.content import content
+from gkl.data.content import content, listing
 from gkl.data.image_folder import image_files, image_folder
+from gkl.data.imagenet import imagenet
+from gkl.data.imagenet_lt import imagenet_lt
 from trainers.errors import ConfigError
-from trainers.runs.compose import compose
-from trainers.runs.identity import config_hash
+from trainers.runs.compose import compose, usual
+from trainers.runs.identity import asked, config_hash, differences
 
 
 def pictures(folder: Path, shade: int = 0) -> Path:
@@ -131,3 +135,98 @@ def test_a_table_is_known_by_the_pictures_that_it_names(name: str, separator: st
         found.append([content(folder / name), content(folder / name, tmp_path / "kept")])
     assert found[0] == found[1] and found[0] != found[2]
     assert all(one == other for one, other in found)
+
+
+# --- too many to be read --------------------------------------------------------------------------------------------------
+
+
+def test_a_listing_is_of_names_and_sizes_wherever_they_lie(tmp_path: Path) -> None:
+    one = pictures(tmp_path / "one")
+    found = listing(one)
+    (one / "README.md").write_text("what these are")
+    (one / ".hidden.bmp").write_bytes(b"none")
+    os.utime(one / "train/a/0.bmp", ns=(10**18, 10**18))
+    copy = Path(shutil.copytree(one, tmp_path / "elsewhere/copy"))
+    assert found == listing(one) == listing(copy)
+    assert (
+        found == listing(packed(one, tmp_path / "a.zip")) == listing(packed(one, tmp_path / "b.zip", "top"))
+    )
+    assert found == listing(pictures(tmp_path / "other", shade=1))  # of equal sizes: that is all it says
+    (copy / "train/a/0.bmp").rename(copy / "train/b/0.bmp")
+    assert listing(copy) != found
+    (one / "train/a/0.bmp").write_bytes(b"of another size")
+    assert listing(one) != found
+    (tmp_path / "damaged.zip").write_bytes(b"PK")
+    (tmp_path / "empty").mkdir()
+    assert [listing(tmp_path / name) for name in ("nothing", "damaged.zip", "empty")] == [None] * 3
+
+
+@pytest.mark.parametrize("data", ["imagenet", "imagenet_strong", "imagenet_lt"])
+def test_two_imagenets_are_two_runs_and_none_is_as_ever(data: str, tmp_path: Path) -> None:
+    """Once whatever lay at data.root was one run."""
+    one, other = pictures(tmp_path / "one"), pictures(tmp_path / "other")
+    (other / "train/a/0.bmp").write_bytes(b"of another size")
+    copy = Path(shutil.copytree(one, tmp_path / "copy"))
+
+    def composed(root: Path, *more: str) -> dict[str, Any]:
+        words = ["experiment=kd/in_vanilla", "model=resnet18", f"data={data}", f"data.root={root}", *more]
+        return compose("train", words)
+
+    assert config_hash(composed(one)) == config_hash(composed(copy)) != config_hash(composed(other))
+    none = composed(tmp_path / "nothing")
+    assert none["data"]["content"] is None and config_hash(none) != config_hash(composed(one))
+    del none["data"]["content"]  # of a configuration from before there was the setting
+    assert config_hash(none) == config_hash(composed(one, "data.content=null"))
+
+
+def test_the_lists_of_imagenet_lt_count_by_content_and_not_by_place(tmp_path: Path) -> None:
+    """Once a run was another where GKL_DATA was, and the same whatever its lists said."""
+    for place, text in (("a", "one 1"), ("b", "one 1"), ("c", "two 1")):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "ImageNet_LT_train.txt").write_text(text)
+
+    def hashed(*more: str) -> str:
+        words = ["experiment=kd/lt_gkl/resnext101_resnet18", f"data.root={tmp_path}/nothing", *more]
+        return config_hash(compose("train", words))
+
+    a, b, c = (hashed(f"data.lists={tmp_path / place}") for place in "abc")
+    assert a == b != c
+    before = "4fc98497739a"  # when lists had no content
+    assert (
+        hashed("data.lists=nowhere")
+        == hashed("data.lists=data/ImageNet_LT", "data.lists_content=null")
+        == before
+    )
+    assert asked([f"data.lists={tmp_path}", "data.root=b"]) == ["data.lists=PATH", "data.root=PATH"]
+
+
+@pytest.mark.parametrize("data", ["imagenet", "imagenet_lt"])
+def test_an_imagenet_that_changed_since_the_start_is_refused(data: str, tmp_path: Path) -> None:
+    one, lists = pictures(tmp_path / "one"), tmp_path / "lists"
+    lists.mkdir()
+    (lists / "ImageNet_LT_train.txt").write_text("train/a/0.bmp 0\n")
+    made = {"imagenet": imagenet, "imagenet_lt": partial(imagenet_lt, lists=str(lists))}[data]
+    known = listing(one)
+    with pytest.raises(ValueError, match="is not the whole of ImageNet|is not the published list"):
+        made(str(one), content=known)  # looked at, and gone on from
+    (one / "train/a/0.bmp").unlink()
+    if data == "imagenet":
+        with pytest.raises(
+            ValueError, match=rf"^the pictures at {one} have changed since this run was started \(content"
+        ):
+            made(str(one), content=known)
+    else:
+        with pytest.raises(
+            ValueError, match=rf"^the lists at {lists} have changed since this run was started \(content"
+        ):
+            made(str(one), content=known, lists_content="0123456789abcdef")
+
+
+def test_the_paper_s_data_at_another_place_is_no_departure(tmp_path: Path) -> None:
+    """A table would show its runs in a section of their own."""
+    root = pictures(tmp_path / "one")
+    words = ["experiment=kd/lt_vanilla/imagenet_resnet_18", f"data.root={root}"]
+    there = compose("train", words)
+    assert there["data"]["content"] and differences(usual(there), there) == {}
+    other = compose("train", [*words, "data=image_files", "data.image_size=16", "data.resize=16"])
+    assert differences(usual(other), other)["data.content"] == [None, other["data"]["content"]]
