@@ -67,15 +67,23 @@ class CaptionData:
         """(N,) int64, of `imagenet`."""
         return self.tests["imagenet"].pictures.labels
 
+    def _digest(self) -> Any:
+        texts = every_text(self.class_names, self.templates)
+        return hashlib.sha256("\n".join([self.pairs.sha256 if self.pairs else "", *texts]).encode())
+
+    @cached_property
+    def trained_on(self) -> str:
+        """Digest of the pairs and of what the classes are called: all that a training reads."""
+        return str(self._digest().hexdigest())
+
     @cached_property
     def sha256(self) -> str:
-        """Digest of the pairs, of the tests' lists, and of what the classes are called."""
-        texts = every_text(self.class_names, self.templates)
-        digest = hashlib.sha256("\n".join([self.pairs.sha256 if self.pairs else "", *texts]).encode())
+        """Digest of these and of the tests' lists."""
+        digest = self._digest()
         for name, test in self.tests.items():
             digest.update(name.encode() + b"\n".join(test.pictures.names.tolist()))
             digest.update(test.pictures.labels.numpy().tobytes() + test.among.numpy().tobytes())
-        return digest.hexdigest()
+        return str(digest.hexdigest())
 
     def batches(self, *, augment: Any, **settings: Any) -> "CaptionBatches":
         """A training's batches. Raises ValueError for settings that pairs cannot have."""

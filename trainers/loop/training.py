@@ -227,23 +227,29 @@ class Training:
         averages = {name: a.state for name, a in self.averages.items() if a.state}
         return {"last": last, **averages, **self.method.weights()}
 
+    @property
+    def trained_on(self) -> str:
+        """Digest of the data, without the tests where they can be told apart."""
+        return str(getattr(self.data, "trained_on", self.data.sha256))
+
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "data": self.data.sha256,
+            "data": self.trained_on,
             "averages": {name: average.state_dict() for name, average in self.averages.items()},
             **self.method.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint, on any number of processes. Raises RunError where it was trained on other data."""
-        if (trained_on := state.get("data", self.data.sha256)) != self.data.sha256:
+        before = state.get("data", self.trained_on)
+        if before not in (self.trained_on, self.data.sha256):
             raise RunError(
-                f"{self.data.name} is no longer the data that this run was trained on (sha256 {trained_on[:12]}, now "
-                f"{self.data.sha256[:12]}); nothing was changed. Bring that back, or move the run's folder away to train anew"
+                f"{self.data.name} is no longer the data that this run was trained on (sha256 {before[:12]}, now "
+                f"{self.trained_on[:12]}); nothing was changed. Bring that back, or move the run's folder away to train anew"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

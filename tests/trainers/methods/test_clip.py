@@ -19,7 +19,7 @@ from gkl.data.augment import to_float
 from gkl.distributed import all_reduce, rank
 from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
-from trainers.errors import ConfigError
+from trainers.errors import ConfigError, RunError
 from trainers.loop.console import Console
 from trainers.loop.engine import fit
 from trainers.loop.folder import RunFolder
@@ -175,6 +175,20 @@ def test_a_run_goes_on_to_the_same_bits(row: str, tmp_path: Path) -> None:
         other.train_step(1, step)
     for name, value in whole.model.state_dict().items():
         assert other.model.state_dict()[name].equal(value), name
+
+
+def test_weights_go_on_with_other_tests_and_not_with_other_pairs(tmp_path: Path) -> None:
+    """Once a test that came later would have had the whole training done anew."""
+    task = make_task("baseline", tmp_path)
+    state = task.state_dict()
+    fewer = make_task("baseline", tmp_path)
+    del fewer.data.tests["imagenet_r"]  # type: ignore[attr-defined]
+    fewer.load_state_dict(state)
+    fewer.load_state_dict({**state, "data": fewer.data.sha256})  # of a checkpoint from before
+    fewer.data.__dict__.update(templates=fewer.data.templates[:3])  # type: ignore[attr-defined]
+    fewer.data.__dict__.pop("trained_on")
+    with pytest.raises(RunError, match="is no longer the data that this run was trained on"):
+        fewer.load_state_dict(state)
 
 
 def test_the_teacher_is_frozen_and_in_no_checkpoint(tmp_path: Path) -> None:
