@@ -133,7 +133,7 @@ def _check_section(section: str, found: Any, types: Mapping[str, Any]) -> None:
         if name not in types:
             raise ConfigError(unknown("setting", f"{section}.{name}", [f"{section}.{n}" for n in types]))
         if not fits(value, types[name]):
-            hint = "; a fraction is written ${px:8}" if name == "epsilon" and isinstance(value, str) else ""
+            hint = "; null takes all" if name == "images" else ""
             raise ConfigError(mistyped(f"{section}.{name}", types[name], value) + hint)
     if missing := [name for name in types if name not in found and section != "paths"]:
         raise ConfigError(f"{section} also needs {', '.join(missing)}: choose a file of configs/{section}")

@@ -21,6 +21,13 @@ from typing import Any
 from trainers.errors import ConfigError
 
 GIVEN = ("num_classes",)  # what is known when a part is made
+WORDS = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    Path: ("a path", "paths"),
+    type(None): ("null", "null"),
+}
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
@@ -170,11 +177,36 @@ def fits(value: Any, annotation: Any) -> bool:
 
 
 def mistyped(name: str, annotation: Any, value: Any) -> str:
-    """One line for a value of another type."""
-    wanted = annotation.__name__ if inspect.isclass(annotation) else str(annotation).replace("typing.", "")
+    """One line for a value of another type, in the words of a YAML file."""
+    *others, last = _in_words(annotation)
+    wanted = f"{', '.join(others)} or {last}" if others else last
+    levels = re.fullmatch(r"([\d.]+)/255", value) if isinstance(value, str) else None
+    hint = f"; a fraction is written ${{px:{levels[1]}}}" if levels else ""
+    return f"{name} must be {wanted}, got {as_typed(value)}{hint}"
+
+
+def _in_words(annotation: Any, some: bool = False) -> list[str]:
+    """What a setting of a type may be, in words; some: several of them."""
+    arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is typing.Literal:
-        wanted = " or ".join(map(str, typing.get_args(annotation)))
-    return f"{name} must be {wanted}, got {value!r} ({type(value).__name__})"
+        return [as_typed(argument).strip("'") for argument in arguments]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return [word for argument in arguments for word in _in_words(argument, some)]
+    if typing.get_origin(annotation) in (Sequence, list, tuple):
+        return [f"{'lists' if some else 'a list'} of {' or '.join(_in_words(arguments[0], some=True))}"]
+    if annotation is bool:
+        return ["true", "false"]
+    one, several = WORDS.get(annotation, ("a part that configs/ names", "parts that configs/ names"))
+    return [several if some else one]
+
+
+def as_typed(value: Any) -> str:
+    """A plain value as a person types it, text in quotes."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{', '.join(map(as_typed, value))}]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
 
 
 def unknown(kind: str, name: str, known: Sequence[str]) -> str:

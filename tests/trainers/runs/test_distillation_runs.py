@@ -127,7 +127,7 @@ def test_scales_shrink_the_recipe(method: str, scale: str) -> None:
             ["experiment=kd/c100_gkl/vgg13_vgg8", "distiller.gama=1"],
             "there is no setting 'distiller.gama'.*'gamma'",
         ),
-        (["experiment=kd/c100_gkl/vgg13_vgg8", "distiller.gamma=big"], "distiller.gamma must be float"),
+        (["experiment=kd/c100_gkl/vgg13_vgg8", "distiller.gamma=big"], "distiller.gamma must be a number"),
         (
             ["experiment=kd/c100_gkl/vgg13_vgg8", "evaluate=lst"],
             "unknown evaluate 'lst'; did you mean 'last'",

@@ -1,13 +1,16 @@
 """What is out of its range is refused before anything starts, with its name and what it may be."""
 
-from typing import Any
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import pytest
 
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, completed_by, compose
 from trainers.runs.ranges import RANGES, check_ranges, numbers
-from trainers.runs.settings import check, check_sections
+from trainers.runs.settings import SECTIONS, SETTINGS, check, check_sections
+from trainers.runs.targets import addresses, fits, mistyped, parameters_of
 
 PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
 
@@ -20,9 +23,20 @@ def composed(*words: str) -> dict[str, Any]:
     "word, message",
     [
         ("evaluation.norm=Linf", "evaluation.norm must be linf or l2, got 'Linf'"),
-        ("evaluation.epsilon=8/255", r"evaluation.epsilon must be float, got '8/255' .* written \$\{px:8\}"),
+        (
+            "evaluation.epsilon=8/255",
+            r"evaluation.epsilon must be a number, got '8/255'; a fraction is written \$\{px:8\}",
+        ),
+        (
+            "attack.epsilon=2/255",
+            r"attack.epsilon must be a number, got '2/255'; a fraction is written \$\{px:2\}$",
+        ),
         ("evaluation.images=0", "evaluation.images must be at least 1, got 0"),
         ("evaluation.images=-1", "evaluation.images must be at least 1, got -1"),
+        (
+            "evaluation.images=abc",
+            "evaluation.images must be a whole number, robustbench or null, got 'abc'; null takes all$",
+        ),
         ("evaluation.version=plus", "evaluation.version must be standard or screen, got 'plus'"),
         ("evaluation.epsilon=8", f"evaluation.epsilon {PIXELS}"),
         ("+evaluation.limit=3", "unknown setting 'evaluation.limit'.*evaluation.version, evaluation.norm"),
@@ -84,3 +98,22 @@ def test_a_length_in_l2_may_be_above_one() -> None:
     for section in ({"norm": "linf", "epsilon": 3.0}, {"norm": "l2", "epsilon": -1.0}, {"epsilon": 3.0}):
         with pytest.raises(ConfigError, match="evaluation.epsilon must be"):
             check_ranges({"evaluation": section})
+
+
+def test_what_a_setting_takes_is_said_in_words() -> None:
+    """Once in Python's: Union[int, Literal['robustbench'], NoneType]."""
+    hints = [*SETTINGS.values(), *(hint for types in SECTIONS.values() for hint in types.values())]
+    hints += [hint for name in addresses() for key, hint in parameters_of(name)[1].items() if key != "return"]
+    odd = object()
+    for hint in hints:
+        if not fits(odd, hint):
+            assert not re.search(
+                r"[A-Z\[\]]|typing|collections|\bint\b|float\b(?!32|64)|\bstr\b",
+                said := mistyped("x", hint, 0),
+            ), said
+    wanted = Literal["all"] | Sequence[Sequence[int]]
+    assert (
+        mistyped("x", wanted, [None, True, "a"])
+        == "x must be all or a list of lists of whole numbers, got [null, true, 'a']"
+    )
+    assert mistyped("x", bool | Literal["auto"], 2) == "x must be true, false or auto, got 2"
