@@ -97,7 +97,7 @@ def texts(
 
 def _asked(path: Path, names: Sequence[Name], there: set[str]) -> dict[str, Asked]:
     """Benchmarks by name. Raises ValueError for one whose pictures are not there."""
-    found = {}
+    found: dict[str, Asked] = {}
     for name in names:
         made, pictures = benchmark(path, name)
         store: Store | None = None
@@ -107,7 +107,7 @@ def _asked(path: Path, names: Sequence[Name], there: set[str]) -> dict[str, Aske
                 f"folder with {name}'s pictures",
                 "fetch them, or leave the benchmark out of data.asked",
             )
-            lacking = [q.picture for q in made.questions if f"{pictures}/{q.picture}" not in there]
+            lacking = [str(q.picture) for q in made.questions if f"{pictures}/{q.picture!s}" not in there]
             if lacking:
                 raise ValueError(
                     f"{name} asks about {len({*lacking}):,} pictures that are not in {path / pictures}, such as {lacking[0]!r}; fetch them, or "

@@ -248,11 +248,10 @@ class DialogueBatches:
         images = self._pictures(epoch, step) if data.store is not None else None
         if images is None:
             images = torch.zeros(0, 3, data.image_size, data.image_size, dtype=torch.uint8)
-        there = [
-            t.to(self.device, non_blocking=True) for t in (images, *(collate(made) if made else _none()))
-        ]
+        found = (images, *(collate(made) if made else _none()), shown, self.cards[step][own])
+        images, tokens, labels, there, shown, card = (t.to(self.device, non_blocking=True) for t in found)
         place = sum(len(self.order[n]) for n in range(step)) + own
-        return DialogueBatch(*there, shown.to(self.device), self.cards[step][own].to(self.device), place)
+        return DialogueBatch(images, tokens, labels, there, shown, card, place)
 
     def see(self, images: Tensor, view: Any, draws: Any) -> Tensor:
         """The images, views that they are."""

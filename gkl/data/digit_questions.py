@@ -174,79 +174,85 @@ def _write(root: Path, places: int, count: int, draw: random.Random) -> None:
 
 
 def _write_questions(root: Path, images: Tensor, labels: Sequence[int], draw: random.Random) -> Iterator[str]:
-    """The benchmarks' files; gives all that is asked. Test scans take turns: each is asked about in each benchmark that has its turn."""
-    names = [f"{n:04d}.png" for n in range(len(labels))]
+    """The benchmarks' files below eval/; gives all kinds of questions."""
+    scans = [(f"{n:04d}.png", digit) for n, digit in enumerate(labels)]
     for folder in ("textvqa/train_images", "gqa/data/images", "pope/val2014"):
-        for image, name in zip(images, names, strict=True):
+        for image, (name, _) in zip(images, scans, strict=True):
             _picture(image, root / folder / name)
-    shown = list(enumerate(zip(names, labels, strict=True)))
-
-    asked = [{"question_id": n[:-4], "image": n, "text": text_question()} for _, (n, _) in shown]
-    given = [
-        {
-            "image_id": n[:-4],
-            "question": text_question().split("\n")[0],
-            "question_id": number,
-            "answers": [DIGITS[d]] * 10,
-        }
-        for number, (n, d) in shown
-    ]
-    write_lines(root / "textvqa/llava_textvqa_val_v051_ocr.jsonl", asked)
-    write_json(root / "textvqa/TextVQA_0.5.1_val.json", {"data": given})
-
-    asked, answers = [], {}
-    for number, (n, d) in shown:
-        even = number % 2 == 0
-        key = f"{number:06d}"
-        asked.append({"question_id": key, "image": n, "text": even_question() if even else open_question()})
-        right = ("no" if d % 2 else "yes") if even else DIGITS[d]
-        answers[key] = {
-            "answer": right,
-            "isBalanced": True,
-            "types": {"structural": "verify" if even else "query"},
-        }
-    write_lines(root / "gqa/llava_gqa_testdev_balanced.jsonl", asked)
-    write_json(root / "gqa/data/testdev_balanced_questions.json", answers)
-
-    asked = []
-    for category in POPE_CATEGORIES:
-        rows = []
-        for _, (n, d) in shown[:: len(POPE_CATEGORIES)]:
-            absent = {
-                "adversarial": ALIKE[d],
-                "popular": draw.choice([p for p in POPULAR if p != d]),
-                "random": draw.choice([p for p in range(10) if p != d]),
-            }[category]
-            for thing, label in ((d, "yes"), (absent, "no")):
-                text = there_question(thing).split("\n")[0]
-                rows.append({"question_id": len(rows) + 1, "image": n, "text": text, "label": label})
-                asked.append(
-                    {
-                        "question_id": len(asked) + 1,
-                        "image": n,
-                        "text": there_question(thing),
-                        "category": category,
-                    }
-                )
-        write_lines(root / f"pope/coco/coco_pope_{category}.json", rows)
-    write_lines(root / "pope/llava_pope_test.jsonl", asked)
-
+    _write_textvqa(root / "textvqa", scans)
+    _write_gqa(root / "gqa", scans)
+    _write_pope(root / "pope", scans, draw)
     for name, chinese in ((MM_DEV, False), (MM_DEV_CN, True)):
-        lines = ["\t".join(["index", "question", "A", "B", "C", "D", "answer", "image", "category"])]
-        words = CHINESE if chinese else DIGITS
-        for number, (_, d) in shown[::3]:
-            options = options_of(d, draw)
-            for turn in range(len(options)):
-                turned = options[turn:] + options[:turn]
-                index = number + turn * ROUND
-                question = choice_question(turned, chinese).split("\n")[0]
-                cells = [
-                    str(index), question, *(words[o] for o in turned), LETTERS[turned.index(d)], _base64(images[number]), "digit",
-                ]  # fmt: skip
-                lines.append("\t".join(cells))
-        write_text(root.parent / name, "\n".join(lines) + "\n")
+        _write_mmbench(root.parent / name, scans, images, chinese, draw)
     yield from (choice_question(range(4), chinese) for chinese in (False, True))
     yield from (text_question(), open_question(), even_question(), there_question(0))
+
+
+Scans = Sequence[tuple[str, int]]  # a picture's file and its digit
+
+
+def _write_textvqa(root: Path, scans: Scans) -> None:
+    """Each scan once; ten people agree."""
+    bare = text_question().split("\n")[0]
+    asked = [{"question_id": name[:-4], "image": name, "text": text_question()} for name, _ in scans]
+    given = [
+        {"image_id": name[:-4], "question": bare, "question_id": number, "answers": [DIGITS[digit]] * 10}
+        for number, (name, digit) in enumerate(scans)
+    ]
+    write_lines(root / "llava_textvqa_val_v051_ocr.jsonl", asked)
+    write_json(root / "TextVQA_0.5.1_val.json", {"data": given})
+
+
+def _write_gqa(root: Path, scans: Scans) -> None:
+    """Every other scan by a question of two answers, the ones between by an open one."""
+    asked, answers = [], {}
+    for number, (name, digit) in enumerate(scans):
+        binary, key = number % 2 == 0, f"{number:06d}"
+        text = even_question() if binary else open_question()
+        right = ("no" if digit % 2 else "yes") if binary else DIGITS[digit]
+        kind = "verify" if binary else "query"
+        asked.append({"question_id": key, "image": name, "text": text})
+        answers[key] = {"answer": right, "isBalanced": True, "types": {"structural": kind}}
+    write_lines(root / "llava_gqa_testdev_balanced.jsonl", asked)
+    write_json(root / "data/testdev_balanced_questions.json", answers)
+
+
+def _write_pope(root: Path, scans: Scans, draw: random.Random) -> None:
+    """In each category every third scan, asked after its digit and after another."""
+    asked: list[dict[str, Any]] = []
+    for category in POPE_CATEGORIES:
+        rows: list[dict[str, Any]] = []
+        for name, digit in scans[:: len(POPE_CATEGORIES)]:
+            absent = {
+                "adversarial": ALIKE[digit],
+                "popular": draw.choice([p for p in POPULAR if p != digit]),
+                "random": draw.choice([p for p in range(10) if p != digit]),
+            }[category]
+            for thing, label in ((digit, "yes"), (absent, "no")):
+                text = there_question(thing)
+                bare = text.split("\n")[0]
+                rows.append({"question_id": len(rows) + 1, "image": name, "text": bare, "label": label})
+                asked.append(
+                    {"question_id": len(asked) + 1, "image": name, "text": text, "category": category}
+                )
+        write_lines(root / f"coco/coco_pope_{category}.json", rows)
+    write_lines(root / "llava_pope_test.jsonl", asked)
+
+
+def _write_mmbench(path: Path, scans: Scans, images: Tensor, chinese: bool, draw: random.Random) -> None:
+    """Every third scan, in as many rounds as there are options."""
+    words = CHINESE if chinese else DIGITS
+    lines = ["\t".join(["index", "question", "A", "B", "C", "D", "answer", "image", "category"])]
+    for number, (_, digit) in list(enumerate(scans))[::3]:
+        options = options_of(digit, draw)
+        for turn in range(len(options)):
+            turned = options[turn:] + options[:turn]
+            cells = [
+                str(number + turn * ROUND), choice_question(turned, chinese).split("\n")[0], *(words[o] for o in turned),
+                LETTERS[turned.index(digit)], _base64(images[number]), "digit",
+            ]  # fmt: skip
+            lines.append("\t".join(cells))
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def _picture(image: Tensor, path: Path) -> None:

@@ -104,7 +104,8 @@ def _write(root: Path) -> None:
     write_text(root / WORDS, "".join(f"{word}\n" for word in words_of([*said, "describe the image."])))
     pictures: Mapping[int, str] = package.get_test_image_paths()
     (root / "eval/gqa/data/images").mkdir(parents=True)
-    asked, answers = [], {}
+    asked: list[dict[str, Any]] = []
+    answers: dict[str, Any] = {}
     for number, rounds in sorted(test.items()):
         shutil.copy(pictures[number], root / "eval/gqa/data/images" / f"{number}.png")
         for question, answer in rounds:

@@ -32,7 +32,9 @@ class Question:
 class Benchmark(Protocol):
     """What an evaluation asks of a benchmark. texts: the answers, one for each of its questions, in their order."""
 
-    questions: Sequence[Question]
+    @property
+    def questions(self) -> Sequence[Question]:
+        """In the order of their answers."""
 
     def score(self, texts: Sequence[str]) -> dict[str, float]:
         """Measures by name, in percent."""

@@ -28,9 +28,9 @@ class Llava(nn.Module):
     def __init__(self, tower: Clip, language: Language) -> None:
         super().__init__()
         self.tower, self.language = tower, language
-        width = int(tower.model.visual.transformer.width)
+        self.tower_width = int(tower.model.visual.transformer.width)
         self.projector = nn.Sequential(
-            nn.Linear(width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
+            nn.Linear(self.tower_width, language.width), nn.GELU(), nn.Linear(language.width, language.width)
         )
 
     @property
@@ -61,7 +61,7 @@ class Llava(nn.Module):
         places = tokens == IMAGE
         embedded = self.language.embed(tokens.masked_fill(places, 0))
         if not len(images):  # nothing of the projector, so that it has a gradient, zero, on every process
-            none = images.new_zeros(0, self.projector[0].in_features)
+            none = images.new_zeros(0, self.tower_width)
             return embedded + self.projector(none).sum().to(embedded.dtype)
         seen = self.see(images).to(embedded.dtype)
         order = places.cumsum(1) - 1  # the how manieth place of its picture
@@ -101,17 +101,19 @@ class Llava(nn.Module):
         """Keep what goes into each of the language model's layers alone, and compute the layer again in the backward pass: less memory."""
         self.language.model.activation_checkpointing_enable({"use_reentrant": False})
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Projector and adapters: what is frozen has its own place."""
         whole = super().state_dict(*args, **kwargs)
         return {key: value for key, value in whole.items() if _is_trained(key)}
 
-    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Inverse of state_dict. Raises RuntimeError for other keys."""
         expected = self.state_dict().keys()
-        if other := sorted(expected ^ state.keys()):
+        if other := sorted(expected ^ state_dict.keys()):
             raise RuntimeError(f"LLaVA's trained weights differ in {len(other)} names, such as {other[0]}")
-        return super().load_state_dict(state, strict=False, assign=assign)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
 
     def example_inputs(self) -> tuple[Tensor, ...]:
         """A picture and a text of typical length, for counting what they cost."""

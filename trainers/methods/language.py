@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from gkl.data.conversations import IGNORED
 from gkl.data.dialogues import DialogueBatch, DialogueBatches, DialogueData
@@ -36,7 +36,6 @@ class LanguageModelling(Method):
                 f"a language model learns from conversations, got {training.data.name}; data=digit_texts, ..."
             )
         self.data: Any = training.data
-        self.batches = cast(DialogueBatches, training.batches)
         if training.epochs != self.data.epochs:
             raise ValueError(
                 f"epochs={training.epochs}, and the phases of {self.data.name} have {self.data.epochs}; set data.epochs, which epochs follow"
@@ -51,6 +50,11 @@ class LanguageModelling(Method):
                 f"texts are read by a language model, got {type(self.model).__name__}; model=llama, ..."
             )
         return self.model
+
+    @property
+    def batches(self) -> DialogueBatches:
+        """The training's."""
+        return cast(DialogueBatches, self.training.batches)
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -124,7 +128,7 @@ class LanguageModelling(Method):
         """`answered`: share of the answer tokens of the last phase that are the likeliest, percent, of as many texts as a batch has."""
         self.batches.start_epoch(self.training.epochs)
         batch = self.training.batch(self.training.epochs, 0)
-        with torch.no_grad(), eval_mode(cast(nn.Module, self.model)):
+        with torch.no_grad(), eval_mode(self.model):
             hidden = self.language.hidden(self.embedded(batch))
             targets = batch.labels[:, 1:]
             learned = targets != IGNORED

@@ -155,7 +155,7 @@ def forward_flops(network: Mapping[str, Any], side: int, num_classes: int) -> fl
 
 @cache
 def _flops(text: str, side: int, num_classes: int) -> float:
-    model = _network(text, num_classes)
+    model: Any = _network(text, num_classes)
     for module in model.modules():
         if isinstance(module, _BatchNorm):  # counts for nothing, and takes two thirds of the counting
             module.forward = _unchanged  # type: ignore[method-assign]
