@@ -30,6 +30,7 @@ from gkl.models.normalise import mean_and_std
 
 CAPTIONS, PICTURES = "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"
 CONVERSATIONS, TEXTS, WORDS = "llava_v1_5_mix665k.json", "texts.json", "words.txt"
+TOLD = "told.json"
 MM_DEV, MM_DEV_CN = "eval/mmbench/mmbench_dev_20230712.tsv", "eval/mmbench_cn/mmbench_dev_cn_20231003.tsv"
 POPE_CATEGORIES = ("adversarial", "popular", "random")
 Name = Literal["textvqa", "mmbench", "mmbench_cn", "gqa", "pope"]
@@ -85,14 +86,21 @@ def llava_data(
 
 
 def texts(
-    root: str, language_model: str | None, epochs: int, length: int = 2048, cards: int = 1, content: str | None = None, name: str = "texts"
+    root: str, language_model: str | None, told_epochs: int, epochs: int, length: int = 2048, cards: int = 1, content: str | None = None,
+    name: str = "texts",
 ) -> DialogueData:  # fmt: skip
-    """Conversations without pictures, texts.json below root, in LLaVA's form: what a language model learns words from."""
+    """What a language model learns words from before it sees: told.json below root, read as captions are, then texts.json.
+
+    Both are conversations in LLaVA's form, without pictures. told_epochs, epochs: of either.
+    """
     path = Path(root)
     check_content(root, content)
-    phase = Phase(read_conversations(path / TEXTS, ()), vicuna_v1, None, epochs, grouped=False)
+    phases = (
+        Phase(read_conversations(path / TOLD, ()), plain, None, told_epochs),
+        Phase(read_conversations(path / TEXTS, ()), vicuna_v1, None, epochs),
+    )
     tokenizer = _tokenizer(path, language_model)
-    return DialogueData(name, (phase,), tokenizer, None, {}, None, 1, 0, length, cards, "pillow", content)
+    return DialogueData(name, phases, tokenizer, None, {}, None, 1, 0, length, cards, "pillow", content)
 
 
 def _asked(path: Path, names: Sequence[Name], there: set[str]) -> dict[str, Asked]:

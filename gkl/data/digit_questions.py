@@ -24,6 +24,7 @@ from gkl.data.conversation_sets import (
     PICTURES,
     POPE_CATEGORIES,
     TEXTS,
+    TOLD,
     WORDS,
     Name,
     llava_data,
@@ -36,7 +37,6 @@ from gkl.data.tokens import DIGITS
 from gkl.evaluation.mmbench import CLOSING, CLOSING_CN, LETTERS, ROUND
 from gkl.models.language import words_of
 
-CHINESE = "零一二三四五六七八九"
 SHORT = "Answer the question using a single word or phrase."
 ALIKE = {
     0: 6,
@@ -59,6 +59,7 @@ TIMES = (
     4,
     4,
 )  # that each kind is asked: words are compared in the later ones, which takes longer to learn
+TOLD_TEXTS = 640
 Round = tuple[str, str]
 
 
@@ -84,8 +85,7 @@ def there_question(digit: int) -> str:
 
 def choice_question(options: Sequence[int], chinese: bool) -> str:
     """Of MMBench's kind."""
-    names = CHINESE if chinese else DIGITS
-    lines = [f"{letter}. {names[digit]}" for letter, digit in zip(LETTERS, options, strict=True)]
+    lines = [f"{letter}. {DIGITS[digit]}" for letter, digit in zip(LETTERS, options, strict=True)]
     first, last = ("这是哪个数字?", CLOSING_CN) if chinese else ("which digit is it?", CLOSING)
     return "\n".join([first, *lines, last])
 
@@ -160,7 +160,7 @@ def _write(root: Path, places: int, count: int, draw: random.Random) -> None:
     keep(
         CONVERSATIONS,
         [
-            conversation(n, "<image>", rounds_of(label, draw, 2), image=f"{PICTURES}/{name}")
+            conversation(n, "<image>", rounds_of(label, draw, 1), image=f"{PICTURES}/{name}")
             for n, (label, name) in enumerate(zip(labels, pictures, strict=True))
         ],
     )
@@ -169,8 +169,10 @@ def _write(root: Path, places: int, count: int, draw: random.Random) -> None:
         digit = draw.randrange(10)
         rows.append(conversation(number, " ".join([DIGITS[digit]] * places), rounds_of(digit, draw, 1)))
     keep(TEXTS, rows)
+    told = [" ".join([word] * places + ["the digit", word]) for word in DIGITS]
+    keep(TOLD, [conversation(n, "", [("", told[n % 10])]) for n in range(TOLD_TEXTS)])
     said.extend(_write_questions(root / "eval", data.test_images, data.test_labels.tolist(), draw))
-    write_text(root / WORDS, "".join(f"{word}\n" for word in words_of([*said, *DIGITS, *CHINESE])))
+    write_text(root / WORDS, "".join(f"{word}\n" for word in words_of([*said, *DIGITS])))
 
 
 def _write_questions(root: Path, images: Tensor, labels: Sequence[int], draw: random.Random) -> Iterator[str]:
@@ -241,14 +243,13 @@ def _write_pope(root: Path, scans: Scans, draw: random.Random) -> None:
 
 def _write_mmbench(path: Path, scans: Scans, images: Tensor, chinese: bool, draw: random.Random) -> None:
     """Every third scan, in as many rounds as there are options."""
-    words = CHINESE if chinese else DIGITS
     lines = ["\t".join(["index", "question", "A", "B", "C", "D", "answer", "image", "category"])]
     for number, (_, digit) in list(enumerate(scans))[::3]:
         options = options_of(digit, draw)
         for turn in range(len(options)):
             turned = options[turn:] + options[:turn]
             cells = [
-                str(number + turn * ROUND), choice_question(turned, chinese).split("\n")[0], *(words[o] for o in turned),
+                str(number + turn * ROUND), choice_question(turned, chinese).split("\n")[0], *(DIGITS[o] for o in turned),
                 LETTERS[turned.index(digit)], _base64(images[number]), "digit",
             ]  # fmt: skip
             lines.append("\t".join(cells))
@@ -293,7 +294,9 @@ def digit_questions(
     )  # fmt: skip
 
 
-def digit_texts(root: str, epochs: int, places: int = 16, length: int = 256, cards: int = 1) -> DialogueData:
+def digit_texts(
+    root: str, told_epochs: int, epochs: int, places: int = 16, length: int = 256, cards: int = 1
+) -> DialogueData:
     """The texts of the same folder, written once. places: words in a picture's place."""
     write_digit_questions(Path(root), places)
-    return texts(root, None, epochs, length, cards, name="digit_texts")
+    return texts(root, None, told_epochs, epochs, length, cards, name="digit_texts")

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from gkl.atomic import atomically
-from gkl.data.conversation_sets import CAPTIONS, CONVERSATIONS, PICTURES, TEXTS, WORDS, llava_data, texts
+from gkl.data.conversation_sets import (
+    CAPTIONS,
+    CONVERSATIONS,
+    PICTURES,
+    TEXTS,
+    TOLD,
+    WORDS,
+    llava_data,
+    texts,
+)
 from gkl.data.conversations import SYSTEM
 from gkl.data.dialogues import DialogueData
 from gkl.data.digit_questions import SHORT, Round, conversation, write_lines, write_text
@@ -43,10 +52,10 @@ def shape_questions(
     )  # fmt: skip
 
 
-def shape_texts(root: str, epochs: int, length: int = 256, cards: int = 1) -> DialogueData:
+def shape_texts(root: str, told_epochs: int, epochs: int, length: int = 256, cards: int = 1) -> DialogueData:
     """The texts of the same folder, written once."""
     write_shape_questions(Path(root))
-    return texts(root, None, epochs, length, cards, name="shape_texts")
+    return texts(root, None, told_epochs, epochs, length, cards, name="shape_texts")
 
 
 def write_shape_questions(root: Path) -> None:
@@ -86,7 +95,7 @@ def _write(root: Path) -> None:
         "USER: ASSISTANT:",
         *(text for rounds in (*train.values(), *test.values()) for r in rounds for text in r),
     ]
-    captions, mix, plain = [], [], []
+    captions, mix, plain, told = [], [], [], []
     draw = random.Random(0)
     (root / PICTURES).mkdir(parents=True)
     for number, rounds in sorted(train.items()):
@@ -99,7 +108,8 @@ def _write(root: Path) -> None:
             )
             words = " ".join(shown.split()[1:] * (PLACES // 2))
             plain += [conversation(number, words, [draw.choice(rounds)])]
-    for name, rows in ((CAPTIONS, captions), (CONVERSATIONS, mix), (TEXTS, plain)):
+            told += [conversation(number, "", [("", f"{words} {shown}")])]
+    for name, rows in ((CAPTIONS, captions), (CONVERSATIONS, mix), (TEXTS, plain), (TOLD, told)):
         write_text(root / name, json.dumps(rows))
     write_text(root / WORDS, "".join(f"{word}\n" for word in words_of([*said, "describe the image."])))
     pictures: Mapping[int, str] = package.get_test_image_paths()

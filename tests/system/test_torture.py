@@ -43,6 +43,7 @@ TRIALS: list[tuple[str, list[str]]] = [
     ("kd/lt_vanilla/resnet_20", ["epochs=3"]),
     ("ssl/denoising", ["epochs=8"]),
     ("clip/baseline", ["epochs=3"]),
+    ("llava/language", ["data.epochs=1"]),
     ("seg/baseline", ["epochs=3", "data.train_pages=80", "data.test_pages=8"]),
     ("seg/baseline", ["epochs=3", "data.train_pages=80", "data.test_pages=10"]),
 ]

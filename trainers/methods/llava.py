@@ -47,10 +47,6 @@ class Llava(LanguageModelling):
         """Put tower and language model in. Raises ValueError where they do not fit."""
         super().bind(training)
         network, data = self.network, self.data
-        if len(data.phases) != 2:
-            raise ValueError(
-                f"LLaVA learns from captions, then from conversations; got {data.name} with {len(data.phases)} phases"
-            )
         if (network.places, network.image_size) != (data.places, data.image_size):
             raise ValueError(
                 f"model.tower={network.tower.name} makes {network.places} tokens of {network.image_size} pixels, got data for {data.places} of "

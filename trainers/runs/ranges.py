@@ -45,7 +45,7 @@ RANGES: dict[str, Range] = {
          "awp_start_epoch", "dim", "negatives", "kernel_size", "max_width", "nodes", "array", "cpus_per_device", "perplexity",
          "eighths", "resize", "restarts", "labels", "steps_per_epoch", "unlabelled",
          "samples", "lanes", "long_side", "train_pages", "test_pages", "shuffle", "context_length", "rank", "cards", "longest_answer",
-         "caption_epochs", "caption_batch_size", "patch_size"), COUNT),
+         "caption_epochs", "told_epochs", "caption_batch_size", "patch_size"), COUNT),
     **dict.fromkeys(
         ("epochs", "alpha", "beta", "gamma", "weight", "angle_weight", "distance_weight", "inter", "intra", "js_weight", "label_weight",
          "view_weights", "weight_decay", "warmup", "padding", "layer", "offset", "length", "awp_gamma", "mixup", "cutmix", "start", "start_epoch", "operations",

@@ -35,7 +35,7 @@ def test_questions_are_the_package_s_own(tmp_path: Path) -> None:
     assert data.tokenizer.unk_token_id not in {
         t for q in benchmark.questions[:500] for t in data.tokenizer.encode(q.text)
     }
-    texts = shape_texts(str(tmp_path / "shapes"), 1, length=512)
+    texts = shape_texts(str(tmp_path / "shapes"), 1, 1, length=512)
     assert texts.tokenizer.get_vocab() == data.tokenizer.get_vocab() and len(
         texts.phases[0].conversations
     ) == len(captions)

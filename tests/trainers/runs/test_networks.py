@@ -29,7 +29,12 @@ def network(config: dict[str, Any], place: str = "model") -> dict[str, Any]:
     return config
 
 
-@pytest.mark.parametrize("model", [*choices("model"), "wrn_10_1", "resnet18", "vgg_8", "preact_resnet_18"])
+SEEING = sorted(
+    {*choices("model")} - {"llama", "llava"}
+)  # of which one sees nothing, the other through its tower
+
+
+@pytest.mark.parametrize("model", [*SEEING, "wrn_10_1", "resnet18", "vgg_8", "preact_resnet_18"])
 @pytest.mark.parametrize("value", ["cifar10", "none", OWN])
 def test_normalisation_is_an_ordinary_setting_of_every_network(model: str, value: str) -> None:
     named = [] if model not in ("cifar100_kd", "imagenet", "plain", "own") else ["model.name=resnet_20"]
