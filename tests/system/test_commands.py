@@ -1,6 +1,7 @@
 """What a person can get wrong: one line saying what came and what to do, exit code 2, nothing half-written."""
 
 import errno
+import gc
 import importlib.util
 import os
 import re
@@ -35,6 +36,7 @@ def loaded(script: str) -> ModuleType:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    gc.enable()  # which trainers.interrupt has ended until run_main, of a process of its own
     return module
 
 
