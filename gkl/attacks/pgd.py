@@ -8,6 +8,7 @@ The attack sees a function from images to logits and a loss: mode, gradients and
 Source: Madry et al. 2018 (PGD), Zhang et al. 2019 (TRADES' start), arXiv 2503.08038 Sec. 4.1 (the ramp).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -76,6 +77,33 @@ def _norms(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
 
 
+def check_radius(norm: str, epsilon: float, numbers: int | None = None, name: str = "epsilon") -> None:
+    """Raises ValueError for a radius that is none, or within which every picture can become any other.
+
+    numbers: of a picture, 3 H W, None where they are not known yet.
+    """
+    longest = 1.0 if norm == "linf" else math.sqrt(numbers) if numbers else math.inf
+    if not 0.0 < epsilon <= longest or math.isinf(epsilon):  # NaN, too
+        most = (
+            ""
+            if math.isinf(longest)
+            else f" and at most {longest:.4g}, which is from any picture to any other"
+        )
+        hint = f"; {epsilon:g} levels of 255 are {epsilon / 255:.4g}" if epsilon > 1.0 else ""
+        raise ValueError(f"{name} must be above 0{most} in {norm}, got {epsilon:g}{hint}")
+
+
+def check_attacked(images: Tensor, norm: str, epsilon: float) -> None:
+    """Raises ValueError for images that are neither uint8 nor in [0, 1], and for a radius that is none of theirs."""
+    known = images.dtype == torch.uint8 or images.is_floating_point()
+    low, high = (float(x) for x in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if not known or (images.dtype != torch.uint8 and not (0.0 <= low and high <= 1.0)):
+        raise ValueError(
+            f"images must be uint8, or float in [0, 1], got {images.dtype} from {low:g} to {high:g}; a normalisation belongs into the network"
+        )
+    check_radius(norm, epsilon, images[0].numel() if len(images) else None)
+
+
 class Budget(TypedDict):
     """What an epoch's attack may do: epsilon and step_size in pixel units."""
 
@@ -131,6 +159,9 @@ class PGD:
     def __post_init__(self) -> None:
         if self.norm not in ("linf", "l2"):
             raise ValueError(f"attack.norm must be linf or l2, got {self.norm!r}")
+        check_radius(self.norm, self.epsilon, name="attack.epsilon")
+        if self.start_std is not None and not self.start_std >= 0.0:
+            raise ValueError(f"attack.start_std must be at least 0, got {self.start_std}")
         if self.phases not in PHASES:
             raise ValueError(f"attack.phases must be one of {', '.join(PHASES)}, got {self.phases!r}")
         if self.mode not in ("eval", "frozen", "train"):

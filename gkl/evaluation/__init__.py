@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.attacks.pgd import Norm, pgd, random_start
+from gkl.attacks.pgd import Norm, check_attacked, pgd, random_start
 from gkl.evaluation.autoattack import AutoAttackResult, evaluate
 from gkl.evaluation.recorded import recordings
 from gkl.rng import sample_keys
@@ -52,10 +52,12 @@ def pgd_robust(
 ) -> Tensor:
     """Which images withstand PGD-`steps` from one random start in the epsilon-ball, (N,) bool on the CPU.
 
+    images: (N, 3, H, W), uint8 or float in [0, 1]; others, and a radius that is none of theirs, raise ValueError.
     loss: "ce" climbs the cross-entropy (PGD), "cw" the margin max_{k != y} z_k - z_y (CW). epsilon, step_size: pixel
     units. The start depends on (seed, image number) alone; numbers: the images' where they are part of a set, else
     0..N-1. logits_fn: in eval mode. graph: on a GPU, replay a step from a recording, with the same bits. Source: Table XV.
     """
+    check_attacked(images, norm, epsilon)
     objective = _cross_entropy if loss == "ce" else _margin
 
     def climbed(x: Tensor, y: Tensor, x_adv: Tensor, steps: int = 1) -> Tensor:

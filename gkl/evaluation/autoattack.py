@@ -36,7 +36,7 @@ from pyautoattack import AutoAttack, fab_base
 from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 
-from gkl.attacks.pgd import Norm
+from gkl.attacks.pgd import Norm, check_attacked
 from gkl.evaluation.kept import Kept, digest, fingerprint
 from gkl.evaluation.projection import projection_linf
 from gkl.evaluation.recorded import Recorded, recordings
@@ -98,10 +98,11 @@ def evaluate(
     and are not read. on_progress: called after each batch with where this process is and the seconds it has left, counted as if
     no further image fell. epsilon: pixel units. graph: on a GPU, replay the attacks' iterations from recordings, with the
     same bits.
-    Raises ValueError for a model in training mode, with too few classes, without gradient or whose answers differ from look to look,
-    RuntimeError if AutoAttack returns an image outside the ball or one it calls misclassified that is not.
+    Raises ValueError for a model in training mode, with too few classes, without gradient or whose answers differ from look to look, and
+    for images outside [0, 1]; RuntimeError if AutoAttack returns an image outside the ball or one it calls misclassified that is not.
     """
     _check_call(model, version, norm)
+    check_attacked(images, norm, epsilon)
     kept = Kept(
         folder,
         {

@@ -30,6 +30,7 @@ from tests.tape import Taped
 
 __all__ = ["pretended"]  # a fixture
 CPU = torch.device("cpu")
+IMAGES = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 class Classifier(nn.Module):
@@ -518,3 +519,35 @@ def test_networks_that_no_attack_measures_are_refused(
     with pytest.raises(ValueError, match=message):
         evaluate(Looked(features).eval(), images, labels, **place)  # type: ignore[arg-type]
     evaluate(Looked(lambda x: x.mean((2, 3))).eval(), images, labels, **place)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"images": 255 * IMAGES}, r"images must be uint8, or float in \[0, 1\], got torch.float32 from .* a normalisation belongs into"),
+        ({"images": (IMAGES - 0.5) / 0.25}, r"images must be uint8, or float in \[0, 1\]"),
+        ({"images": (255 * IMAGES).long()}, "images must be uint8, .* got torch.int64"),
+        ({"images": IMAGES / 0.0}, r"images must be uint8, or float in \[0, 1\]"),
+        ({"epsilon": 8.0}, "epsilon must be above 0 and at most 1, .* in linf, got 8; 8 levels of 255 are 0.03137"),
+        ({"epsilon": 128.0, "norm": "l2"}, "epsilon must be above 0 and at most 13.86, .* in l2, got 128"),
+        ({"epsilon": -0.1}, "epsilon must be above 0"), ({"epsilon": float("nan")}, "epsilon must be above 0"),
+    ],
+)  # fmt: skip
+def test_pictures_and_radii_that_would_give_a_number_without_meaning(
+    change: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Once AutoAttack said 0 % of them, and PGD that all withstand."""
+    given = {
+        "images": IMAGES,
+        "epsilon": 0.1,
+        "norm": "linf",
+        "batch_size": 4,
+        "device": torch.device("cpu"),
+        **change,
+    }
+    images, labels = given.pop("images"), torch.arange(4)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval()
+    with pytest.raises(ValueError, match=told):
+        evaluate(net, images, labels, folder=tmp_path, **given)
+    with pytest.raises(ValueError, match=told):
+        pgd_robust(net, images, labels, steps=2, **given)
