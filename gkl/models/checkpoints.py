@@ -168,7 +168,10 @@ def _prefixes(
     whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
     if len(whole) > 1 and ("" in whole or not _alike([[given[p + n] for n in needed] for p in whole])):
         asked = " or ".join(f"checkpoint_key={f'{wrapper}.' if wrapper else ''}{p[:-1]}" for p in whole if p)
-        raise ValueError(f"{path} holds several networks ({needed[0]} twice); say which: {one_line(asked)}")
+        bare = "; the one without it has to be saved by itself" if "" in whole else ""
+        raise ValueError(
+            f"{path} holds several networks ({needed[0]} twice); say which: {one_line(asked)}{bare}"
+        )
     return whole or [max(met, key=lambda prefix: (met[prefix], -len(prefix)))]
 
 

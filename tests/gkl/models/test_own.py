@@ -43,6 +43,11 @@ class InPlace(Net):
     def forward(self, x):
         return super().forward(x.sub_(0.4).div_(0.2))
 
+class Clamped(Net):
+    def forward(self, x):
+        x.data.clamp_(0.1, 0.9)
+        return super().forward(x)
+
 class Squeezed(Net):
     def forward(self, x):
         return super().forward(x).squeeze()
@@ -93,6 +98,7 @@ def test_a_class_and_a_function_make_a_network(net: Path) -> None:
         ("Auxiliary", "Auxiliary returns a list; a network returns its logits alone"),
         ("Maps", r"Maps returns shape \(4, 4, 8, 8\); a network returns its logits alone"),
         ("InPlace", "InPlace changes the pictures that it is given; leave out what works in place"),
+        ("Clamped", "Clamped changes the pictures that it is given"),  # though none of middling shade
         ("Squeezed", r"Squeezed returns shape \(7,\); a network returns its logits alone, \(1, 7\) here"),
         ("Fixed", r"Fixed cannot take pictures of 8x8 \(wants 224\); choose data.image_size"),
     ],
