@@ -1,7 +1,7 @@
 """CLIP's data as configurations name it: DataComp's shards, any captions, Tiny-ImageNet's names, digits; and ImageNet's tests."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from gkl.data.tokens import (
     templates_of,
 )
 
-# root, and below it a folder for each test, None leaves one out; content: what tests_content says of them, if they must be those
+# root, and below it a folder for each test, None leaves one out; content: what `listing` says of all of them, if they must be those
 Folders = Mapping[str, str | None]
 CLASSES = {"imagenet_r": 200}  # of a test that has fewer than all
 
@@ -91,7 +91,7 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
 
     ImageNet-V2 has the classes' places, 0 to 999, for names. classes: how many. Raises ValueError naming what is missing.
     """
-    wanted = _wanted(folders)
+    wanted = test_folders(folders)
     if missing := [f"{metric} at {path}" for metric, path in wanted.items() if not path.is_dir()]:
         raise ValueError(
             f"no pictures to test with: {', '.join(missing)}; unpack their class folders there, set data.tests.root=..., or leave one out "
@@ -102,7 +102,7 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
             "data.tests.imagenet is needed: ImageNet's validation pictures say what the classes are"
         )
     where = f"the pictures to test with below {folders['root']}"
-    check_same(where, folders.get("content"), lambda: tests_content(folders))
+    check_same(where, folders.get("content"), lambda: listing(*wanted.values()))
     ids = _folders(wanted["imagenet"])
     if len(ids) != classes:
         raise ValueError(
@@ -117,19 +117,10 @@ def imagenet_tests(folders: Folders, classes: int) -> dict[str, TestSet]:
     return found
 
 
-def tests_content(folders: Folders, of: Callable[[Path], str | None] = listing) -> str | None:
-    """16 hexadecimal digits of what `of` says of each test, None unless every one is there."""
-    found = {metric: of(path) for metric, path in _wanted(folders).items()}
-    lines = [f"{metric}\0{digest}" for metric, digest in sorted(found.items())]
-    there = lines and None not in found.values()
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16] if there else None
-
-
-def _wanted(folders: Folders) -> dict[str, Path]:
-    root = Path(str(folders["root"]))
-    return {
-        metric: root / name for metric, name in folders.items() if metric not in ("root", "content") and name
-    }
+def test_folders(folders: Folders) -> dict[str, Path]:
+    """Where each test's pictures lie, by its metric."""
+    root, own = Path(str(folders["root"])), ("root", "content")
+    return {metric: root / name for metric, name in folders.items() if metric not in own and name}
 
 
 def _folders(path: Path) -> list[str]:

@@ -106,6 +106,8 @@ CPU = ["device=cpu", "logger=off"]
         (f"sweep {GKL} scale=smoke loss.gama=0,1", r"loss\.gama.*did you mean 'gamma'\?"),
         ("evaluate published=Cui", r"unknown published checkpoint 'Cui'; there are: Addepalli2022"),
         (f"train {GKL} scale=smoke assessment=pgd", r"unknown assessment 'pgd'"),
+        ("reproduce table=3 scale=smoke plan=true evaluation.images=abc", "evaluation.images must be a whole number, robustbench or null"),
+        ("reproduce table=3 scale=smoke plan=true seeds=[-1]", r"seed must be in \[0, 262144\], got -1"),
         ("prepare generated=x", r"parts must be a list such as parts=\[part1\.npz,part2\.npz\], got \[\]"),
         ("prepare generated=x parts=[nowhere.npz]", r"no part of generated pictures at nowhere\.npz"),
         ("train", r"experiment=\.\.\. is missing; one of: at/c100_acat"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gkl.attacks.pgd import pgd, random_start
 from gkl.data.augment import to_float
 from gkl.data.batches import first_of_each_class
+from gkl.data.content import check_same, listing
 from gkl.data.files import Split, other_pictures
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.evaluation import pgd_robust
@@ -189,15 +190,17 @@ class Renditions(Assessment):
     """Top-1 on ImageNet-R, among its classes alone, and on ImageNet-Sketch (Table XIII), with the test view.
 
     root: the folder above the two. renditions, sketch: their folders, <class>/* each. classes: that ImageNet-R must have.
+    content: what gkl.data.content.listing says of the two folders, if they must be those.
     """
 
     root: str
     renditions: str
     sketch: str
     classes: int
+    content: str | None = None
 
     def check(self) -> None:
-        """Raises ValueError naming a folder that is missing."""
+        """Raises ValueError naming a folder that is missing, or that has changed."""
         wanted = {"ImageNet-R": self.renditions, "ImageNet-Sketch": self.sketch}
         missing = [
             f"{what} at {Path(self.root) / f}"
@@ -208,6 +211,8 @@ class Renditions(Assessment):
             raise ValueError(
                 f"no {' and no '.join(missing)}; unpack their class folders there, or set assessment.root=..."
             )
+        places = [f"{self.root}/{folder}" for folder in wanted.values()]
+        check_same(f"the pictures at {' and '.join(places)}", self.content, lambda: listing(*places))
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics imagenet_r and imagenet_sketch."""

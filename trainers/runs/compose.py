@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from gkl import own
-from gkl.data.caption_sets import tests_content
+from gkl.data.caption_sets import test_folders
 from gkl.data.content import content, listing
 from gkl.data.generated import prepared
 from gkl.data.pairs import shards_content
@@ -39,6 +39,11 @@ def register_resolvers() -> None:
     def scaled(epoch: int, of: int = 200, *, _root_: DictConfig) -> int:
         return max(1, round(epoch * _root_.epochs / of))
 
+    def px(levels: float) -> float:
+        if not isinstance(levels, int | float):
+            raise ValueError(f"px takes levels of 255, as ${{px:8}}, got {levels!r}")
+        return levels / 255
+
     def by_model(choices: Mapping[str, Any], *, _root_: DictConfig) -> Any:
         return choices.get(_root_.model.name, choices["else"])
 
@@ -49,8 +54,8 @@ def register_resolvers() -> None:
         return root and content(root, Path(os.environ.get("GKL_OUTPUTS", "outputs")) / "digests")
 
     def tests(*, _parent_: DictConfig) -> str | None:
-        folders = {str(key): _parent_[key] for key in _parent_ if key != "content"}
-        return tests_content(folders, _listing)
+        folders = test_folders({str(key): _parent_[key] for key in _parent_ if key != "content"})
+        return _listing(*folders.values()) if folders else None
 
     def sha256(path: str | None) -> str | None:
         there = path is not None and Path(path).is_file()  # what is missing is told where it is wanted
@@ -69,9 +74,8 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver(
         "prepared", lambda source, root: prepared(root) if source == "edm" else None, replace=True
     )
-    OmegaConf.register_new_resolver("px", lambda levels: levels / 255, replace=True)
     OmegaConf.register_new_resolver("by_protocol", by_protocol, replace=True)
-    for resolver in (scaled, by_model, per_class):
+    for resolver in (px, scaled, by_model, per_class):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
@@ -295,8 +299,12 @@ def _explain(entry: str, message: str, overrides: Sequence[str]) -> str:
     if match := re.search(r"You must specify '([^']+)', e\.g", message):
         group = match[1]
         return f"{group}=... is missing; one of: {', '.join(choices(group))}"
-    if match := re.search(r"Missing mandatory value: ([\w.]+)", message):
-        return f"{match[1]}=... is missing: the experiment leaves it open, give it on the command line"
+    if match := re.search(r"Missing mandatory value: ([\w.]+)(?:\s+full_key: ([\w.]+))?", message):
+        return f"{match[2] or match[1]}=... is missing: it is left open, give it on the command line"
+    if match := re.search(r"Interpolation key '([\w.]+)' not found\s+full_key: ([\w.]+)", message):
+        return f"{match[2]} follows {match[1]}, which is not there; set {match[2]}=..., or choose other parts"
+    if match := re.search(r"Unsupported interpolation type (\w+)\s+full_key: ([\w.]+)", message):
+        return f"{match[2]}: there is no ${{{match[1]}:...}}; a fraction of 255 is ${{px:8}}"
     return "cannot read the overrides: " + " ".join(message.split())
 
 

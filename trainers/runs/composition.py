@@ -7,6 +7,7 @@ the settings of Hydra's launchers, logging and help into it, which nothing here 
 """
 
 import copy
+import os
 import pickle
 from collections.abc import Sequence
 from functools import cache
@@ -93,6 +94,8 @@ def _unread(word: str) -> str:
         return f"{word!r} is no setting; write name=value, the whole in quotes if it has spaces"
     if any(value.count(opening) != value.count(closing) for opening, closing in ("[]", "{}", "()")):
         return f"cannot read {word!r}: a bracket is not closed; in a name that has one, quote it: '{key}=\"{value}\"'"
+    if value.startswith("~"):
+        return f"cannot read {word!r}: no shell spells out a ~ within a word; write {key}={os.path.expanduser(value)}"
     if value[:1] in "'\"" or '"' in value:
         return f"cannot read {word!r}: a quote is not closed, or something follows it"
     return f"cannot read {word!r}: quote a value with spaces, brackets or = in it: '{key}=\"{value}\"'"

@@ -52,6 +52,15 @@ def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: clean(value) for key, value in config.items() if key not in EXCLUDED}
 
 
+def assessed_with(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a configuration's assessment, as what it measures keeps them: without places."""
+    return {
+        key: value
+        for key, value in config["assessment"].items()
+        if key not in ("_target_", "name", *EXCLUDED_ANYWHERE)
+    }
+
+
 def config_hash(config: Mapping[str, Any]) -> str:
     """12 hexadecimal digits that stand for a resolved configuration: the same mathematics has the same ones.
 

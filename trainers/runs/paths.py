@@ -33,7 +33,7 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
 
 def processes(config: dict[str, Any]) -> int:
     """How many processes share each batch of a run."""
-    return int(config["devices"] * config["launcher"].get("nodes", 1))
+    return int(config["devices"] * (config.get("launcher") or {}).get("nodes", 1))
 
 
 def record_path(config: dict[str, Any]) -> Path:

@@ -14,9 +14,16 @@ from omegaconf import OmegaConf
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
+from trainers.runs.identity import assessed_with
 from trainers.runs.paths import record_path, run_folder, with_records
-from trainers.runs.records import assessment_path, is_whole, read_record, validate_assessment
-from trainers.runs.targets import CONFIGS, instantiate, unknown
+from trainers.runs.records import (
+    assessment_path,
+    is_whole,
+    read_assessment,
+    read_record,
+    validate_assessment,
+)
+from trainers.runs.targets import CONFIGS, as_typed, instantiate, unknown
 from trainers.runs.teacher import prerequisites, sources
 
 Overrides = Mapping[str, Any]  # dotted setting -> value
@@ -70,7 +77,25 @@ class Cell:
 
     @property
     def stale(self) -> str | None:
-        """What a finished run was made with and is another now: the weights of a run before. None where it is not known to be."""
+        """What a finished run was made with and is another now: the weights of a run before, or what its assessment was asked for.
+
+        None where it is not known to be.
+        """
+        return self._begun_with_others() or self._assessed_otherwise()
+
+    def _assessed_otherwise(self) -> str | None:
+        if not (self.assessment and is_whole(self.record, validate_assessment)):
+            return None
+        made, now = read_assessment(self.record)["settings"], assessed_with(self.config)
+        for name in sorted(made.keys() & now.keys()):
+            if made[name] != now[name] and None not in (made[name], now[name]):
+                return (
+                    f"{self.record} was measured with assessment.{name}={as_typed(made[name])}, and {as_typed(now[name])} is asked for; move it "
+                    "away to measure anew"
+                )
+        return None
+
+    def _begun_with_others(self) -> str | None:
         record = read_record(self.run_record) if self.recorded else {}
         for key in sources(self.config):
             made = record.get(key)

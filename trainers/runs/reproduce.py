@@ -64,6 +64,8 @@ def carry_out(
     raises), or None when only planned.
     """
     missing = [cell for cell in plan if cell.status != "done"]
+    for cell in missing:
+        check(cell.config, processes(cell.config))
     sustained = rate(plan, settings) if missing else ASSUMED
     print(summary(table["title"], settings["scale"], plan, sustained), flush=True)
     stale = [line for cell in plan if (line := cell.stale)]

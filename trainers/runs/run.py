@@ -23,11 +23,11 @@ from trainers.loop.folder import RunFolder
 from trainers.methods.assessments import Subject
 from trainers.runs import records
 from trainers.runs.compose import published, usual
-from trainers.runs.identity import EXCLUDED_ANYWHERE, asked, config_hash, differences, without_excluded
+from trainers.runs.identity import asked, assessed_with, config_hash, differences, without_excluded
 from trainers.runs.paths import record_path, run_folder
 from trainers.runs.processes import check_shared, device_of, one_process_a_node_first
 from trainers.runs.provenance import code_state, provenance
-from trainers.runs.settings import build, check
+from trainers.runs.settings import build, check, check_radii
 from trainers.runs.targets import instantiate
 from trainers.runs.wandb_mirror import Mirror
 
@@ -65,6 +65,7 @@ def run(config: dict[str, Any]) -> None:
                 f"{data.name} has {data.num_classes} classes, and AutoAttack's targeted DLR loss needs at least {FEWEST_CLASSES}: "
                 "adversarial training here ends with AutoAttack; take data of more classes"
             )
+        check_radii(config, 3 * data.image_size**2)
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             if config.get("evaluation"):
@@ -186,11 +187,7 @@ def _assess(
     if rank() == 0:
         made = {
             "assessment": measure.name,
-            "settings": {
-                k: v
-                for k, v in config["assessment"].items()
-                if k not in ("_target_", "name", *EXCLUDED_ANYWHERE)
-            },
+            "settings": assessed_with(config),
             "checkpoint": wanted,
             "metrics": metrics,
             "details": details,

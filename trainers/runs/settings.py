@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gkl.attacks.pgd import Norm
+from gkl.attacks.pgd import Norm, check_radius
 from gkl.evaluation.autoattack import Version
 from gkl.evaluation.chosen import Chosen
 from gkl.models.normalise import mean_and_std
@@ -80,7 +80,12 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
     if missing := [name for name in SECTIONS["paths"] if name not in config["paths"]]:
         raise ConfigError(f"the configuration lacks paths.{missing[0]}; leave out ~paths.{missing[0]}")
     check_sections(config)
+    if any(word.lstrip("+").startswith("assessment.name=") for word in config["overrides"]):
+        raise ConfigError(
+            "assessment.name is where tables look for its numbers; leave it, or write a file of configs/assessment"
+        )
     _check_parts(config)
+    check_radii(config)
     _check_batch(config, world_size)
     selection = config.get("selection")
     known = ["last", *config["averages"], *(["best"] if selection or "attack" not in config else [])]
@@ -107,6 +112,22 @@ def check_sections(config: Mapping[str, Any]) -> None:
         if config.get(name):
             _check_section(name, config[name], types)
     _check_networks(config)
+
+
+def check_radii(config: Mapping[str, Any], numbers: int | None = None) -> None:
+    """That every attack's radius is one for pictures of so many numbers, those of an assessment included. Raises ConfigError."""
+    attacks = {key: config[key] for key in ("attack", "evaluation") if "epsilon" in (config.get(key) or {})}
+    radii = [(f"{key}.epsilon", node["norm"], node["epsilon"]) for key, node in attacks.items()]
+    for eighths in (config.get("assessment") or {}).get("eighths", ()):
+        node = config["evaluation"]
+        radii.append(
+            (f"{eighths} eighths of evaluation.epsilon", node["norm"], node["epsilon"] * eighths / 8)
+        )
+    try:
+        for name, norm, epsilon in radii:
+            check_radius(norm, epsilon, numbers, name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_networks(node: Any, where: str = "") -> None:
@@ -180,6 +201,10 @@ def _check_parts(config: Mapping[str, Any]) -> None:
     for part, node in config.items():
         if node is not None and part not in taken:
             raise ConfigError(f"{name} takes no {part}; leave it out or set {part}: null")
+        if part in parameters or part in SETUP:
+            if isinstance(node, dict) and "_target_" not in node and part != "averages":
+                left = f", and {', '.join(node)} alone make none" if node else ""
+                raise ConfigError(f"{part} is not chosen{left}; choose {part}=..., or leave out ~{part}")
     for average, node in config["averages"].items():
         if not (isinstance(node, dict) and "_target_" in node):
             raise ConfigError(f"averages.{average} must be an average of configs/averages, got {node!r}")

@@ -172,7 +172,8 @@ def fits(value: Any, annotation: Any) -> bool:
     if annotation is Path:
         return isinstance(value, str)
     if origin in (Sequence, list, tuple):
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value if arguments)
+        there = isinstance(value, list) and (bool(value) or origin is list)  # a Sequence is of one at least
+        return there and all(fits(item, arguments[0]) for item in value if arguments)
     return True  # objects are built by their own `_target_`
 
 

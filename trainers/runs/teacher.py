@@ -61,7 +61,7 @@ class Teacher:
         if self.weights == "file":
             if self.checkpoint is None:
                 raise ConfigError(
-                    "teacher.checkpoint=... is missing: the file with the weights of teacher.network"
+                    "teacher.checkpoint=... is missing: the file with the weights of teacher.network, beside teacher=file"
                 )
             return Path(self.checkpoint)
         if self.record is None or not Path(self.record).is_file():

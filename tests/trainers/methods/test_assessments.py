@@ -1,21 +1,28 @@
 """Further evaluations of a run's weights, and the figures drawn from them."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from gkl.data.content import listing
 from gkl.data.digits import digits
 from gkl.evaluation import pgd_robust
 from gkl.models import create
+from tests.trainers.runs.test_records_and_tables import record
+from trainers.errors import ConfigError
 from trainers.loop.console import Console
 from trainers.methods.assessments import Attacks, Epsilons, Structure, Subject, class_means, margins
 from trainers.reports.figures import FORMATS, draw, save
 from trainers.reports.tables import build, markdown
 from trainers.runs.compose import compose
-from trainers.runs.plan import load_table
-from trainers.runs.records import assessment_path, read_records, write_assessment
+from trainers.runs.identity import assessed_with
+from trainers.runs.plan import Cell, load_table
+from trainers.runs.records import assessment_path, read_records, write_assessment, write_record
+from trainers.runs.settings import check
+from trainers.runs.targets import instantiate
 
 
 def subject(folder: Path) -> Subject:
@@ -181,3 +188,67 @@ def test_table_15_shows_metrics_of_assessments() -> None:
     text = markdown(build(table, [made], scale="smoke", protocol="official", claims={}))
     (line,) = [line for line in text.splitlines() if line.startswith("| TRADES+AWP |")]
     assert "| 36.01 / 55.00 (1) |" in line and "| 35.84 / – |" in line and "some columns missing" in line
+
+
+def test_an_assessment_of_other_settings_is_told_and_not_shown_in_their_place(tmp_path: Path) -> None:
+    """Once assessment.eighths=[1,2] was told that this run is done, and shown six others."""
+
+    def cell(*words: str) -> Cell:
+        names = ["experiment=at/c100_basic_gkl", "scale=smoke", f"paths.results={tmp_path}", *words]
+        return Cell("row", compose("train", names))
+
+    usual = cell("assessment=epsilons")
+    path = write_record(tmp_path / "runs", record(30.0))
+    made = {
+        "assessment": "epsilons", "settings": assessed_with(usual.config), "checkpoint": "0", "metrics": {}, "details": {},
+        "code": {}, "versions": {}, "hardware": {}, "cost": {}, "finished": "2026-01-31T12:00:00Z",
+    }  # fmt: skip
+    write_assessment(path, made)
+    assert (usual.status, usual.stale) == ("done", None)
+    told = r"epsilons.json was measured with assessment.eighths=\[2, 4, 6, 8, 10, 12\], and \[1, 2\] is asked for; move it away"
+    assert re.search(told, str(cell("assessment=epsilons", "assessment.eighths=[1,2]").stale))
+    assessment_path(path, "epsilons").unlink()
+    write_assessment(path, {**made, "settings": {}})  # of a time that knew none of them
+    assert usual.stale is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["assessment.name=mine"], "assessment.name is where tables look for its numbers"),
+        (["assessment.eighths=[]"], r"assessment.eighths must be a list of whole numbers, got \[\]"),
+        (
+            ["assessment.eighths=[8,100]"],
+            "100 eighths of evaluation.epsilon must be above 0 and at most 1, .* got 1.875",
+        ),
+    ],
+)
+def test_an_assessment_that_could_not_be_made_is_refused_before_the_training(
+    words: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check(
+            compose("train", ["experiment=at/c100_basic_gkl", "scale=smoke", "assessment=epsilons", *words]),
+            1,
+        )
+
+
+def test_renditions_are_known_by_their_pictures(tmp_path: Path) -> None:
+    for name in ("renditions/a/0.png", "sketch/a/0.png"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"one")
+    words = [
+        "experiment=kd/in_vanilla",
+        "model=resnet18",
+        "scale=smoke",
+        "assessment=renditions",
+        f"assessment.root={tmp_path}",
+    ]
+    node = compose("train", words)["assessment"]
+    assert node["content"] == listing(tmp_path / "renditions", tmp_path / "sketch") != None  # noqa: E711
+    instantiate(node).check()
+    (tmp_path / "sketch/a/0.png").write_bytes(b"another")
+    with pytest.raises(
+        ValueError, match="the pictures at .*renditions and .*sketch have changed since this run was started"
+    ):
+        instantiate(node).check()

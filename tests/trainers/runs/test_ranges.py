@@ -9,7 +9,7 @@ import pytest
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, completed_by, compose
 from trainers.runs.ranges import RANGES, check_ranges, numbers
-from trainers.runs.settings import SECTIONS, SETTINGS, check, check_sections
+from trainers.runs.settings import SECTIONS, SETTINGS, check, check_radii, check_sections
 from trainers.runs.targets import addresses, fits, mistyped, parameters_of
 
 PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
@@ -59,12 +59,54 @@ def composed(*words: str) -> dict[str, Any]:
         ("workers=-1", "workers must be at least 0, got -1"),
         ("method.view_weights=[-1.0]", "method.view_weights.0 must be at least 0, got -1"),
         ("~loss.gamma", "loss needs loss.gamma, which loss/GKL cannot do without"),
+        (
+            "~loss",
+            "loss is not chosen, and alpha, beta, gamma alone make none; choose loss=..., or leave out ~loss",
+        ),
+        ("~optimizer", "optimizer is not chosen, and .* alone make none; choose optimizer=..."),
+        ("~attack", "attack is not chosen"),
+        ("~launcher", "the configuration lacks launcher; leave out ~launcher"),
         ("~paths", "the configuration lacks paths; leave out ~paths"),
     ],
 )
 def test_refused_in_one_line(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(composed(word), 1)
+
+
+@pytest.mark.parametrize("section", ["attack", "evaluation"])
+def test_a_radius_that_leads_from_any_picture_to_any_other_is_refused(section: str) -> None:
+    """Once l2 took 128, people's 128/255, and a network's robust accuracy was 0 % without a word."""
+    config = composed(f"{section}.norm=l2", f"{section}.epsilon=128")
+    check(config, 1)  # the pictures' size is not known yet
+    check_radii(composed(f"{section}.norm=l2", f"{section}.epsilon=3"), 3 * 32**2)
+    with pytest.raises(
+        ConfigError,
+        match=rf"{section}.epsilon must be .* at most 55.43, .* got 128; 128 levels of 255 are 0.502$",
+    ):
+        check_radii(config, 3 * 32**2)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        (
+            "data=image_folder",
+            r"^data.root=\.\.\. is missing: it is left open",
+        ),  # once root=..., which is no setting
+        ("selection=most_robust", r"^selection.images=\.\.\. is missing"),
+        (
+            "assessment=renditions",
+            "^assessment.root follows data.root, which is not there; set assessment.root=",
+        ),
+        ("loss.alpha=${frac:3}", r"^loss.alpha: there is no \$\{frac:\.\.\.\}"),
+        ("loss.alpha=${px:a}", r"^px takes levels of 255, as \$\{px:8\}, got 'a' \(found for loss.alpha\)"),
+        ("data.root=~/pictures", "no shell spells out a ~ within a word; write data.root=/"),
+    ],
+)
+def test_what_cannot_be_composed_is_told_by_its_whole_name(word: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        composed(word)
 
 
 def test_a_fraction_of_255_is_written_so() -> None:
