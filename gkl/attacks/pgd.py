@@ -93,17 +93,6 @@ def check_radius(norm: str, epsilon: float, numbers: int | None = None, name: st
         raise ValueError(f"{name} must be above 0{most} in {norm}, got {epsilon:g}{hint}")
 
 
-def check_attacked(images: Tensor, norm: str, epsilon: float) -> None:
-    """Raises ValueError for images that are neither uint8 nor in [0, 1], and for a radius that is none of theirs."""
-    known = images.dtype == torch.uint8 or images.is_floating_point()
-    low, high = (float(x) for x in images.aminmax()) if images.numel() else (0.0, 0.0)
-    if not known or (images.dtype != torch.uint8 and not (0.0 <= low and high <= 1.0)):
-        raise ValueError(
-            f"images must be uint8, or float in [0, 1], got {images.dtype} from {low:g} to {high:g}; a normalisation belongs into the network"
-        )
-    check_radius(norm, epsilon, images[0].numel() if len(images) else None)
-
-
 class Budget(TypedDict):
     """What an epoch's attack may do: epsilon and step_size in pixel units."""
 

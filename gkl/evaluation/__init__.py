@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.attacks.pgd import Norm, check_attacked, pgd, random_start
+from gkl.attacks.pgd import Norm, check_radius, pgd, random_start
 from gkl.evaluation.autoattack import AutoAttackResult, evaluate
+from gkl.evaluation.inputs import check_classes, checked
 from gkl.evaluation.recorded import recordings
 from gkl.rng import sample_keys
 
@@ -27,10 +28,17 @@ LogitsFn = Callable[[Tensor], Tensor]
 def accuracy(
     logits_fn: LogitsFn, images: Tensor, labels: Tensor, *, batch_size: int, device: torch.device
 ) -> Tensor:
-    """Which images are classified correctly, (N,) bool on the CPU. images: (N, 3, H, W), uint8 or float in [0, 1]."""
-    correct = [
-        (logits_fn(x).argmax(-1) == y).cpu() for x, y, _ in _batches(images, labels, batch_size, device)
-    ]
+    """Which images are classified correctly, (N,) bool on the CPU. images: (N, 3, H, W), uint8 or float in [0, 1].
+
+    Raises ValueError for others, for labels that are no classes of theirs, and for a module in training mode.
+    """
+    labels = checked(logits_fn, images, labels)
+    correct: list[Tensor] = []
+    for x, y, _ in _batches(images, labels, batch_size, device):
+        logits = logits_fn(x)
+        if not correct:
+            check_classes(labels, logits)
+        correct.append((logits.argmax(-1) == y).cpu())
     return torch.cat(correct) if correct else torch.zeros(0, dtype=torch.bool)
 
 
@@ -52,12 +60,16 @@ def pgd_robust(
 ) -> Tensor:
     """Which images withstand PGD-`steps` from one random start in the epsilon-ball, (N,) bool on the CPU.
 
-    images: (N, 3, H, W), uint8 or float in [0, 1]; others, and a radius that is none of theirs, raise ValueError.
+    images: (N, 3, H, W), uint8 or float in [0, 1]. Raises as `accuracy`, and for a radius that is none of theirs.
     loss: "ce" climbs the cross-entropy (PGD), "cw" the margin max_{k != y} z_k - z_y (CW). epsilon, step_size: pixel
     units. The start depends on (seed, image number) alone; numbers: the images' where they are part of a set, else
     0..N-1. logits_fn: in eval mode. graph: on a GPU, replay a step from a recording, with the same bits. Source: Table XV.
     """
-    check_attacked(images, norm, epsilon)
+    labels = checked(logits_fn, images, labels)
+    check_radius(norm, epsilon, images[0].numel() if len(images) else None)
+    if len(images):
+        with torch.no_grad():
+            check_classes(labels, logits_fn(next(_batches(images[:1], labels[:1], 1, device))[0]))
     objective = _cross_entropy if loss == "ce" else _margin
 
     def climbed(x: Tensor, y: Tensor, x_adv: Tensor, steps: int = 1) -> Tensor:

@@ -36,7 +36,8 @@ from pyautoattack import AutoAttack, fab_base
 from pyautoattack.checks import check_square_sr
 from torch import Tensor, nn
 
-from gkl.attacks.pgd import Norm, check_attacked
+from gkl.attacks.pgd import Norm, check_radius
+from gkl.evaluation.inputs import check_classes, checked
 from gkl.evaluation.kept import Kept, digest, fingerprint
 from gkl.evaluation.projection import projection_linf
 from gkl.evaluation.recorded import Recorded, recordings
@@ -99,10 +100,11 @@ def evaluate(
     no further image fell. epsilon: pixel units. graph: on a GPU, replay the attacks' iterations from recordings, with the
     same bits.
     Raises ValueError for a model in training mode, with too few classes, without gradient or whose answers differ from look to look, and
-    for images outside [0, 1]; RuntimeError if AutoAttack returns an image outside the ball or one it calls misclassified that is not.
+    for images outside [0, 1] and labels that are no classes of theirs; RuntimeError if AutoAttack returns an image outside the ball or one it calls misclassified that is not.
     """
-    _check_call(model, version, norm)
-    check_attacked(images, norm, epsilon)
+    _check_call(version, norm)
+    labels = checked(model, images, labels)
+    check_radius(norm, epsilon, images[0].numel() if len(images) else None)
     kept = Kept(
         folder,
         {
@@ -118,7 +120,7 @@ def evaluate(
     share: dict[str, float] = {}
     with _prepared(model, device), recordings(device, graph) as replayed:
         adapted = _Adapter(model, device, replayed)
-        num_classes = _classes(adapted, _floats(images[:64]))
+        num_classes = _classes(adapted, _floats(images[:64]), labels)
         adversary = attacker(adapted, num_classes, epsilon=epsilon, norm=norm, seed=seed, device=device)
         if replayed is not None:
             Recorded(adapted.network, replayed).take_over(adversary)
@@ -154,7 +156,7 @@ def _result(stages: "_Stages", clean: Tensor, robust: Tensor, share: dict[str, f
     )
 
 
-def _classes(model: nn.Module, x: Tensor) -> int:
+def _classes(model: nn.Module, x: Tensor, labels: Tensor) -> int:
     """How many classes a network tells apart. Raises ValueError for one that AutoAttack's numbers would be nonsense of."""
     with torch.no_grad():
         logits = model(x)
@@ -162,6 +164,7 @@ def _classes(model: nn.Module, x: Tensor) -> int:
         raise ValueError(
             f"AutoAttack's targeted DLR loss needs logits (B, C) of at least {FEWEST_CLASSES} classes, got {tuple(logits.shape)}"
         )
+    check_classes(labels, logits)
     if not bool(logits.isfinite().all()):
         raise ValueError(
             "the network's logits are not finite numbers: its weights, or its normalisation, are broken"
@@ -190,11 +193,7 @@ def _check_attackable(model: nn.Module, x: Tensor, logits: Tensor) -> None:
         )
 
 
-def _check_call(model: nn.Module, version: str, norm: str) -> None:
-    if model.training:
-        raise ValueError(
-            "AutoAttack needs a model in eval mode, it is in training mode; call model.eval() first"
-        )
+def _check_call(version: str, norm: str) -> None:
     if version not in ATTACKS or norm not in ("linf", "l2"):
         raise ValueError(
             f"version must be {' or '.join(ATTACKS)} and norm linf or l2, got {version!r} and {norm!r}"

@@ -477,7 +477,7 @@ def test_results_are_looked_at_and_not_believed(tmp_path: Path, monkeypatch: pyt
 def test_autoattack_errors(tmp_path: Path) -> None:
     model, (images, labels) = Classifier(), scans(4)
     options = {"epsilon": 0.01, "folder": tmp_path, "device": CPU}
-    with pytest.raises(ValueError, match=r"eval mode, it is in training mode; call model.eval\(\)"):
+    with pytest.raises(ValueError, match=r"the network is in training mode; call model.eval\(\)"):
         evaluate(model.train(), images, labels, **options)
     with pytest.raises(
         ValueError, match="version must be standard or screen and norm linf or l2, got 'fast'"
@@ -530,24 +530,24 @@ def test_networks_that_no_attack_measures_are_refused(
         ({"images": IMAGES / 0.0}, r"images must be uint8, or float in \[0, 1\]"),
         ({"epsilon": 8.0}, "epsilon must be above 0 and at most 1, .* in linf, got 8; 8 levels of 255 are 0.03137"),
         ({"epsilon": 128.0, "norm": "l2"}, "epsilon must be above 0 and at most 13.86, .* in l2, got 128"),
+        ({"labels": torch.arange(3)}, r"labels must be \(4,\) of an integer dtype, one for each image, got \(3,\) of torch.int64"),
+        ({"labels": torch.zeros(4, 1, dtype=torch.int64)}, r"labels must be \(4,\) .* got \(4, 1\)"),
+        ({"labels": torch.zeros(4)}, r"labels must be \(4,\) of an integer dtype, .* got \(4,\) of torch.float32"),
+        ({"labels": torch.arange(4) + 8}, "labels must be classes of the network's 10, 0 to 9, got 8 to 11"),
+        ({"labels": torch.arange(4) - 1}, "labels must be classes of the network's 10, 0 to 9, got -1 to 2"),
+        ({"mode": True}, "the network is in training mode; call model.eval\\(\\) first"),
         ({"epsilon": -0.1}, "epsilon must be above 0"), ({"epsilon": float("nan")}, "epsilon must be above 0"),
     ],
 )  # fmt: skip
-def test_pictures_and_radii_that_would_give_a_number_without_meaning(
-    change: dict[str, Any], told: str, tmp_path: Path
-) -> None:
-    """Once AutoAttack said 0 % of them, and PGD that all withstand."""
-    given = {
-        "images": IMAGES,
-        "epsilon": 0.1,
-        "norm": "linf",
-        "batch_size": 4,
-        "device": torch.device("cpu"),
-        **change,
-    }
-    images, labels = given.pop("images"), torch.arange(4)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).eval()
+def test_what_would_give_a_number_without_meaning(change: dict[str, Any], told: str, tmp_path: Path) -> None:
+    """Once AutoAttack said 0 % of such pictures and PGD that all withstand; and of labels that were too few, only these were looked at."""
+    given = {"epsilon": 0.1, "norm": "linf", "batch_size": 4, "device": torch.device("cpu")}
+    images, labels = change.pop("images", IMAGES), change.pop("labels", torch.arange(4))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).train(change.pop("mode", False))
     with pytest.raises(ValueError, match=told):
-        evaluate(net, images, labels, folder=tmp_path, **given)
+        evaluate(net, images, labels, folder=tmp_path, **{**given, **change})
     with pytest.raises(ValueError, match=told):
-        pgd_robust(net, images, labels, steps=2, **given)
+        pgd_robust(net, images, labels, steps=2, **{**given, **change})
+    if not change:  # no radius
+        with pytest.raises(ValueError, match=told):
+            accuracy(net, images, labels, batch_size=4, device=torch.device("cpu"))

@@ -218,7 +218,10 @@ def test_files_without_a_state_dict(content: Any, told: str, tmp_path: Path) -> 
 
 def test_two_networks_in_one_file(tmp_path: Path) -> None:
     state = WideResNet(10, 1).state_dict()
-    with pytest.raises(ValueError, match="holds several networks .conv1.weight twice.*; the one without it has to be saved by itself"):
+    with pytest.raises(
+        ValueError,
+        match="holds several networks .conv1.weight twice.*; the one without it has to be saved by itself",
+    ):
         load_checkpoint(
             WideResNet(10, 1), save(state | {f"model.{k}": v for k, v in state.items()}, tmp_path)
         )
