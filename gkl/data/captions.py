@@ -167,6 +167,8 @@ class CaptionBatches:
         self.next = (0, 0)  # unless it comes
         parts = next(self.stream)
         self.next = (epoch, step + 1)
+        if step + 1 == self.steps_per_epoch:
+            self.stream = iter(())  # as in FileBatches
         images, tokens, replaced = (torch.cat([part[k] for part in parts]) for k in range(3))
         there = [t.to(self.device, non_blocking=True) for t in (images, tokens, replaced.sum())]
         sample = (self.own_lanes[:, None] * self.each + torch.arange(self.each)).flatten()

@@ -183,6 +183,10 @@ class FileBatches:
         self.next = (0, 0)  # unless it comes
         found = next(self.stream)
         self.next = (epoch, step + 1)
+        if step + 1 == self.steps_per_epoch:
+            self.stream = iter(
+                ()
+            )  # its processes end now; five seconds each, where they are found with the garbage
         return found
 
     def views(self) -> Any:

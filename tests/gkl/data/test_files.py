@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -338,7 +339,9 @@ def test_an_epoch_is_the_same_with_workers_without_and_from_its_middle(scans: Im
     assert [len(y) for _, y, _ in plain] == [16] * 6 + [4]
     assert torch.cat([index for *_, index in plain]).sort().values.tolist() == list(range(100))
     assert same(epoch(stream(scans, workers=2), range(7)), plain)
-    assert same(epoch(stream(scans, workers=2), range(4, 7)), plain[4:]), "resumed at step 4"
+    resumed = stream(scans, workers=2)
+    assert same(epoch(resumed, range(4, 7)), plain[4:]), "resumed at step 4"
+    assert not multiprocessing.active_children(), "they end with their epoch"
     for number, (x, y, index) in enumerate(plain):
         assert torch.equal(y, scans.train_labels[index]) and x.dtype == torch.uint8, number
     again = stream(scans)

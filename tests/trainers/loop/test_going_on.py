@@ -159,7 +159,10 @@ class Other(Counting):
             "stands before epoch 9, step 0, of 3 epochs",
         ),
         ({"task": {}, "position": vars(Position(0))}, "stands before epoch 0"),
-        ({"task": {}, "position": vars(Position(2, 4))}, "stands before epoch 2, step 4, of 3 epochs of 4 steps"),
+        (
+            {"task": {}, "position": vars(Position(2, 4))},
+            "stands before epoch 2, step 4, of 3 epochs of 4 steps",
+        ),
         ({"task": {}, "position": vars(Position(2, 1))}, "KeyError: 'value'"),
         ({"task": [], "position": vars(Position(2, 1))}, "TypeError"),
     ],

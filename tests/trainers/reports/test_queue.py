@@ -86,7 +86,7 @@ def test_nothing_twice_nothing_done_and_teachers_first(steps: list[Step]) -> Non
         for cell in step.cells:
             assert cell.record not in brought and not cell.record.exists()
             brought.add(cell.record)
-            assert cell.teacher is None or cell.teacher.record in brought or cell.teacher.record.exists()
+            assert all(one.record in brought or one.record.exists() for one in cell.before)
 
 
 def test_every_claim_that_a_run_can_decide_is_in_it(steps: list[Step]) -> None:

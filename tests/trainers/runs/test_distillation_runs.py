@@ -153,7 +153,7 @@ def test_plans_train_teachers_first_and_once() -> None:
     names = [(cell.row, cell.config["experiment"]) for cell in plan]
     assert names == [("teacher", "kd/c100_vanilla/wrn_40_2"), ("gkl", "kd/c100_gkl/wrn40_2_wrn16_2"),
                      ("gkl", "kd/c100_gkl/wrn40_2_wrn40_1")]  # fmt: skip
-    assert plan[1].teacher is not None and plan[1].teacher.record == plan[0].record
+    assert [cell.record for cell in plan[1].before] == [plan[0].record]
     with pytest.raises(
         ConfigError, match="unknown column of table17 'vgg13_vgg9'; did you mean 'vgg13_vgg8'"
     ):
