@@ -30,6 +30,7 @@ NEEDS = {  # what a module imports beyond torch, and the extra that brings it
     "gkl.data.cifar": ("data", ("PIL", "numpy", "torchvision")),
     "gkl.data.crops": ("data", ("PIL", "numpy", "timm", "torchvision")),
     "gkl.data.decoding": ("data", ("PIL", "numpy", "torchvision")),
+    "gkl.data.digit_questions": ("data", ("PIL",)),
     "gkl.data.digits": ("data", ("PIL", "numpy", "sklearn")),
     "gkl.data.few_labels": ("data", ("PIL", "numpy")),
     "gkl.data.files": ("data", ("PIL", "numpy")),

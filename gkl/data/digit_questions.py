@@ -1,7 +1,6 @@
 """scikit-learn's digits with captions, conversations and questions, in the files of LLaVA and of its benchmarks.
 
-They stand in for LLaVA's data where nothing can be fetched. Each test scan is asked about; a text that says what a scan shows, word
-by word in the scan's place, is what a small language model learns from before it sees any.
+They stand in for LLaVA's data. Texts that say what a scan shows, in its place, are what a small language model learns from first.
 """
 
 import base64
@@ -262,8 +261,7 @@ def _picture(image: Tensor, path: Path) -> None:
 
 
 def _base64(image: Tensor) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer := io.BytesIO(), "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -256,6 +256,7 @@ def test_every_module_that_keeps_something_is_looked_at_here() -> None:
         "gkl/data/stores.py",
         "gkl/data/cifar.py", "gkl/models/published.py",   # downloads, checked by the digests that their publishers give
         "gkl/own.py",                    # a person's own network, by its content
+        "gkl/data/digit_questions.py", "gkl/data/shape_questions.py",
         "gkl/data/digits.py",            # a package's scans as files, whole or not at all
         "trainers/runs/run.py", "trainers/loop/console.py", "trainers/runs/wandb_mirror.py", "trainers/runs/launchers/slurm.py",
         # a run's own weights, progress and queue numbers, in its folder

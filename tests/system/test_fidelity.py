@@ -230,13 +230,13 @@ def test_every_experiment_has_its_restatement() -> None:
     Distillation's are in test_distillation.py and test_features.py, a method each.
     """
     folder = Path(__file__).parents[1] / "trainers/methods"
-    kinds = ("adversarial", "semi_supervised", "segmentation", "clip")
+    kinds = ("adversarial", "semi_supervised", "segmentation", "clip", "llava")
     others = "".join((folder / f"test_{kind}.py").read_text() for kind in kinds)
     missing = {
         name
         for name in choices("experiment")
         if name not in RECIPES
         and not completed_by(name)
-        and f'"{re.sub("^(ssl|seg|clip)/", "", name)}"' not in others
+        and f'"{re.sub("^(ssl|seg|clip|llava)/", "", name)}"' not in others
     }
     assert missing == {"at/c10_dm", "at/c10_dm_gkl", "ssl/denoising"}  # the last is no method of the paper's

@@ -54,10 +54,10 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ("lr", "temperature", "prior_temperature", "weights_temperature", "clip_gradient", "ratio", "minutes", "memory_gb",
          "step_size", "heads", "sharpness", "transform_lr", "projector_lr", "zoom"), ABOVE_ZERO),
-    **dict.fromkeys(("flip", "label_smoothing", "smoothing", "rise", "confidence", "hidden", "blur", "mean"), SHARE),
+    **dict.fromkeys(("flip", "label_smoothing", "smoothing", "rise", "confidence", "hidden", "blur"), SHARE),
     **dict.fromkeys(("held_out", "generated_share", "momentum", "decay", "dropout"), BELOW_ONE),
     **dict.fromkeys(("class_share", "scale", "layer_decay"), Range(0, 1, low_open=True)),
-    **dict.fromkeys(("robust_reward", "clean_reward"), ANY),
+    **dict.fromkeys(("robust_reward", "clean_reward", "mean"), ANY),
     "epsilon": PIXELS,
     "seed": SEED,
     "rotation": Range(0, 180),

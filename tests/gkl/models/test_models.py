@@ -111,7 +111,9 @@ def test_a_config_has_a_network_of_its_own_or_names_those_it_makes() -> None:
         "pspnet_101",
         "clip_b16",
         "clip_l14",
-    }  # the last: tests/gkl/models/test_vit.py, test_pspnet.py, test_clip.py
+        "llama",
+        "llava",
+    }  # the last: tests/gkl/models/test_vit.py, test_pspnet.py, test_clip.py, test_llava.py
 
 
 def small_networks() -> list[nn.Module]:

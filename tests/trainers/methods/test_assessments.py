@@ -127,7 +127,7 @@ def test_structure_and_figure_4(trained: Subject, tmp_path: Path) -> None:
     assert drawn(records[:1]) is None  # one method alone is no comparison
     with pytest.raises(
         ValueError,
-        match="figures are clean_against_aa, structure, class_scores, ablation, segmentations, gradient_paths, got 'figure9'",
+        match="figures are clean_against_aa, structure, class_scores, ablation, segmentations, questions, gradient_paths, got 'figure9'",
     ):
         draw("figure9", None)
 

@@ -44,6 +44,9 @@ SIZES = (
     "data.caption_batch_size=48",
     "batch_size=32",
     "data.cards=4",
+    "method.projector_lr=0.001",
+    "optimizer.lr=0.003",
+    "optimizer.projector_lr=0.001",
 )
 
 
@@ -372,6 +375,8 @@ def test_other_data_and_networks_are_refused(tmp_path: Path) -> None:
     data = instantiate(config["data"])
     with pytest.raises(ValueError, match="LLaVA needs its own network, got Clip; model=llava"):
         build(config, data=data, model=clip("clip_scan_48", normalisation=None), **given)
-    other = compose("train", ["experiment=llava/language", "scale=smoke", f"data.root={tmp_path}/questions"])
+    other = compose(
+        "train", ["experiment=llava/language", "scale=smoke", "data.told_epochs=1", "data.epochs=2"]
+    )
     with pytest.raises(ValueError, match="texts are read by a language model, got Clip; model=llama"):
         build(other, data=texts, model=clip("clip_scan_48", normalisation=None), device=torch.device("cpu"))
