@@ -116,7 +116,7 @@ def where() -> str:
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     monkeypatch.setattr(Compute, "autocast", lambda self: nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     # Whose tensors no wrapper can hold.
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
     tensor = torch.tensor

@@ -138,7 +138,7 @@ class DenseBatches(FileBatches):
         """This process's part of a step: images (b, 3, S, S) in [0, 1], labels (b, S, S), IGNORED where there is none."""
         images, labels, index = self.ahead(epoch, step)
         x, y, view = (t.to(self.device, non_blocking=True) for t in (images, labels, torch.zeros_like(index)))
-        return Batch(x, index.new_zeros(0, len(index)).to(self.device), y.long(), view, index)
+        return Batch(x, index.new_zeros(0, len(index), device=self.device), y.long(), view, index)
 
 
 class DenseViews(torch.utils.data.Dataset[Any]):

@@ -156,7 +156,7 @@ class FewBatches:
             for place, stream in ((own, "labelled"), (others, "weak"), (others, "strong"))
         ])  # fmt: skip
         there = [tensor.to(self.device, non_blocking=True) for tensor in (*made, keys)]
-        labels = self.labels[sample.to(self.device)], self.labels[other.to(self.device)]
+        labels = [self.labels[index.to(self.device, non_blocking=True)] for index in (sample, other)]
         return FewBatch(there[0], labels[0], there[1], there[2], labels[1], there[3], sample, other)
 
     def _views(self, sample: Tensor, place: Tensor, epoch: int, stream: str) -> Tensor:

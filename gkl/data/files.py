@@ -174,7 +174,7 @@ class FileBatches:
             t.to(self.device, non_blocking=True)
             for t in (images, self.labels[index], torch.zeros_like(index))
         )
-        return Batch(x, index.new_zeros(0, len(index)).to(self.device), y, view, index)
+        return Batch(x, index.new_zeros(0, len(index), device=self.device), y, view, index)
 
     def ahead(self, epoch: int, step: int) -> Any:
         """The views of this process's part of a step, from those that are being made. Raises PictureError."""

@@ -25,9 +25,10 @@ class ClassCentres(NamedTuple):
 
 def members(labels: Tensor, num_classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Which place is of which class, (b h w, C), 1 or 0, and which classes there are, (C,) bool. labels: (b, h, w), C and more for none."""
-    here = F.one_hot(labels.clamp(max=num_classes), num_classes + 1)[..., :-1]
-    here = here.flatten(0, 2)
-    return here.to(dtype), here.sum(0) > 0
+    here = labels.flatten()[:, None] == torch.arange(
+        num_classes, device=labels.device
+    )  # one_hot would read values back
+    return here.to(dtype), here.any(0)
 
 
 def class_centres(features: Tensor, here: Tensor, sharpness: float) -> ClassCentres:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.pretended import DEVICE, Pretended, There, pretended
+from tests.trainers.methods import test_clip, test_segmentation, test_semi_supervised
 from tests.trainers.methods.test_adversarial import task_of
 from tests.trainers.methods.test_distillation import make_task
 
@@ -80,4 +81,33 @@ def test_a_distillation_step_waits_for_nothing(method: str, tmp_path: Path, pret
             pretended.waits.clear()
             for step in range(2):
                 task.train_step(3, step)
+    assert pretended.waits == [] and pretended.strays == []
+
+
+OTHERS = {
+    "fixmatch_gkl": test_semi_supervised, "mean_teacher_gkl": test_semi_supervised, "baseline": test_segmentation,
+    "apd_gkl": test_segmentation,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_a_step_with_few_labels_or_of_maps_waits_for_nothing(row: str, pretended: Pretended) -> None:
+    with pretended:
+        task = OTHERS[row].make_task(row, device=str(DEVICE))
+        task.start_epoch(1)
+        task.train_step(1, 0)
+        pretended.waits.clear()
+        task.train_step(1, 1)
+    assert pretended.waits == [] and pretended.strays == []
+
+
+@pytest.mark.parametrize("row", ["baseline", "gkl"])
+def test_a_clip_step_waits_for_nothing(row: str, tmp_path: Path, pretended: Pretended) -> None:
+    pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
+    with pretended:
+        task = test_clip.make_task(row, tmp_path, device=str(DEVICE))
+        task.start_epoch(1)
+        task.train_step(1, 0)
+        pretended.waits.clear()
+        task.train_step(1, 1)
     assert pretended.waits == [] and pretended.strays == []

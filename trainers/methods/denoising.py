@@ -48,7 +48,8 @@ class Denoising(Method):
 
     def inputs(self, batch: Batch, epoch: int, step: int) -> tuple[Tensor, ...]:
         """Pictures, and what hides and blurs them."""
-        keys = sample_keys(self.training.seed, epoch, batch.sample, "denoising").to(self.device)
+        keys = sample_keys(self.training.seed, epoch, batch.sample, "denoising")
+        keys = keys.to(self.device, non_blocking=True)
         return batch.images, batch.draws, batch.view, keys
 
     def update(self, images: Tensor, draws: Tensor, view: Tensor, keys: Tensor) -> dict[str, Tensor]:

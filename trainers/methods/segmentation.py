@@ -75,7 +75,9 @@ class Segmentation(Method):
         """Views, their labels, and the keys of what is dropped in the network."""
         training = self.training
         place = step * training.setup.batch_size + training.shard.mine(training.batches.samples(step))
-        keys = sample_keys(self.training.seed, epoch, place.to(self.device), "inside_the_network")
+        keys = sample_keys(
+            self.training.seed, epoch, place.to(self.device, non_blocking=True), "inside_the_network"
+        )
         return batch.images, batch.labels, keys
 
     def maps(self, network: Any, x: Tensor) -> Maps:
@@ -216,10 +218,7 @@ class APD(Segmentation):
         self.transform_optimizer = torch.optim.Adam(
             self.teacher_transform.parameters(), lr=self.transform_lr, betas=(0.9, 0.99)
         )
-
-    def unrecordable(self) -> str | None:
-        """Adam's count."""
-        return "the Adam of APD's teacher transform counts its steps in Python"
+        training.fuse_optimizer(self.transform_optimizer)
 
     def trained_module(self) -> nn.Module:
         """The student and its transform."""
@@ -286,6 +285,7 @@ class APD(Segmentation):
         self.own_transform.load_state_dict(state["own_transform"])
         self.teacher_transform.load_state_dict(state["teacher_transform"])
         self.transform_optimizer.load_state_dict(state["transform_optimizer"])
+        self.training.fuse_optimizer(self.transform_optimizer)
 
 
 def transform(channels: int) -> nn.Module:

@@ -55,7 +55,7 @@ class Drawn:
         return network, {"run": "drawn", "sha256": "none"}
 
 
-def make_task(row: str, folder: Path, *own: str, precision: str = "float64") -> Training:
+def make_task(row: str, folder: Path, *own: str, precision: str = "float64", device: str = "cpu") -> Training:
     words = [
         f"experiment=clip/{row}", "scale=smoke", f"precision={precision}", "channels_last=false", "epochs=2", f"schedule.warmup={WARMUP}",
         "device=cpu", "workers=0", f"data.root={folder}/digits", *ROWS[row], *own,
@@ -64,7 +64,7 @@ def make_task(row: str, folder: Path, *own: str, precision: str = "float64") -> 
     check(config, 1)
     torch.manual_seed(0)
     given = {"teacher": Drawn(config["teacher"]["network"]["name"])} if row != "baseline" else {}
-    return build(config, device=torch.device("cpu"), data=instantiate(config["data"]), **given)
+    return build(config, device=torch.device(device), data=instantiate(config["data"]), **given)
 
 
 def plain(name: str, parameter: Tensor) -> bool:

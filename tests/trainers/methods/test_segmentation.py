@@ -40,7 +40,7 @@ class Given:
         return network, {"sha256": "0"}
 
 
-def make_task(row: str, *own: str) -> Training:
+def make_task(row: str, *own: str, device: str = "cpu") -> Training:
     words = [
         f"experiment=seg/{row}", "scale=smoke", "precision=float64", "channels_last=false", "epochs=2", "batch_size=4",
         f"bn_groups={CARDS}", "device=cpu", "workers=0", "optimizer.lr=0.005", "optimizer.heads=10.0",
@@ -52,7 +52,7 @@ def make_task(row: str, *own: str) -> Training:
     data = digits_mosaics(4 * STEPS, 6, image_size=33)
     given = {} if row == "baseline" else {"teacher": Given()}
     torch.manual_seed(1)
-    return build(config, data=data, model=model.double(), device=torch.device("cpu"), **given)
+    return build(config, data=data, model=model.double(), device=torch.device(device), **given)
 
 
 # --- the released loop ------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ ROWS = ("fixmatch_hard", "fixmatch_soft", "fixmatch_gkl", "mean_teacher_mse", "m
 WARMUP, STEPS = 1, 6
 
 
-def make_task(row: str, *own: str, drop_path: float = 0.2) -> Training:
+def make_task(row: str, *own: str, drop_path: float = 0.2, device: str = "cpu") -> Training:
     words = [
         f"experiment=ssl/{row}", "scale=smoke", "precision=float64", "channels_last=false", "epochs=2", "data.steps_per_epoch=3",
         "data.unlabelled=2", f"schedule.warmup={WARMUP}", "method.confidence=0.12", "device=cpu", *own,
@@ -36,7 +36,7 @@ def make_task(row: str, *own: str, drop_path: float = 0.2) -> Training:
     torch.manual_seed(0)
     model = create("vit_scan_patch2_8", 10, drop_path_rate=drop_path)
     data = digits_few(labels=20, draws="dkl", seed=0, steps_per_epoch=3, unlabelled=2)
-    return build(config, data=data, model=model.double(), device=torch.device("cpu"))
+    return build(config, data=data, model=model.double(), device=torch.device(device))
 
 
 def layer(name: str, depth: int = 4) -> int:
