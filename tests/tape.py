@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gkl.graphs import Replayed
 
@@ -40,6 +40,8 @@ class Notes(TorchDispatchMode):
         out = func(*args, **kwargs)
         if not any(result.alias_info for result in func._schema.returns):  # else views of what was there
             self.made.update(t.untyped_storage()._cdata for t in tree_leaves(out) if isinstance(t, Tensor))
+        # As they lie now: a parameter may be pointed at other numbers afterwards, and a graph knows addresses.
+        args, kwargs = (tree_map_only(Tensor, Tensor.detach, given) for given in (args, kwargs))
         self.calls.append((func, args, kwargs, out))
         return out
 

@@ -1,6 +1,7 @@
 """Recorded work: the keys, the failures, and whole training steps replayed on the CPU, bit for bit what they are without."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ from torch.utils._pytree import tree_leaves_with_path
 
 from gkl.losses import gradients
 from gkl.losses.prior import ClassPrior
+from gkl.optim.optimizers import lamb
 from tests.tape import Taped
+from tests.trainers.methods import test_clip, test_segmentation, test_semi_supervised
 from tests.trainers.methods.test_adversarial import task_of
 from tests.trainers.methods.test_distillation import make_task
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.identity import config_hash
+from trainers.runs.settings import build
+from trainers.runs.targets import instantiate
 
 
 def test_a_key_is_run_then_recorded_then_replayed_with_the_same_bits() -> None:
@@ -83,9 +88,36 @@ AT = ["c100_basic_gkl", "c100_basic_kl", "c100_autoaug", "c100_acat", "c100_daja
 KD = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "vanilla"]
 
 
+OTHERS: dict[str, Callable[[Path], Training]] = {
+    **{row: lambda folder, row=row: test_semi_supervised.make_task(row) for row in ("fixmatch_gkl", "mean_teacher_gkl")},
+    **{row: lambda folder, row=row: test_segmentation.make_task(row) for row in ("baseline", "apd_gkl")},
+    "clip": lambda folder: test_clip.make_task("gkl", folder, "accumulate=2"),
+    "denoising": lambda folder: denoising(),
+}  # fmt: skip
+
+
+def denoising() -> Training:
+    words = [
+        "experiment=ssl/denoising",
+        "scale=smoke",
+        "precision=float64",
+        "channels_last=false",
+        "epochs=2",
+        "device=cpu",
+    ]
+    config = compose("train", words)
+    torch.manual_seed(0)
+    return build(config, data=instantiate(config["data"]), device=torch.device("cpu"))
+
+
+def optimizers(task: Training) -> list[torch.optim.Optimizer]:
+    """The training's, and APD's for the teacher's transform."""
+    return [task.optimizer, *(o for o in vars(task.method).values() if isinstance(o, torch.optim.Optimizer))]
+
+
 def with_rates_on_the_device(task: Training) -> Training:
     """As Training.fuse_optimizer has them on a GPU."""
-    for group in task.optimizer.param_groups:
+    for group in (group for optimizer in optimizers(task) for group in optimizer.param_groups):
         group.update(lr=torch.as_tensor(group["lr"], dtype=torch.float64), fused=True, foreach=False)
     return task
 
@@ -95,7 +127,7 @@ def trained(task: Training, epochs: range) -> list[dict[str, float]]:
     logged = []
     for epoch in epochs:
         task.start_epoch(epoch)
-        for step in (0, 1, 2, 3, task.steps_per_epoch - 1):
+        for step in (*range(min(4, task.steps_per_epoch - 1)), task.steps_per_epoch - 1):
             logged.append({name: value.item() for name, value in task.train_step(epoch, step).items()})
         task.method.end_epoch()
         for average in task.averages.values():
@@ -152,6 +184,40 @@ def test_replayed_distillation_steps_are_the_same_to_the_bit(method: str, tmp_pa
         assert trained(taped, range(1, 4)) == trained(plain, range(1, 4))
         assert_alike(taped.state_dict(), plain.state_dict())
         assert tape.replayed >= 5
+
+
+@pytest.mark.usefixtures("nothing_read_back")
+@pytest.mark.parametrize("name", OTHERS)
+def test_replayed_steps_of_the_others_are_the_same_to_the_bit(name: str, tmp_path: Path) -> None:
+    """Adam's count of its steps and rates that each step writes; a target of averaged weights; APD's second optimizer."""
+    if name == "clip":
+        pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
+    plain, taped = (with_rates_on_the_device(OTHERS[name](tmp_path)) for _ in range(2))
+    taped.replayed = tape = Taped(warn=pytest.fail)
+    assert trained(taped, range(1, 3)) == trained(plain, range(1, 3))
+    assert_alike(taped.state_dict(), plain.state_dict())
+    assert tape.replayed >= 4 and tape.recorded <= 2 and taped.replayed is tape
+
+
+def test_an_optimizer_that_counts_in_python_says_so() -> None:
+    task = test_semi_supervised.make_task("fixmatch_gkl")
+    assert task.unrecordable() is None
+    task.optimizer = lamb(task.model, lr=0.1)
+    assert task.unrecordable() == "Lamb counts its steps in Python"
+
+
+def test_an_adam_of_a_gpu_goes_on_without_one() -> None:
+    """Its count and rates come from the device, whose update is one kernel; a run on a CPU has torch's own again."""
+    there, here = (test_segmentation.make_task("apd_gkl") for _ in range(2))
+    kept = [{k: v for k, v in g.items() if k != "params"} for o in optimizers(here) for g in o.param_groups]
+    for group in (g for o in optimizers(with_rates_on_the_device(there)) for g in o.param_groups):
+        group.update({"capturable": True} if "capturable" in group else {})
+    trained(there, range(1, 2))
+    here.load_state_dict(copy.deepcopy(there.state_dict()))
+    groups = [{k: v for k, v in g.items() if k != "params"} for o in optimizers(here) for g in o.param_groups]
+    for found, before in zip(groups, kept, strict=True):
+        assert found | {"lr": 0.0} == before | {"lr": 0.0} and type(found["lr"]) is float
+    trained(here, range(2, 3))
 
 
 def test_a_method_that_cannot_be_recorded_says_so_and_trains(tmp_path: Path) -> None:

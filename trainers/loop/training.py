@@ -27,6 +27,12 @@ from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
 from trainers.loop.setup import Setup
 
+FUSED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+)  # whose updates a GPU makes without asking Python
+
 
 class Training:
     """A method at work on a setup. A `trainers.loop.engine.Task`."""
@@ -166,22 +172,28 @@ class Training:
             return reason
         if self.scaler.is_enabled():
             return "precision=fp16 asks after each backward pass whether the gradients are finite"
-        if not isinstance(self.optimizer, torch.optim.SGD):
+        if not isinstance(self.optimizer, FUSED):
             return f"{type(self.optimizer).__name__} counts its steps in Python"
         return None
 
-    def fuse_optimizer(self) -> None:
-        """On a GPU: the update as one kernel that reads its learning rate from the device, where each epoch writes it.
+    def fuse_optimizer(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """On a GPU: an update, the training's unless told, as one kernel that reads its learning rate, and Adam's count of its steps,
+        from the device, where each epoch writes it.
 
         Elsewhere as torch has it, also after a checkpoint that a GPU has written.
         """
-        on_card = self.device.type == "cuda" and isinstance(self.optimizer, torch.optim.SGD)
-        for group in self.optimizer.param_groups:
+        optimizer = optimizer or self.optimizer
+        on_card = self.device.type == "cuda" and isinstance(optimizer, FUSED)
+        for group in optimizer.param_groups:
+            counts = {"capturable": on_card} if "capturable" in group else {}
             if on_card:
                 lr = torch.as_tensor(group["lr"], dtype=torch.float32)
-                group.update(lr=lr.to(self.device), fused=True, foreach=False)
+                group.update(lr=lr.to(self.device), fused=True, foreach=False, **counts)
             elif isinstance(group["lr"], Tensor):
-                group.update(lr=float(group["lr"]), fused=None, foreach=None)
+                group.update(lr=float(group["lr"]), fused=None, foreach=None, **counts)
+        for state in optimizer.state.values() if on_card else ():
+            if "step" in state:  # of a checkpoint from a CPU
+                state["step"] = state["step"].to(self.device, torch.float32)
 
     # --- the engine's task --------------------------------------------------------------------------------------------
 
