@@ -14,13 +14,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
+from table5 import Nowhere
 from timing import Row, explained, interleaved, report
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gkl.data.augment import to_float
-from gkl.data.captions import CaptionBatch
+from gkl.data.captions import CaptionBatch, CaptionData, TestSet
+from gkl.data.files import Split
+from gkl.data.pairs import Listed
+from gkl.data.tokens import bpe, imagenet_names, imagenet_templates
 from gkl.models.clip import Clip, clip
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
@@ -54,6 +60,31 @@ def made(row: str, folder: Path, device: torch.device, *own: str) -> Training:
         given["teacher"] = Untrained(**vars(instantiate(config["teacher"])))
     torch.manual_seed(0)
     return build(config, device=device, data=instantiate(config["data"]), **given)
+
+
+def on_noise(row: str, device: torch.device, *own: str) -> Training:
+    """A training at the paper's scale on random pairs, always the same."""
+    config = compose("train", [f"experiment=clip/{row}", "schedule.warmup=0", *own])
+    pairs, side, length = config["batch_size"], config["data"]["image_size"], config["data"]["context_length"]
+    part = Split(Nowhere(Path("nowhere")), np.array([b""]), torch.zeros(1, dtype=torch.int64))
+    tests = {"imagenet": TestSet(part, torch.ones(1000, dtype=torch.bool))}
+    listed = Listed(pairs, lambda n: Image.new("RGB", (side, side)), lambda n, key: "", "none")
+    data = CaptionData(
+        "noise", listed, bpe(length), imagenet_names(), imagenet_templates(), tests, side, "pillow"
+    )
+    given: dict[str, Any] = {}
+    if config.get("teacher"):
+        given["teacher"] = Untrained(**vars(instantiate(config["teacher"])))
+    torch.manual_seed(0)
+    task = build(config, device=device, data=data, **given)
+    task.start_epoch(1)
+    tokens = torch.randint(1, data.tokenizer.vocab_size - 1, (pairs, length))
+    tokens[:, -1] = data.tokenizer.vocab_size - 1  # the end, whose place is a text's feature
+    images = torch.randint(0, 256, (pairs, 3, side, side), dtype=torch.uint8)
+    there = [x.to(device) for x in (images, tokens, torch.zeros((), dtype=torch.int64))]
+    batch = CaptionBatch(there[0], there[1], torch.arange(pairs), there[2])
+    task.batch, task.group_size = lambda epoch, step: batch, pairs  # type: ignore[method-assign]
+    return task
 
 
 def counted(call: Callable[[], object]) -> float:

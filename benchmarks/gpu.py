@@ -5,7 +5,7 @@
 
 Right: tests/system/test_gpu*.py. Fast: the benchmarks of the loss, the step, distillation and AutoAttack, beside their targets and torch's own.
 Hours: a step of each kind of training is timed with the settings its runs have, and the cost model (trainers/runs/cost.py) told what that
-makes in FLOP/s; reading and decoding ImageNet's pictures is not in it. Memory: the peak of such a step, and for each table's largest
+makes in FLOP/s; reading and decoding pictures in files is not in it. Memory: the peak of such a step, and for each table's largest
 run that of two small batches, from which the paper's batch follows, as what a network keeps grows with the batch. Writes
 gpu-<card>.json and the benchmarks' own files into results/benchmarks, or into GKL_BENCHMARKS. Without a GPU: one line, exit code 2.
 """
@@ -20,7 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from typing import Any
 
+import clip
 import distillation
+import segmentation
+import semi_supervised
 import step
 import table5
 import timing
@@ -51,9 +54,15 @@ KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "at": (step.BASIC, (), step.EPOCH),
     "kd": ("kd/c100_gkl/resnet32x4_resnet8x4", (), distillation.EPOCH),
     "in": ("kd/in_gkl/resnet34_resnet18", ("batch_size=128",), 10),
+    "ssl": ("ssl/fixmatch_gkl", (), 1),
+    "seg": ("seg/apd_gkl", (), 1),
+    "clip": ("clip/gkl", ("batch_size=128", "bn_groups=1"), 1),
 }
 HOURS = {
     "3, 4": ("at", ("at/c100_basic_kl", "at/c100_basic_gkl", "at/c10_basic_kl", "at/c10_basic_gkl")),
+    "7, on one card": ("clip", ("clip/baseline", "clip/kl", "clip/gkl")),
+    "22": ("ssl", ("ssl/fixmatch_hard", "ssl/fixmatch_gkl", "ssl/mean_teacher_gkl")),
+    "23": ("seg", ("seg/baseline", "seg/apd_kl", "seg/apd_gkl")),
     "5": ("in", ("kd/in_kd/resnet34_resnet18", "kd/in_gkl/resnet34_resnet18")),
     "17": ("kd", ("kd/c100_kd/resnet32x4_resnet8x4", "kd/c100_gkl/resnet32x4_resnet8x4")),
 }
@@ -64,6 +73,9 @@ LARGEST: dict[str, tuple[str, tuple[str, ...], tuple[int, int], int]] = {
     "2, 6, 13, 24": ("kd/lt_vanilla/imagenet_resnext_101_32x4d", (), (8, 16), 128),
     "1kd": ("kd/in_gkl/resnet34_resnet18", (), (16, 32), 512),
     "5": ("kd/in_vanilla/imagenet_resnet_50", (), (16, 32), 512),
+    "7, of 128 pairs": ("clip/gkl", ("bn_groups=1",), (16, 32), 128),
+    "22": ("ssl/mean_teacher_gkl", (), (8, 16), 8),
+    "23, on one card": ("seg/apd_gkl", ("bn_groups=1",), (2, 4), 8),
     "17, 18": ("kd/c100_gkl/resnet32x4_resnet8x4", (), (32, 64), 64),
     "19": ("kd/strong_gkl/beitv2_resnet50", (), (8, 16), 2048),
 }
@@ -76,12 +88,20 @@ def size_of(config: Mapping[str, Any]) -> Size:
 def stepper(name: str, device: torch.device, own: Sequence[str], epoch: int) -> tuple[Step, dict[str, Any]]:
     """A step of an experiment with the settings that its runs have and one's own, on noise, and its configuration."""
     config = compose("train", [f"experiment={name}", *own])
-    if (size := size_of(config)).classes == 1000:
+    size, (kind, row) = size_of(config), (name.partition("/")[0], name.rpartition("/")[2])
+    if kind == "ssl":
+        task: Any = semi_supervised.made(row, config["model"]["name"], device, *own)
+    elif kind == "seg":
+        shared = [f"{key}={config[key]}" for key in ("batch_size", "bn_groups")]
+        task = segmentation.made(device, size.side, *shared, *own)
+    elif kind == "clip":
+        task = clip.on_noise(row, device, *own)
+    elif size.classes == 1000:
         own = [o for o in own if not o.startswith(("batch_size", "bn_groups"))]
         return table5.stepper(name, device, config["batch_size"], size.side, *own), config
-    if name.startswith("kd/"):
+    elif kind == "kd":
         method, pair = name.removeprefix("kd/c100_").split("/")
-        task: Any = distillation.made(method, pair, device, noise(), *own)
+        task = distillation.made(method, pair, device, noise(), *own)
     else:
         phases, network = config["attack"]["phases"], config["model"]["name"]
         kept = {key: config[key] for key in ("precision", "channels_last", "bn_groups", "graph")}
@@ -165,9 +185,12 @@ def main(arguments: Sequence[str]) -> int:
     dm, rates = 0.0, dict[str, Rate]()
     for kind, (name, _, _) in KINDS.items() if "hours" in only else ():
         try:
-            seen = measured(kind, device, seconds=4.0)
+            seen = measured(kind, device, seconds=3.0)
         except torch.OutOfMemoryError:
             say(f"{name}: a step does not fit into {here['memory']} GiB")
+            continue
+        except (ValueError, ImportError) as error:  # without an extra
+            say(f"{name}: not timed ({str(error)[:120]})")
             continue
         rates[kind] = Rate(seen["tflops"], here["name"])
         found.setdefault("steps", {})[name] = seen

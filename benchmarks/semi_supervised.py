@@ -26,9 +26,10 @@ METHODS = {"FixMatch + GKL": "fixmatch_gkl", "Mean-Teacher + GKL": "mean_teacher
 OVER = 1.1  # times the share of the forward passes
 
 
-def made(experiment: str, model: str, device: torch.device) -> Training:
+def made(experiment: str, model: str, device: torch.device, *own: str) -> Training:
     """A training of an experiment on random pictures of CIFAR-100's shape, 200 of them labelled."""
-    config = {**compose("train", [f"experiment=ssl/{experiment}", "schedule.warmup=0"]), "initial": None}
+    words = [f"experiment=ssl/{experiment}", "schedule.warmup=0", *own]
+    config = {**compose("train", words), "initial": None}
     data = FewLabels(**vars(noise()), labelled=torch.arange(200), steps_per_epoch=8, unlabelled=1)
     task = build(config, data=data, model=create(model, 100, "cifar100_usb"), device=device)
     task.start_epoch(1)
