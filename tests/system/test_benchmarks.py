@@ -110,6 +110,14 @@ def test_the_loss_s_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("operator calls" in row.more.get("profile", "") for row in rows)
 
 
+def test_the_loss_s_tensors_are_on_the_device(pretended: Pretended, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "ON_CPU", ((8, 10),))
+    monkeypatch.setattr(loss, "AT_MOST", {DEVICE.type: (1e9, 1e9)})
+    with pretended:
+        assert len(loss.measured(DEVICE, 1, compiled=False)) == 9
+    assert pretended.strays == []
+
+
 def test_a_semi_supervised_step_s_benchmark() -> None:
     rows = semi_supervised.measured("vit_small_patch4_32", CPU, 1)
     assert [row.at_most for row in rows] == [3.3, 2.567] and all(row.values[0] > 1 for row in rows)
@@ -155,6 +163,31 @@ def test_a_distillation_step_s_tensors_are_on_the_device(tmp_path: Path, pretend
         )
         distillation.Published(exact, "resnet56_resnet20").step(0)
         exact.train_step(distillation.EPOCH, 0)
+    assert pretended.strays == []
+
+
+SMALL_MAPS = ("model.name=pspnet_18_w8", "teacher.network.name=pspnet_18_w8", "precision=float32")
+SMALL_PAIRS = ("model.name=clip_64px_128", "teacher.network.name=clip_64px_128", "data.image_size=64", "data.context_length=32",
+               "bn_groups=1", "batch_size=4", "precision=float32")  # fmt: skip
+
+
+def test_the_others_steps_tensors_are_on_the_device(pretended: Pretended) -> None:
+    """Few labels and a supervised step of these, maps, the divergence of maps."""
+    with pretended:
+        few = semi_supervised.made("mean_teacher_gkl", "vit_small_patch4_32", DEVICE)
+        few.train_step(1, 0)
+        semi_supervised.supervised(few)()
+        segmentation.made(DEVICE, 33, *SMALL_MAPS).train_step(1, 0)
+        segmentation.GKL()(*segmentation.logits(DEVICE, 9)).mean().backward()
+    assert pretended.strays == []
+
+
+def test_a_clip_step_s_tensors_are_on_the_device(pretended: Pretended) -> None:
+    pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
+    with pretended:
+        task = clip.on_noise("gkl", DEVICE, *SMALL_PAIRS)
+        task.train_step(1, 0)
+        clip.forward(task, task.batch(1, 0))
     assert pretended.strays == []
 
 
