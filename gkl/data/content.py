@@ -56,7 +56,9 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
         return _of_files(path.parent, dict(sorted(_in_table(path))), kept)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.is_dir()}
+            members = {
+                i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.filename.endswith("/")
+            }
             return _digest({n: found for n, found in members.items() if not hidden(n)})
     except Exception:  # zipfile's own and others', of files that are no whole archives
         return _digest({path.name: (path.stat().st_size, _crc(path))})

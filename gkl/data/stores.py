@@ -150,8 +150,9 @@ class Zip(Store):
             members = self._archive().infolist()
         except Exception as error:  # zipfile's own and others', of bytes that anybody may have written
             raise ValueError(f"{path} is damaged ({one_line(error)}); fetch or pack it again") from error
-        folders = [i.filename.rstrip("/") for i in members if i.is_dir()]
-        self.listed((i.filename for i in members if not i.is_dir()), folders)
+        folders = [i.filename for i in members if i.filename.endswith("/")]  # is_dir needs a name
+        files = (i.filename for i in members if not i.filename.endswith("/"))
+        self.listed(files, [name.rstrip("/") for name in folders])
         self._check(members)
 
     def _check(self, members: Sequence[zipfile.ZipInfo]) -> None:

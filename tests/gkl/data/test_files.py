@@ -99,6 +99,14 @@ def test_folder_zip_and_shards_hold_the_same(folder: Path, tmp_path: Path) -> No
     assert image_files(str(folder), 8, 8, train_per_class=1).train_labels.tolist() == [0, 1, 2]
 
 
+def test_a_member_of_an_archive_without_a_name_is_no_picture(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        for file in folder.rglob("*.png"):
+            archive.write(file, file.relative_to(tmp_path))
+        archive.writestr(zipfile.ZipInfo(""), b"left behind")
+    assert len(image_files(str(tmp_path / "pictures.zip"), image_size=8, resize=8).train_labels) == 12
+
+
 def test_shards_are_indexed_once_and_again_when_they_change(folder: Path, tmp_path: Path) -> None:
     root = shards(folder, tmp_path / "tars")
     first = Shards(root)
