@@ -7,12 +7,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imports take seconds: they are made once, by a process that the others come from. These see the environment of its start.
+FORKED = mp.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch.distributed", "trainers.runs.settings"])
+
 
 def on_processes(body: Callable[..., None], folder: Path, *arguments: object, count: int = 2) -> None:
     """body(*arguments) on `count` processes, which talk by gloo, each of one thread; returns when all have ended well."""
     rendezvous = folder / "rendezvous"
     rendezvous.unlink(missing_ok=True)
-    mp.spawn(_member, args=(body, f"file://{rendezvous}", count, arguments), nprocs=count)
+    given = (body, f"file://{rendezvous}", count, arguments)
+    mp.start_processes(_member, args=given, nprocs=count, start_method="forkserver")
 
 
 def _member(

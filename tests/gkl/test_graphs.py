@@ -84,8 +84,13 @@ def test_a_number_that_python_holds_is_part_of_the_recording(number: float) -> N
     assert taped("key", lambda x: [x * held["by"]], (torch.ones(1),))[0].item() == number
 
 
-AT = ["c100_basic_gkl", "c100_basic_kl", "c100_autoaug", "c100_acat", "c100_dajat", "c100_dm", "c10_rice", "c100_awp", "c100_lbgat_awp"]  # fmt: skip
-KD = ["kd", "gkl", "ikl", "dkd", "fitnet", "rkd", "crd", "ofd", "reviewkd", "vanilla"]
+def others(*names: str) -> list[Any]:
+    """The same in other methods."""
+    return [pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+AT = ["c100_basic_gkl", "c100_dm", *others("c100_basic_kl", "c100_autoaug", "c100_acat", "c100_dajat", "c10_rice", "c100_awp", "c100_lbgat_awp")]  # fmt: skip
+KD = ["gkl", "crd", *others("kd", "ikl", "dkd", "fitnet", "rkd", "ofd", "reviewkd", "vanilla")]
 
 
 OTHERS: dict[str, Callable[[Path], Training]] = {

@@ -92,21 +92,36 @@ def ran(words: Sequence[str], folder: Path, **environment: str) -> str:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("page", pages_with("python"))
-def test_code_runs_as_printed(page: Path, tmp_path: Path) -> None:
+def starts(page: Path) -> list[list[str]]:
+    """The commands that start files of the page on several processes; those of a page with a diff are run where that is applied."""
+    shown = [] if blocks(page, "diff") else commands(page)
+    return [words for words in shown if words[0] == "torchrun" and words[-1].endswith(".py")]
+
+
+def pages_in_full() -> list[Any]:
+    """Pages with blocks that compile, or that several processes run."""
+    return [
+        pytest.param(page, True, id=f"{name(page)}, in full", marks=pytest.mark.long)
+        for page in PAGES
+        if any(block.title.startswith("needs ") for block in blocks(page, "python")) or starts(page)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("page", "full"),
+    [*(pytest.param(*p.values, False, id=p.id) for p in pages_with("python")), *pages_in_full()],
+)
+def test_code_runs_as_printed(page: Path, full: bool, tmp_path: Path) -> None:
     program = []
     for block in blocks(page, "python"):
         if block.title.endswith(".py"):
             (tmp_path / block.title).write_text(block.text)
-        elif NEEDS[block.title.removeprefix("needs ")]() if block.title else True:
+        elif not block.title or (full and NEEDS[block.title.removeprefix("needs ")]()):
             program.append(block.text)
     if program:
         ran([sys.executable, "-c", "\n\n".join(program)], tmp_path, TORCHINDUCTOR_COMPILE_THREADS="1")
-    if blocks(page, "diff"):
-        return  # its files are run where the diff is applied
-    for words in commands(page):
-        if words[0] == "torchrun" and words[-1].endswith(".py"):
-            ran([sys.executable, "-m", "torch.distributed.run", *words[1:]], tmp_path)
+    for words in starts(page) if full else []:
+        ran([sys.executable, "-m", "torch.distributed.run", *words[1:]], tmp_path)
 
 
 # --- commands ---------------------------------------------------------------------------------------------------------

@@ -164,7 +164,13 @@ def test_compiled_with_frozen_parameters_less_is_kept_for_the_backward_pass() ->
     assert kept[1] < 0.8 * kept[0]
 
 
-@pytest.mark.parametrize("experiment", ["c100_basic_gkl", "c100_autoaug", "c100_dajat", "c100_dm", "c10_rice", "c100_lbgat_awp", "c100_las_at"])  # fmt: skip
+OTHERS = ("c100_autoaug", "c100_dajat", "c100_dm", "c10_rice", "c100_lbgat_awp")
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    ["c100_basic_gkl", "c100_las_at", *(pytest.param(other, marks=pytest.mark.long) for other in OTHERS)],
+)
 def test_compiling_changes_no_step_and_settles(
     experiment: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,10 @@
 
 import io
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -15,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 
+from gkl.data import preparing
 from gkl.data.digits import digits
 from gkl.data.generated import class_gaussian, generated, open_shards
 from gkl.data.preparing import ROWS, alone, prepare
+from tests.processes import FORKED
 
 
 def part(
@@ -159,22 +163,23 @@ def test_without_room_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.Monke
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
+def killed_within_its_rows(source: Path, folder: Path) -> None:
+    rows = preparing._rows
+
+    def killed(*arguments):
+        yield from rows(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    preparing._rows = killed
+    prepare([source], folder)
+
+
 def test_what_a_killed_one_left_is_removed_by_the_next(tmp_path: Path) -> None:
     """Killed within its rows, while another folder's is at work."""
     part(tmp_path / "a.npz", 20, 0)
-    program = f"""
-import os, signal
-from pathlib import Path
-import gkl.data.preparing as preparing
-rows = preparing._rows
-def killed(*arguments):
-    yield from rows(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-preparing._rows = killed
-preparing.prepare([Path({str(tmp_path / "a.npz")!r})], Path({str(tmp_path / "shards")!r}))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
+    process = FORKED.Process(target=killed_within_its_rows, args=(tmp_path / "a.npz", tmp_path / "shards"))
+    process.start(), process.join()
+    assert process.exitcode == -signal.SIGKILL
     (left,) = tmp_path.glob(".shards.*.tmp")
     assert any(left.iterdir())
     (tmp_path / ".shards.v2.1.tmp").mkdir()  # another folder's, "shards.v2"
@@ -184,13 +189,16 @@ preparing.prepare([Path({str(tmp_path / "a.npz")!r})], Path({str(tmp_path / "sha
 
 def test_two_at_once_wait_for_each_other(tmp_path: Path) -> None:
     part(tmp_path / "a.npz", 20, 0)
-    program = f"from pathlib import Path; from gkl.data.preparing import prepare; prepare([Path({str(tmp_path / 'a.npz')!r})], Path({str(tmp_path / 'shards')!r}))"
+    given = [tmp_path / "a.npz"], tmp_path / "shards"
+    others = [FORKED.Process(target=prepare, args=given) for _ in range(2)]
     with alone(tmp_path / "shards"):
-        others = [subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) for _ in range(2)]
+        for other in others:
+            other.start()
         time.sleep(0.5)
-        prepare([tmp_path / "a.npz"], tmp_path / "shards", locked=True)
+        prepare(*given, locked=True)
     for other in others:
-        assert other.wait() == 0, other.stderr and other.stderr.read()
+        other.join()
+        assert other.exitcode == 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npz", "shards"]
 
 

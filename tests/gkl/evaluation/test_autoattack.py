@@ -154,7 +154,9 @@ class Short(AutoAttack):
         self.apgd_targeted.n_target_classes = self.fab.n_target_classes = 4
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.15), ("l2", 1.2)])
+@pytest.mark.parametrize(
+    ("norm", "epsilon"), [("linf", 0.15), pytest.param("l2", 1.2, marks=pytest.mark.long)]
+)
 def test_every_verdict_and_image_is_the_package_s_own(
     norm: str, epsilon: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,7 +190,9 @@ def test_every_verdict_and_image_is_the_package_s_own(
     assert ours.equal(x_adv) and not ours.equal(floats(images)) and left > 5
 
 
-@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.2), ("l2", 1.8)])
+@pytest.mark.parametrize(
+    ("norm", "epsilon"), [("linf", 0.2), pytest.param("l2", 1.8, marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize("order", [("square", "apgd-ce"), ("apgd-t",), ("fab-t",)])
 def test_replayed_attacks_are_the_package_s_image_by_image(
     order: tuple[str, ...], norm: str, epsilon: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +273,7 @@ def single_runs(replayed: Any, device: torch.device, norm: str) -> list[Tensor]:
     return runs
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.long)])
 def test_what_is_recorded_waits_for_nothing(
     norm: str, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -373,8 +373,14 @@ print((peak() - before) / (student.numel() * 4))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads a process's peak memory from /proc")
-@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-@pytest.mark.parametrize("weights", ["class", "sample"])
+@pytest.mark.parametrize(
+    ("weights", "layout"),
+    [
+        ("class", "nchw"),
+        ("sample", "nhwc"),
+        *(pytest.param(*other, marks=pytest.mark.long) for other in (("class", "nhwc"), ("sample", "nchw"))),
+    ],  # a process each
+)
 def test_a_map_with_a_mask_takes_four_and_a_half_times_its_logits_at_most(weights: str, layout: str) -> None:
     """Loss, gradients to both and the prior's update, beyond the logits: two gradients kept, two returned."""
     command = [sys.executable, "-c", DENSE, weights, layout]

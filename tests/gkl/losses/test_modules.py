@@ -2,7 +2,6 @@
 
 import copy
 import io
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from gkl import ClassPrior, GKLLoss, gkl_loss
+from tests.processes import on_processes
 
 SETTINGS = {"alpha": 20.0, "beta": 4.0, "gamma": 0.4}
 HALF = [torch.float16, torch.bfloat16]
@@ -349,10 +349,9 @@ def test_compiled_it_follows_every_change_of_the_prior_without_another_graph(gam
 # --- several processes ------------------------------------------------------------------------------------------------
 
 
-def _process(number: int, port: int, folder: str) -> None:
+def _process(folder: str) -> None:
     """Two epochs of half a batch each, the criterion inside DDP; then a checkpoint in the middle of the third, and its end."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    number = dist.get_rank()
     torch.manual_seed(number)
     model = Model()
     network = DistributedDataParallel(
@@ -375,14 +374,10 @@ def _process(number: int, port: int, folder: str) -> None:
         model.prior.renew()
         found.append(model.prior.probs.clone())
     torch.save({"probs": found, "model": model.net.state_dict()}, f"{folder}/{number}.pt")
-    dist.destroy_process_group()
 
 
 def test_inside_ddp_every_process_s_predictions_count_once(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_process, (port, str(tmp_path)), nprocs=2)
+    on_processes(_process, tmp_path, str(tmp_path))
     one, other = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in range(2))
     alone = Model()
     alone.net.load_state_dict(one["model"])

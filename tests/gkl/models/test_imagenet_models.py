@@ -23,7 +23,12 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+DEEPER = "imagenet_resnet_101"  # than ResNet-50, of the same blocks
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == DEEPER else name for name in NETWORKS]
+)
 def test_equal_to_torchvision(name: str) -> None:
     function, options, count, channels = NETWORKS[name]
     torch.manual_seed(0)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gkl.data.augment import to_float
+from gkl.data.digits import digits_files
 from gkl.distributed import all_reduce, rank
 from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
@@ -35,6 +36,19 @@ pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
 ROWS = {"baseline": (), "kl": ("loss.temperature=2.0",), "gkl": ()}
 WARMUP, STEPS = 1, 44
 ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("scans") / "digits"
+    digits_files(str(root))
+    return root
+
+
+@pytest.fixture(autouse=True)
+def there(written: Path, tmp_path: Path) -> None:
+    """The thousands of files that a training of each test would write anew."""
+    (tmp_path / "digits").symlink_to(written)
 
 
 @dataclass

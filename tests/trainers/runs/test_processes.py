@@ -28,6 +28,7 @@ BEGIN = """
 import os, signal, sys, time
 from datetime import timedelta
 from pathlib import Path
+from trainers import command
 from trainers.command import run_main
 from trainers.errors import RunError
 from trainers.runs import processes
@@ -40,9 +41,14 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def two(body: str, *arguments: object, wait: float = 60.0) -> list[subprocess.Popen[str]]:
-    """Two processes of a run, without a launcher, that execute `body` within their group; each gets its own argument."""
-    program = f"{BEGIN}\nprocesses.WAIT = timedelta(seconds={wait})\ndef main(arguments):\n"
+def two(
+    body: str, *arguments: object, wait: float = 60.0, patience: float = 0.1
+) -> list[subprocess.Popen[str]]:
+    """Two processes of a run, without a launcher, that execute `body` within their group; each gets its own argument.
+
+    wait, patience: seconds for each other's work, and for each other's words.
+    """
+    program = f"{BEGIN}\nprocesses.WAIT = timedelta(seconds={wait})\ncommand.OTHERS_SECONDS = {patience}\ndef main(arguments):\n"
     program += "    with processes.process_group({'device': 'cpu'}):\n"
     program += (
         "".join(f"        {line}\n" for line in body.splitlines()) + "    return 0\nsys.exit(run_main(main))"
@@ -99,13 +105,13 @@ def test_what_another_launcher_left_in_the_environment_is_one_line(
 
 
 def test_machines_that_do_not_share_their_outputs_are_told_before_training(tmp_path: Path) -> None:
-    body = "processes.SHARED_SECONDS = 1.0\nprocesses.check_shared([Path(arguments[0])])"
-    assert [code for code, _ in ended(two(body, tmp_path / "one", tmp_path / "one"))] == [0, 0]
-    assert list((tmp_path / "one").iterdir()) == []
-    for code, err in ended(two(body, tmp_path / "one", tmp_path / "other")):
+    body = "processes.SHARED_SECONDS = 1.0\nown = Path(arguments[0])\n"
+    body += "processes.check_shared([own.parent])\nprocesses.check_shared([own])"
+    places = tmp_path / "one", tmp_path / "other"
+    for place, (code, err) in zip(places, ended(two(body, *places)), strict=True):
         assert code == 2 and err.count("\n") == 1, err
         assert (
-            err.startswith("error: the processes of this run do not see the same files")
+            err.startswith(f"error: the processes of this run do not see the same files under {place};")
             and "set GKL_OUTPUTS and GKL_RESULTS" in err
         )
     assert list(tmp_path.rglob("*.tmp")) == []
@@ -146,7 +152,7 @@ def test_a_process_that_never_comes_is_waited_for_no_longer_than_told() -> None:
 def test_the_reason_is_said_by_whoever_knows_it() -> None:
     """Process 1 alone fails; what process 0 notices of it is no second line, as the launcher ends it."""
     body = "if rank():\n    raise RunError('this machine has no such card')\nagree(1)"
-    first, second = two(body)
+    first, second = two(body, patience=4.0)
     _, err = second.communicate(timeout=60)
     first.terminate()
     _, other = first.communicate(timeout=60)
@@ -188,7 +194,9 @@ def service(answer: bytes | None) -> Iterator[int]:
         connection.close()
 
 
-@pytest.mark.parametrize("answer", [None, b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+@pytest.mark.parametrize(
+    "answer", [None, pytest.param(b"", marks=pytest.mark.long), b"HTTP/1.1 400 Bad Request\r\n\r\n"]
+)
 def test_an_endpoint_taken_by_another_service_is_told_in_time(answer: bytes | None) -> None:
     program = BEGIN + "sys.exit(run_main(lambda a: processes._check_endpoint('127.0.0.1:' + a[0], 2.0) or 0))"
     with service(answer) as port:
