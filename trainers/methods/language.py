@@ -111,6 +111,10 @@ class LanguageModelling(Method):
         """What the language model reads, (b, L, D)."""
         return self.language.embed(batch.tokens)
 
+    def unrecordable(self) -> str:
+        """The answer tokens, of which each batch has another number."""
+        return "a language model's answer tokens are picked by a mask, whose count is read back"
+
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
         """A step."""

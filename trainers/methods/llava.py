@@ -103,6 +103,10 @@ class Llava(LanguageModelling):
         x = to_float(batch.images).to(self.dtype)
         return self.network.embed(batch.tokens, x, batch.shown)
 
+    def unrecordable(self) -> str:
+        """And what the optimizer holds, which each phase begins anew."""
+        return f"{super().unrecordable()}, and each phase begins with an optimizer's state of its own"
+
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
         """A step 2, what is frozen has no gradients of its own; an epoch has the texts of one phase, half of all."""

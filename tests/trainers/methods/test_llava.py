@@ -27,6 +27,7 @@ from gkl.models.language import llama
 from gkl.optim.schedules import warmup_share_cosine
 from tests.processes import on_processes
 from tests.system.test_ranks import assert_equal
+from tests.tape import Taped
 from trainers.errors import ConfigError
 from trainers.loop.console import Console
 from trainers.loop.training import Training
@@ -66,7 +67,7 @@ class Drawn:
         return made, {"run": self.what, "sha256": "none"}
 
 
-def make_task(folder: Path, *own: str, precision: str = "float64") -> Training:
+def make_task(folder: Path, *own: str, precision: str = "float64", device: str = "cpu") -> Training:
     words = [
         "experiment=llava/gkl", "scale=smoke", f"precision={precision}", "channels_last=false", "device=cpu", "workers=0",
         f"data.root={folder}/questions", *SIZES, *own,
@@ -75,7 +76,19 @@ def make_task(folder: Path, *own: str, precision: str = "float64") -> Training:
     check(config, 1)
     torch.manual_seed(0)
     given = {"tower": Drawn("tower"), "language_model": Drawn("language")}
-    return build(config, device=torch.device("cpu"), data=instantiate(config["data"]), **given)
+    return build(config, device=torch.device(device), data=instantiate(config["data"]), **given)
+
+
+def language_task(folder: Path, *own: str, device: str = "cpu") -> Training:
+    """Of a language model alone."""
+    words = [
+        "experiment=llava/language", "scale=smoke", "precision=float64", "channels_last=false", "device=cpu", "workers=0",
+        f"data.root={folder}/questions", "data.told_epochs=1", "data.epochs=1", *own,
+    ]  # fmt: skip
+    config = compose("train", words)
+    check(config, 1)
+    torch.manual_seed(0)
+    return build(config, device=torch.device(device), data=instantiate(config["data"]))
 
 
 def trained(task: Training, epoch: int, steps: int = 2) -> dict[str, Any]:
@@ -234,6 +247,16 @@ def worker(folder: str) -> None:
     answers = task.method.answers("gqa")
     if rank() == 0:
         Path(folder, "answers.json").write_text(json.dumps(answers))
+
+
+@pytest.mark.parametrize("made", [make_task, language_task])
+def test_steps_say_why_they_are_not_recorded(made: Any, tmp_path: Path) -> None:
+    task, told = made(tmp_path), list[str]()
+    task.say, task.replayed = told.append, Taped(warn=pytest.fail)
+    trained(task, 1)
+    (line,) = told
+    assert "not recorded" in line and "answer tokens are picked by a mask" in line and task.replayed is None
+    assert ("each phase" in line) == (made is make_task)
 
 
 @pytest.mark.long  # two processes that import transformers
