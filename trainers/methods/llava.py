@@ -109,8 +109,8 @@ class Llava(LanguageModelling):
 
     @staticmethod
     def forwards(config: Mapping[str, Any], epoch: int, steps: int) -> dict[str, float]:
-        """A step 2, what is frozen has no gradients of its own; an epoch has the texts of one phase, half of all."""
-        return {"model": 1.0}
+        """A step: what is frozen has no gradients of its own."""
+        return {"model": 2.0}
 
     # --- what is measured and kept ------------------------------------------------------------------------------------
 

@@ -128,7 +128,8 @@ def needed_flops(
         autoattack = attacked * SURVIVORS * AUTOATTACK_FORWARDS
     forwards = {"model": autoattack * (further_attacks + (not recorded))}
     counted = config["data"].get("steps_per_epoch") if config.get("consistency") else None
-    drawn = config["data"].get("samples") or size.train
+    phases = 2 if "caption_epochs" in config["data"] else 1  # of LLaVA's: an epoch has the texts of one
+    drawn = config["data"].get("samples") or size.train / phases
     shown = counted * config["batch_size"] if counted else drawn  # pictures of an epoch
     if not trained:
         epochs = config["epochs"]

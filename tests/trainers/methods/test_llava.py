@@ -33,7 +33,8 @@ from trainers.loop.console import Console
 from trainers.loop.training import Training
 from trainers.methods.llava import Llava
 from trainers.runs.compose import compose
-from trainers.runs.cost import forward_flops
+from trainers.runs.cost import SIZES as DATA_SIZES
+from trainers.runs.cost import forward_flops, needed_flops
 from trainers.runs.plan import cells, load_table
 from trainers.runs.settings import build, check
 from trainers.runs.targets import instantiate
@@ -363,8 +364,10 @@ def test_a_person_s_own_data_is_not_its_tower_s() -> None:
 
 def test_the_plan_counts_what_a_step_takes(tmp_path: Path) -> None:
     config = compose("train", ["experiment=llava/gkl"])
-    assert Llava.forwards(config, 1, 0) == {"model": 1.0}  # 2 a text, half of all in an epoch
+    assert Llava.forwards(config, 1, 0) == {"model": 2.0}
     flops = forward_flops(config["model"], 224, 0)
+    passes = 2 * (558_128 + 665_298) + 2 * 35_500  # each text in one epoch, the questions after each
+    assert needed_flops(config, DATA_SIZES["llava_data"]) == passes * flops
     assert 0.9 < flops / (2 * 6.6e9 * (196 + 256) + 2 * 86e6 * 197) < 1.2  # two for each weight and token
 
 
