@@ -133,7 +133,7 @@ def llama(
             f"there is no language model {name!r}; there are {', '.join(SIZES)}, or give a folder with one"
         )
     config = package.LlamaConfig(**dict(zip(FIELDS, SIZES[name], strict=True)), tie_word_embeddings=False)
-    made = package.LlamaForCausalLM(config)
+    made = package.AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])  # no whole copy in float32
     if not planning:
         for part in (
             made.modules()
@@ -142,7 +142,7 @@ def llama(
                 nn.init.normal_(
                     part.weight, std=1.0 if isinstance(part, nn.Embedding) else config.hidden_size**-0.5
                 )
-    return Language(name, made.to(DTYPES[dtype]))
+    return Language(name, made)
 
 
 def _from_folder(package: Any, folder: Path, dtype: torch.dtype, planning: bool) -> Any:

@@ -226,6 +226,14 @@ def test_answers_are_the_likeliest_tokens_one_by_one() -> None:
             assert answer == said
 
 
+def test_a_language_model_is_drawn_in_its_precision() -> None:
+    """And not first in float32, of which 7B fill a card; the angles of its positions stay exact."""
+    with torch.random.fork_rng(devices=[]):
+        found = llama("llama_scan", dtype="bfloat16")
+    assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in found.buffers()} == {torch.float32}
+
+
 def test_language_models_from_folders(tmp_path: Path) -> None:
     whole = llama("llama_scan")
     whole.model.save_pretrained(tmp_path / "there")
