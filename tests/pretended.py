@@ -119,7 +119,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     # Whose tensors no wrapper can hold.
     monkeypatch.setattr(torch, "inference_mode", lambda mode=True: torch.no_grad() if mode else nullcontext())
-    tensor = torch.tensor
+    with torch.device("cpu"):  # which looks up once what makes tensors, and is to find torch's own
+        tensor = torch.tensor
+        tensor(0)
 
     def copied(data: Any, *, device: Any = None, **options: Any) -> Tensor:
         """As on a GPU: made on the CPU, and copied while one waits."""

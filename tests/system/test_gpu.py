@@ -8,6 +8,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +296,14 @@ def test_a_step_of_the_others(name: str, tmp_path: Path) -> None:
     if name == "clip":
         pytest.importorskip("open_clip", reason="needs open_clip_torch, the extra clip")
     assert_same_step(lambda device: OTHERS[name](tmp_path, str(device)), 1, within=1e-4, steps=2)
+
+
+@pytest.mark.parametrize(("made", "epoch"), [("language_task", 1), ("make_task", 1), ("make_task", 2)])
+def test_a_step_of_a_language_model(made: str, epoch: int, tmp_path: Path) -> None:
+    """Alone, and LLaVA's in either phase, whose layers are computed twice on a GPU; transformers' norms and angles are float32."""
+    test_llava = import_module("tests.trainers.methods.test_llava")  # which skips without the extra llava
+    make = getattr(test_llava, made)
+    assert_same_step(lambda device: make(tmp_path, device=str(device)), epoch, within=1e-4, steps=2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "tf32"])

@@ -1,5 +1,6 @@
 """A step asks its device for nothing: on a GPU each question waits for all that was launched before it. The device is pretended."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,18 @@ def test_a_clip_step_waits_for_nothing(row: str, tmp_path: Path, pretended: Pret
         pretended.waits.clear()
         task.train_step(1, 1)
     assert pretended.waits == [] and pretended.strays == []
+
+
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")  # which is done all the same
+@pytest.mark.parametrize(("made", "epoch"), [("language_task", 1), ("make_task", 1), ("make_task", 2)])
+def test_a_language_model_s_step_leaves_nothing_behind(
+    made: str, epoch: int, tmp_path: Path, pretended: Pretended
+) -> None:
+    """Alone, and LLaVA's in either phase; it waits for which tokens are answers."""
+    test_llava = import_module("tests.trainers.methods.test_llava")  # which skips without the extra llava
+    with pretended:
+        task = getattr(test_llava, made)(tmp_path, device=str(DEVICE))
+        task.start_epoch(epoch)
+        shares = [task.train_step(epoch, step) for step in range(2)]
+    assert all(isinstance(value, There) for share in shares for value in share.values())
+    assert pretended.strays == [] and any("language.py" in wait for wait in pretended.waits)
