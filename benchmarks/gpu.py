@@ -6,22 +6,25 @@
 Right: tests/system/test_gpu*.py. Fast: the benchmarks of the loss, the step, distillation and AutoAttack, beside their targets and torch's own.
 Hours: a step of each kind of training is timed with the settings its runs have, and the cost model (trainers/runs/cost.py) told what that
 makes in FLOP/s; reading and decoding pictures in files is not in it. Memory: the peak of such a step, and for each table's largest
-run that of two small batches, from which the paper's batch follows, as what a network keeps grows with the batch. Writes
-gpu-<card>.json and the benchmarks' own files into results/benchmarks, or into GKL_BENCHMARKS. Without a GPU: one line, exit code 2.
+run that of two small batches, from which the paper's batch follows, as what a network keeps grows with the batch. What nine minutes
+have not come to is left out. Writes gpu-<card>.json and the benchmarks' own files into results/benchmarks, or into GKL_BENCHMARKS. Without a
+GPU: one line, exit code 2.
 """
 
 import argparse
+import gc
 import json
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import clip
 import distillation
+import llava
 import segmentation
 import semi_supervised
 import step
@@ -30,12 +33,13 @@ import timing
 import torch
 from timing import ROOT, noise, peak_gib, timed
 
+from trainers.errors import RunError
 from trainers.runs.compose import compose
 from trainers.runs.cost import SIZES, Rate, Size, forward_flops, needed_flops
 from trainers.runs.plan import cells, load_table
 from trainers.runs.targets import instantiate, locate
 
-Step = Callable[[], object]
+Step, Row = Callable[[], object], TypeVar("Row")
 say = partial(print, flush=True)
 VERSIONS, PARTS = ("driver", "torch", "triton"), ("right", "fast", "hours", "memory")
 RUN = {  # seconds that each may take
@@ -49,6 +53,7 @@ RUN = {  # seconds that each may take
     "fast: distillation": (75, "benchmarks/distillation.py"),
     "fast: AutoAttack": (90, "benchmarks/autoattack.py"),
 }
+LAST = 540  # seconds after which no further step is begun: the ten minutes end with it
 # A step of each kind: its experiment, overrides, epoch; and the runs of that kind, by table.
 KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "at": (step.BASIC, (), step.EPOCH),
@@ -57,10 +62,13 @@ KINDS: dict[str, tuple[str, tuple[str, ...], int]] = {
     "ssl": ("ssl/fixmatch_gkl", (), 1),
     "seg": ("seg/apd_gkl", (), 1),
     "clip": ("clip/gkl", ("batch_size=128", "bn_groups=1"), 1),
+    # Texts as long as those that the cost model counts, four at once, for cards of 24 GB.
+    "llava": ("llava/gkl", ("batch_size=8", "accumulate=2", "data.length=452"), 2),
 }
 HOURS = {
     "3, 4": ("at", ("at/c100_basic_kl", "at/c100_basic_gkl", "at/c10_basic_kl", "at/c10_basic_gkl")),
     "7, on one card": ("clip", ("clip/baseline", "clip/kl", "clip/gkl")),
+    "8, on one card": ("llava", ("llava/baseline", "llava/kl", "llava/gkl")),
     "22": ("ssl", ("ssl/fixmatch_hard", "ssl/fixmatch_gkl", "ssl/mean_teacher_gkl")),
     "23": ("seg", ("seg/baseline", "seg/apd_kl", "seg/apd_gkl")),
     "5": ("in", ("kd/in_kd/resnet34_resnet18", "kd/in_gkl/resnet34_resnet18")),
@@ -74,6 +82,7 @@ LARGEST: dict[str, tuple[str, tuple[str, ...], tuple[int, int], int]] = {
     "1kd": ("kd/in_gkl/resnet34_resnet18", (), (16, 32), 512),
     "5": ("kd/in_vanilla/imagenet_resnet_50", (), (16, 32), 512),
     "7, of 128 pairs": ("clip/gkl", ("bn_groups=1",), (16, 32), 128),
+    "8, of 16 of the longest texts": ("llava/gkl", (), (1, 2), 16),
     "22": ("ssl/mean_teacher_gkl", (), (8, 16), 8),
     "23, on one card": ("seg/apd_gkl", ("bn_groups=1",), (2, 4), 8),
     "17, 18": ("kd/c100_gkl/resnet32x4_resnet8x4", (), (32, 64), 64),
@@ -87,6 +96,7 @@ def size_of(config: Mapping[str, Any]) -> Size:
 
 def stepper(name: str, device: torch.device, own: Sequence[str], epoch: int) -> tuple[Step, dict[str, Any]]:
     """A step of an experiment with the settings that its runs have and one's own, on noise, and its configuration."""
+    gc.collect()  # the training before, which would lie on the card beside this one
     config = compose("train", [f"experiment={name}", *own])
     size, (kind, row) = size_of(config), (name.partition("/")[0], name.rpartition("/")[2])
     if kind == "ssl":
@@ -96,6 +106,9 @@ def stepper(name: str, device: torch.device, own: Sequence[str], epoch: int) -> 
         task = segmentation.made(device, size.side, *shared, *own)
     elif kind == "clip":
         task = clip.on_noise(row, device, *own)
+    elif kind == "llava":
+        task, epoch = llava.on_noise(row, device, *own), min(epoch, config["epochs"])
+        task.start_epoch(epoch)
     elif size.classes == 1000:
         own = [o for o in own if not o.startswith(("batch_size", "bn_groups"))]
         return table5.stepper(name, device, config["batch_size"], size.side, *own), config
@@ -157,6 +170,15 @@ def verdict(rate: Rate | None, dm: float, memory: float, cards: int) -> str:
     return line
 
 
+def in_time(rows: Mapping[str, Row], began: float) -> Iterator[tuple[str, Row]]:
+    """Rows by name until LAST seconds after `began`; says which are left out."""
+    for name, row in rows.items():
+        if time.perf_counter() - began < LAST:
+            yield name, row
+        else:
+            say(f"{name}: left out, as {LAST} s are over (--only hours memory)")
+
+
 def told(words: str, seconds: float) -> str:
     """Run a command of Python's that prints for itself; how it ended."""
     paths = [str(p) for word in words.split() for p in (sorted(ROOT.glob(word)) if "*" in word else [word])]
@@ -183,13 +205,13 @@ def main(arguments: Sequence[str]) -> int:
             found[what] = told(words, seconds)
             say(f"{what} {found[what]}\n")
     dm, rates = 0.0, dict[str, Rate]()
-    for kind, (name, _, _) in KINDS.items() if "hours" in only else ():
+    for kind, (name, _, _) in in_time(KINDS, began) if "hours" in only else ():
         try:
             seen = measured(kind, device, seconds=3.0)
         except torch.OutOfMemoryError:
             say(f"{name}: a step does not fit into {here['memory']} GiB")
             continue
-        except (ValueError, ImportError) as error:  # without an extra
+        except (ValueError, ImportError, RunError) as error:  # without an extra
             say(f"{name}: not timed ({str(error)[:120]})")
             continue
         rates[kind] = Rate(seen["tflops"], here["name"])
@@ -202,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
             hours = needed_flops(config, size_of(config)) / rates[kind].flops_an_hour
             found.setdefault("hours", {}).setdefault(number, {})[name] = hours
             say(f"Table {number}, {name}: {hours:.1f} hours a run, {3 * hours:.0f} for three seeds")
-    for tables, (name, own, tried, batch) in LARGEST.items() if "memory" in only else ():
+    for tables, (name, own, tried, batch) in in_time(LARGEST, began) if "memory" in only else ():
         try:
             needed = counted_peak(tables, device)
         except Exception as error:  # the small batches may not fit either, or timm not make the network
