@@ -155,7 +155,7 @@ def sources(config: Mapping[str, Any]) -> list[str]:
 
 
 def prerequisites(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The runs that must be done before, by section: each one's experiment at this scale, with what both share."""
+    """The runs that must be done before, by section: each one's experiment at this scale, with what both share but for what it is asked."""
     found = {}
     for key in sources(config):
         teacher = config[key]
@@ -165,8 +165,13 @@ def prerequisites(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         experiment, *asked = teacher["run"].split()
         made = compose("train", [f"experiment={experiment}", *place, *asked])
         usual = compose("train", [f"experiment={config['experiment']}", *place])
-        shared = (*MACHINE, *(() if teacher.get("own_data") else TRAINED_WITH))
+        shared = {*MACHINE, *(() if teacher.get("own_data") else TRAINED_WITH)} - {*map(_setting, asked)}
         changed = {key for key in shared if usual.get(key) != config.get(key)}
-        own = [word for word in config["overrides"] if re.split("[.@=]", word.lstrip("+~"))[0] in shared]
+        own = [word for word in config["overrides"] if _setting(word) in shared]
         found[key] = {**made, **{key: config[key] for key in changed}, "seed": 0, "overrides": [*asked, *own]}
     return found
+
+
+def _setting(override: str) -> str:
+    """What an override changes, or the section that it lies in."""
+    return re.split("[.@=]", override.lstrip("+~"))[0]

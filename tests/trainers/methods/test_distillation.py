@@ -563,6 +563,14 @@ def test_a_teacher_shares_its_students_data_and_schedule() -> None:
     assert not prerequisites(usual)
 
 
+def test_a_teacher_has_what_it_is_asked_for_and_shares_the_rest() -> None:
+    words = ["experiment=kd/c100_gkl/resnet56_resnet20", "scale=smoke", "data.test_per_class=20", "epochs=3"]
+    student = compose("train", [*words, "teacher.run='kd/c100_vanilla/resnet_56 epochs=9'"])
+    teacher = prerequisites(student)["teacher"]
+    assert (student["epochs"], teacher["epochs"], teacher["data"]["test_per_class"]) == (3, 9, 20)
+    assert teacher["overrides"] == ["epochs=9", "data.test_per_class=20"]
+
+
 def test_networks_without_taps_are_refused(tmp_path: Path) -> None:
     config = configured("vanilla", tmp_path)
     with pytest.raises(ValueError, match="needs a network with taps"):
