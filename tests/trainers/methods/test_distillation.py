@@ -564,11 +564,11 @@ def test_a_teacher_shares_its_students_data_and_schedule() -> None:
 
 
 def test_a_teacher_has_what_it_is_asked_for_and_shares_the_rest() -> None:
-    words = ["experiment=kd/c100_gkl/resnet56_resnet20", "scale=smoke", "data.test_per_class=20", "epochs=3"]
+    words = ["experiment=kd/c100_gkl/resnet56_resnet20", "scale=smoke", "batch_size=16", "epochs=3"]
     student = compose("train", [*words, "teacher.run='kd/c100_vanilla/resnet_56 epochs=9'"])
     teacher = prerequisites(student)["teacher"]
-    assert (student["epochs"], teacher["epochs"], teacher["data"]["test_per_class"]) == (3, 9, 20)
-    assert teacher["overrides"] == ["epochs=9", "data.test_per_class=20"]
+    assert (student["epochs"], teacher["epochs"], teacher["batch_size"]) == (3, 9, 16)
+    assert teacher["overrides"] == ["epochs=9", "batch_size=16"]
 
 
 def test_networks_without_taps_are_refused(tmp_path: Path) -> None:
