@@ -2,7 +2,6 @@
 
     data = digits_questions("outputs/digits", "outputs/digits_questions")
     batches = data.batches(device=device, shard=Shard(8), batch_size=64, seed=0, ...)
-    batches.start_epoch(1)
     batch = batches.batch(epoch=1, step=0)                       # a DialogueBatch
 
 A phase has conversations of its own, a form in which they are read, a view of their pictures, epochs and a batch size.
@@ -11,7 +10,7 @@ A phase has conversations of its own, a form in which they are read, a view of t
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -90,9 +89,8 @@ class DialogueData:
     @property
     def test_labels(self) -> Tensor:
         """As many zeros as there are questions."""
-        return torch.zeros(1, dtype=torch.int64).expand(
-            sum(len(a.benchmark.questions) for a in self.asked.values())
-        )
+        count = sum(len(each.benchmark.questions) for each in self.asked.values())
+        return torch.zeros(1, dtype=torch.int64).expand(count)
 
     @cached_property
     def sha256(self) -> str:
@@ -106,6 +104,11 @@ class DialogueData:
             digest.update(f"{name} {benchmark!r}".encode())
         digest.update(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode())
         return digest.hexdigest()
+
+    @cached_property
+    def trained_on(self) -> str:
+        """Digest without the questions: of all that a training reads."""
+        return replace(self, asked={}).sha256
 
     def batches(self, *, augment: Any, **settings: Any) -> "DialogueBatches":
         """A training's batches. Raises ValueError for settings that conversations cannot have."""
@@ -180,8 +183,7 @@ class DialogueBatches:
     ) -> None:  # fmt: skip
         """workers: processes that read and decode."""
         self.data, self.device, self.shard, self.workers, self.seed = data, device, shard, workers, seed
-        self.batch_size = batch_size
-        self.augment = augment
+        self.batch_size, self.augment = batch_size, augment
         self.labels, self.held_out = data.train_labels, torch.arange(0)
         self.start_epoch(1)
 
@@ -204,8 +206,7 @@ class DialogueBatches:
 
     def start_epoch(self, epoch: int) -> None:
         """Put the conversations in the epoch's order. Every batch has them so that parts of it are of about the same length."""
-        phase, _, _ = self.phase(epoch)
-        size = self.size(epoch)
+        phase, size = self.phase(epoch)[0], self.size(epoch)
         if phase.grouped:
             words = torch.tensor([each.words for each in phase.conversations])
             pictured = torch.tensor([each.picture is not None for each in phase.conversations])
@@ -235,8 +236,7 @@ class DialogueBatches:
 
     def batch(self, epoch: int, step: int) -> DialogueBatch:
         """This process's part of a step. Raises PictureError."""
-        phase, _, _ = self.phase(epoch)
-        own = self.own(step)
+        phase, own = self.phase(epoch)[0], self.own(step)
         said = [phase.conversations[int(number)] for number in self.order[step][own]]
         data = self.data
         made = [phase.form(each, data.tokenizer, data.places, data.length) for each in said]

@@ -34,7 +34,10 @@ EXCLUDED = (
 )
 # How the weights are measured when the training is over: another measurement takes the same weights.
 MEASUREMENT = ("evaluation", "evaluate")
-MEASURED_WITH = ("tests",)  # of the data: CLIP's zero-shot tests
+MEASURED_WITH = {  # of other sections, what is read in a run's measurement alone
+    "data": ("tests", "long_side", "asked"),  # of CLIP, segmentation, LLaVA
+    "method": ("mirrored", "longest_answer"),
+}
 EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache", "checkpoint")
 PLACES = {"lists": "data/ImageNet_LT"}  # places that once counted: as the usual one, wherever they are
 CONTENTS = ("content", "lists_content")  # what is known of data once they are there
@@ -86,7 +89,9 @@ def config_hash(config: Mapping[str, Any]) -> str:
 def training_hash(config: Mapping[str, Any]) -> str:
     """config_hash of what the weights depend on: runs that differ in their measurement alone share one training."""
     kept = {key: value for key, value in config.items() if key not in MEASUREMENT}
-    return config_hash({**kept, "data": {k: v for k, v in config["data"].items() if k not in MEASURED_WITH}})
+    for section, names in MEASURED_WITH.items():
+        kept[section] = {key: value for key, value in config[section].items() if key not in names}
+    return config_hash(kept)
 
 
 def _defaults(name: str) -> dict[str, Any]:

@@ -134,13 +134,15 @@ def test_a_part_of_a_batch_has_its_own_pictures() -> None:
 def test_the_digest_is_of_what_is_said_and_asked(root: Path, tmp_path: Path) -> None:
     one, again = data_at(root, ["gqa"]), data_at(root, ["gqa"])
     assert one.sha256 == again.sha256 and one.sha256 != data_at(root).sha256
+    assert one.trained_on == data_at(root, ["pope"]).trained_on  # other questions, the same training
     copied = tmp_path / "copy"
     shutil.copytree(root, copied)
     assert data_at(copied, ["gqa"]).sha256 == one.sha256  # wherever it lies
     rows = json.loads((copied / CAPTIONS).read_text())
     rows[5]["conversations"][1]["value"] = "the digit five"
     (copied / CAPTIONS).write_text(json.dumps(rows))
-    assert data_at(copied, ["gqa"]).sha256 != one.sha256
+    other = data_at(copied, ["gqa"])
+    assert other.sha256 != one.sha256 and other.trained_on != one.trained_on
 
 
 def test_questions_are_asked_as_llava_asks_them(root: Path) -> None:

@@ -5,6 +5,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from markdown import markdown as markdown_to_html
@@ -117,6 +118,27 @@ def test_the_hash_is_of_what_is_computed_and_not_where_or_how() -> None:
     data = config("data=image_folder", "data.root=a")
     assert config_hash(data) == config_hash(config("data=image_folder", "data.root=b"))
     assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "measured", "trained"),
+    [
+        ("llava/baseline", ("data.asked=[gqa]", "method.longest_answer=9"), ("data.length=99", "method.projector_lr=0.1")),
+        ("seg/baseline", ("data.long_side=99", "method.mirrored=false"), ("data.image_size=41", "method.aux_weight=0.1")),
+    ],
+)  # fmt: skip
+def test_what_is_read_in_the_measurement_alone_trains_nothing_anew(
+    experiment: str, measured: tuple[str, ...], trained: tuple[str, ...]
+) -> None:
+    """Once a benchmark more, or test pictures of another size, had LLaVA and PSPNet trained again."""
+
+    def composed(*words: str) -> dict[str, Any]:
+        return compose("train", [f"experiment={experiment}", "scale=paper", *words])
+
+    base = composed()
+    for word in (*measured, *trained):
+        assert config_hash(composed(word)) != config_hash(base), word
+        assert (training_hash(composed(word)) == training_hash(base)) == (word in measured), word
 
 
 def test_a_setting_that_is_null_leaves_earlier_runs_their_hash() -> None:
