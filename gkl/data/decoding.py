@@ -24,7 +24,12 @@ PICTURES = (
     ".gif",
 )  # fmt: skip
 UNREAD = (
-    ".heic", ".heif", ".avif", ".jp2", ".jxl", ".svg", ".dng", ".raw", ".cr2", ".nef", ".arw", ".psd", ".exr", ".tga", ".dcm", ".npy",
+    ".heic", ".heif", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".jxl", ".jxr", ".wdp", ".mpo", ".qoi", ".bpg",
+    ".ico", ".icns", ".cur", ".dib", ".pcx", ".dcx", ".sgi", ".rgb", ".rgba", ".bw", ".ras", ".tga", ".icb", ".vda", ".vst", ".dds",
+    ".blp", ".pam", ".pfm", ".hdr", ".exr", ".xbm", ".xpm", ".msp", ".im", ".pcd", ".pict", ".pct", ".palm", ".fli", ".flc", ".gbr",
+    ".ftc", ".ftu", ".iim", ".pxr", ".psd", ".psb", ".xcf", ".kra", ".svg", ".svgz", ".eps", ".wmf", ".emf", ".dng", ".raw", ".cr2",
+    ".cr3", ".crw", ".nef", ".nrw", ".arw", ".sr2", ".srf", ".orf", ".rw2", ".raf", ".srw", ".pef", ".x3f", ".3fr", ".fit", ".fits",
+    ".fts", ".dcm", ".nii", ".mha", ".mhd", ".nrrd", ".npy", ".ps",
 )  # fmt: skip
 # How files begin that hold a picture whatever their names end in: JPEG, PNG, GIF, TIFF; RIFF holds WebP, and sound.
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")

@@ -16,6 +16,7 @@ from PIL import Image
 from gkl.data.augment import Views
 from gkl.data.content import content
 from gkl.data.crops import ResizedCrop
+from gkl.data.decoding import PICTURES, UNREAD
 from gkl.data.files import ImageFiles, other_pictures
 from gkl.data.image_folder import image_files, image_folder
 from gkl.data.imagenet import imagenet
@@ -154,6 +155,20 @@ def test_what_would_be_left_out_is_refused_by_name(fault: str, form: str, root: 
         with pytest.raises(ValueError, match=message) as raised:
             load(str(at), 8)
         assert "\n" not in str(raised.value)
+
+
+def test_every_format_that_pillow_knows_is_read_or_refused() -> None:
+    """Once .ico, .pcx, .sgi and others were left out without a word."""
+    Image.init()
+    no_pictures = {".pdf", ".mpg", ".mpeg", ".h5", ".hdf", ".bufr", ".grib"}
+    assert {*Image.registered_extensions()} - no_pictures <= {*PICTURES, *UNREAD}
+
+
+@pytest.mark.parametrize("kind", ["ico", "pcx", "sgi", "dds"])
+def test_a_picture_of_an_icon_or_a_scanner_is_refused(kind: str, root: Path) -> None:
+    Image.new("RGB", (16, 16)).save(root / f"train/cat/9.{kind}")
+    with pytest.raises(ValueError, match=rf"1 pictures in train/ have endings .* train/cat/9\.{kind}; save"):
+        image_folder(str(root), 8)
 
 
 def test_a_flat_val_of_imagenet_gets_the_line_that_says_how_to_sort_it(root: Path) -> None:
