@@ -12,6 +12,7 @@ from typing import Any
 import timm
 from torch import nn
 
+from gkl.lines import one_line
 from gkl.models import (  # noqa: F401  (importing registers their networks with timm)
     cifar_resnet,
     imagenet_resnet,
@@ -63,7 +64,14 @@ def create(
             raise ValueError(
                 f"timm_options.{hidden[0]} loads weights that a run would not be known by; name their file: model.checkpoint=FILE"
             )
-        made = timm.create_model(name, num_classes=num_classes, **{**options, **(timm_options or {})})
+        given = {**options, **(timm_options or {})}
+        try:
+            made = timm.create_model(name, num_classes=num_classes, **given)
+        except Exception as error:  # whatever its parts raise of what they do not take
+            why = one_line(f"{type(error).__name__}: {error}".removesuffix(": "))
+            raise ValueError(
+                f"timm cannot make {name} with {given or 'its own settings'} ({why}); set model.timm_options=... to what it takes"
+            ) from error
         return begin(TimmNetwork(made, normalisation))
     if timm_options:
         raise ValueError(f"timm_options are for timm's own networks, {name} is not one; leave them out")

@@ -246,6 +246,17 @@ def test_a_misspelt_option_is_not_ignored() -> None:
         gkl.models.create("wrn_28_10_swish", num_classes=10, normalization="cifar100")
 
 
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [({"output_stride": 3}, "AssertionError"), ({"nothing": 1}, "TypeError: .*'nothing'")],
+)
+def test_what_timm_cannot_make_is_one_line(options: dict[str, int], why: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^timm cannot make resnet10t with .* \({why}.*timm_options=[^\n]*$"
+    ):
+        gkl.models.create("resnet10t", num_classes=10, timm_options=options)
+
+
 def test_a_depth_that_is_none() -> None:
     for depth in (4, 12, 35):
         with pytest.raises(ValueError, match=f"depth 6 n \\+ 4 .*got {depth}"):
