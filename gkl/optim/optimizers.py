@@ -58,15 +58,19 @@ def adamw(
     depth: how many layers lie above (Bao et al. 2022). Source: USB's get_optimizer, whose groups timm's are.
     """
     groups: list[dict[str, Any]] = []
-    for network in (
+    taken: set[int] = set()
+    networks: Any = (
         m for m in model.modules() if hasattr(m, "group_matcher")
-    ):  # timm's own, which know their layers
-        kept: Any = network
+    )  # timm's, which know their layers
+    for network in networks:
+        if any(id(p) in taken for p in network.parameters()):
+            continue  # part of another
+        plain = getattr(network, "no_weight_decay", tuple)()  # most convolutional ones name none
         found = param_groups_layer_decay(
-            kept, weight_decay, no_weight_decay_list=kept.no_weight_decay(), layer_decay=layer_decay
+            network, weight_decay, no_weight_decay_list=plain, layer_decay=layer_decay
         )
         groups += [{**group, "lr": lr * group.pop("lr_scale")} for group in found]
-    taken = {id(p) for group in groups for p in group["params"]}
+        taken |= {id(p) for group in found for p in group["params"]}
     if rest := [p for p in model.parameters() if id(p) not in taken]:
         groups.append({"params": rest})
     return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)

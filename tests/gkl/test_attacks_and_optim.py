@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from gkl.attacks.awp import perturbable, perturbed
 from gkl.attacks.pgd import PGD, pgd, project
+from gkl.models import create
 from gkl.optim.averaging import Average, RampedAverage
-from gkl.optim.optimizers import sgd
+from gkl.optim.optimizers import adamw, sgd
 from gkl.optim.schedules import cosine, multi_step, one_cycle
 
 EPSILON = 8 / 255
@@ -338,6 +339,18 @@ def test_batch_norm_without_weight_decay() -> None:
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.5, 0.5, 0.0, 0.0]
     assert len(sgd(model, lr=0.1).param_groups) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "vit_tiny_r_s16_p8_224", "wrn_10_1"])
+def test_adamw_takes_any_network_each_parameter_once(name: str) -> None:
+    """timm's convolutional ones name no parameters without decay, and its hybrids hold another network."""
+    model = create(name, 10)
+    groups = adamw(model, lr=0.1, weight_decay=0.5, layer_decay=0.5).param_groups
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    head = model.get_classifier().weight  # type: ignore[operator]
+    assert rates[id(head)] == 0.1 and (min(rates.values()) < 0.1) == (name != "wrn_10_1")
 
 
 def test_an_average_from_the_initial_weights() -> None:
