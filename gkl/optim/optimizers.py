@@ -65,7 +65,7 @@ def adamw(
     for network in networks:
         if any(id(p) in taken for p in network.parameters()):
             continue  # part of another
-        plain = getattr(network, "no_weight_decay", tuple)()  # most convolutional ones name none
+        plain: Any = getattr(network, "no_weight_decay", tuple)()  # most convolutional ones name none
         found = param_groups_layer_decay(
             network, weight_decay, no_weight_decay_list=plain, layer_decay=layer_decay
         )
