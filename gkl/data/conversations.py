@@ -11,7 +11,7 @@ preprocess_plain, preprocess_v1 and the collator of LLaVA's llava/train/train.py
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +25,7 @@ from gkl.rng import sample_keys
 
 IGNORED = -100  # the label of what is not learned
 IMAGE = -200  # the token of a picture's place
+LOOKED_AT = 64  # texts, before any is trained on
 WORD = "<image>"
 END = "</s>"
 SYSTEM = (
@@ -74,6 +75,10 @@ class Conversation:
         """
         *rounds, rest = self.rounds
         return not rest and all(len(each.split(ANSWER)) == 2 for each in rounds)
+
+
+# Tokens and labels (L,) of a conversation, given the tokenizer, a picture's places and the length.
+Form = Callable[[Conversation, Tokenizer, int, int], tuple[Tensor, Tensor]]
 
 
 class Tokens(NamedTuple):
@@ -225,6 +230,18 @@ def _encode(tokenizer: Tokenizer, *chunks: str) -> list[int]:
             found = found[begins:]
         tokens += found
     return tokens
+
+
+def check_length(
+    conversations: Sequence[Conversation], form: Form, tokenizer: Tokenizer, places: int, length: int
+) -> None:
+    """Raises ValueError for a length that cuts off all that could be learned of the first texts."""
+    first = conversations[:LOOKED_AT]
+    if first and all((form(each, tokenizer, places, length)[1][1:] == IGNORED).all() for each in first):
+        raise ValueError(
+            f"data.length={length} cuts off all that could be learned of the {len(first)} texts that were looked at, the first is "
+            f"{first[0].name}; choose a greater length"
+        )
 
 
 def _placed(tokens: list[int], labels: list[int], places: int, length: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ A phase has conversations of its own, a form in which they are read, a view of t
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from gkl.data.batches import epoch_order
-from gkl.data.conversations import IGNORED, Conversation, Tokenizer, asked, collate, grouped_batches
+from gkl.data.conversations import IGNORED, Conversation, Form, asked, check_length, collate, grouped_batches
 from gkl.data.crops import PaddedSquare
 from gkl.data.decoding import Decoder, decode
 from gkl.data.stores import PictureError, Store
 from gkl.data.workers import loader
 from gkl.distributed import Shard
 from gkl.evaluation.vqa_files import Benchmark
-
-Form = Callable[[Conversation, Tokenizer, int, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -185,6 +183,8 @@ class DialogueBatches:
         self.data, self.device, self.shard, self.workers, self.seed = data, device, shard, workers, seed
         self.batch_size, self.augment = batch_size, augment
         self.labels, self.held_out = data.train_labels, torch.arange(0)
+        for phase in (phase for phase in data.phases if phase.epochs):
+            check_length(phase.conversations, phase.form, data.tokenizer, data.places, data.length)
         self.start_epoch(1)
 
     def phase(self, epoch: int) -> tuple[Phase, int, int]:
@@ -241,7 +241,7 @@ class DialogueBatches:
         data = self.data
         made = [phase.form(each, data.tokenizer, data.places, data.length) for each in said]
         if not any((labels[1:] != IGNORED).any() for _, labels in made) and len(said) == self.samples(step):
-            raise ValueError(
+            raise PictureError(
                 f"no text of epoch {epoch}, step {step} has an answer to learn ({said[0].name} is one); data.length={data.length} cuts them off"
             )
         shown = torch.tensor([each.picture is not None for each in said])
@@ -280,8 +280,7 @@ class DialogueBatches:
 
 
 def _none() -> tuple[Tensor, ...]:
-    empty = torch.zeros(0, 1, dtype=torch.int64)
-    return empty, empty, empty.bool()
+    return (empty := torch.zeros(0, 1, dtype=torch.int64)), empty, empty.bool()
 
 
 class _Views(torch.utils.data.Dataset[Any]):

@@ -188,7 +188,7 @@ def folder_tokenizer(folder: str) -> Any:
 
 def word_tokenizer(words: Sequence[str]) -> Any:
     """A tokenizer, transformers', of given words and marks, Chinese ones character by character; `words_of` finds those of texts."""
-    parts = import_module("tokenizers")
+    parts = _package("tokenizers")
     numbers = {word: number for number, word in enumerate(["<unk>", "</s>", "\n", *words])}
     made = parts.Tokenizer(parts.models.WordLevel(numbers, unk_token="<unk>"))
     made.pre_tokenizer = parts.pre_tokenizers.Sequence(

@@ -232,8 +232,13 @@ def test_texts_alone(root: Path) -> None:
 
 
 def test_texts_that_are_cut_before_every_answer_are_told(root: Path) -> None:
-    data = digit_questions(str(root), (), 1, 48, 2, length=20)
+    """Before the first step where it is so of all; of one batch, as a picture that is not to be had."""
+    for length in (1, 20):
+        with pytest.raises(ValueError, match=f"^data.length={length} cuts off all .* of the 64 texts"):
+            batches_of(digit_questions(str(root), (), 1, 48, 2, length=length))
+    data = digit_questions(str(root), (), 1, 48, 2)
     batches = batches_of(data)
+    object.__setattr__(data, "length", 20)
     batches.start_epoch(2)
-    with pytest.raises(ValueError, match="has an answer to learn .*data.length=20 cuts them off"):
+    with pytest.raises(PictureError, match="has an answer to learn .*data.length=20 cuts them off"):
         batches.batch(2, 0)

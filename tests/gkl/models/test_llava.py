@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs transformers, t
 pytest.importorskip("peft", reason="needs peft, the extra llava")
 
 from gkl.data.conversations import IMAGE, check_tokenizer
+from gkl.models import language
 from gkl.models.clip import clip
 from gkl.models.language import folder_tokenizer, llama, word_tokenizer, words_of
 from gkl.models.llava import KeyedDropout, Llava, llava, set_text_keys
@@ -298,3 +299,17 @@ def test_the_loss_ignores_padding() -> None:
     a = ours(images, tokens, shown)
     b = ours(images, longer, shown)[:, : tokens.shape[1]]
     torch.testing.assert_close(a[there], b[there], rtol=1e-12, atol=1e-12)
+
+
+def test_without_a_package_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(language, "import_module", missing)
+    for name, make in {
+        "transformers": language.transformers,
+        "peft": language.peft,
+        "tokenizers": lambda: word_tokenizer(["a"]),
+    }.items():
+        with pytest.raises(ValueError, match=rf"{name} is missing: pip install 'gkl\[llava\]'"):
+            make()
