@@ -42,6 +42,9 @@ class Method(ABC):
     training: "Training"
     views_together: ClassVar[bool] = False  # whether a process gets all views of its samples
     reads_every_label: ClassVar[bool] = True  # of its training pictures
+    keeps_best: ClassVar[bool] = (
+        False  # whether its weights have `best` without being told which epoch that is
+    )
 
     # --- the algorithm ------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,14 @@
-"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure,
-other pictures of the same classes, the score of each class.
+"""What is measured on a finished run's weights beside its own record: AutoAttack at other radii, PGD and CW, class structure;
+on pictures in files, trainers.methods.file_assessments.
 
 An assessment is a configs/assessment file and a class here: called with a Subject it returns metrics in percent, which
 tables show, and details, which figures draw. It runs on every process of a run.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.attacks.pgd import pgd, random_start
-from gkl.data.augment import to_float
 from gkl.data.batches import first_of_each_class
-from gkl.data.content import check_same, listing
-from gkl.data.files import Split, other_pictures
-from gkl.distributed import all_reduce, rank, world_size
+from gkl.data.memory import ImageData
+from gkl.distributed import rank
 from gkl.evaluation import pgd_robust
 from gkl.evaluation.chosen import chosen
 from gkl.models.batch_norm import eval_mode
 from gkl.rng import sample_keys
-from trainers.loop.accuracy import attack_name, autoattack_result, batches_of, eval_batch_size
+from trainers.loop.accuracy import attack_name, autoattack_result, eval_batch_size
 from trainers.loop.console import Console
 
 
@@ -62,9 +60,17 @@ class Assessment:
     """Base of all. name: of its file beside the record."""
 
     name: str
+    attacks: ClassVar[bool] = False  # as the run's evaluation says
 
     def check(self) -> None:
         """Before the run's training: raises ValueError when what it needs is missing."""
+
+    def check_data(self, data: Any) -> None:
+        """Likewise for data that it cannot be made on."""
+        if not isinstance(data, ImageData):
+            raise ValueError(
+                f"assessment={self.name} needs pictures in memory with a class each (cifar100, image_folder, ...), got {data.name}"
+            )
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics in percent, and details. Runs on every process."""
@@ -76,6 +82,7 @@ class Epsilons(Assessment):
     """AutoAttack at several radii and their average (Table XIV). eighths: of the evaluation's epsilon."""
 
     eighths: Sequence[int]
+    attacks: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics aa_<eighths> and aa_average; of the screen screen_<eighths> and screen_average."""
@@ -93,6 +100,7 @@ class Attacks(Assessment):
     """PGD and CW of several lengths, and the share of images that withstand these and AutoAttack (Table XV)."""
 
     steps: Sequence[int]
+    attacks: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics pgd<steps>, cw<steps>, worst; worst_screen where the screen stands in for AutoAttack."""
@@ -134,6 +142,7 @@ class Structure(Assessment):
     images: int
     steps: int
     perplexity: float
+    attacks: ClassVar[bool] = True
 
     def __call__(self, subject: Subject) -> Measured:
         """Details: `margins`, one a class; `points`, [x, y, label, adversarial] each; `classes`, the labels shown."""
@@ -183,82 +192,6 @@ class Structure(Assessment):
                 for number, (p, label) in enumerate(zip(points, labels, strict=False))
             ],
         }
-
-
-@dataclass(frozen=True)
-class Renditions(Assessment):
-    """Top-1 on ImageNet-R, among its classes alone, and on ImageNet-Sketch (Table XIII), with the test view.
-
-    root: the folder above the two. renditions, sketch: their folders, <class>/* each. classes: that ImageNet-R must have.
-    content: what gkl.data.content.listing says of the two folders, if they must be those.
-    """
-
-    root: str
-    renditions: str
-    sketch: str
-    classes: int
-    content: str | None = None
-
-    def check(self) -> None:
-        """Raises ValueError naming a folder that is missing, or that has changed."""
-        wanted = {"ImageNet-R": self.renditions, "ImageNet-Sketch": self.sketch}
-        missing = [
-            f"{what} at {Path(self.root) / f}"
-            for what, f in wanted.items()
-            if not (Path(self.root) / f).is_dir()
-        ]
-        if missing:
-            raise ValueError(
-                f"no {' and no '.join(missing)}; unpack their class folders there, or set assessment.root=..."
-            )
-        places = [f"{self.root}/{folder}" for folder in wanted.values()]
-        check_same(f"the pictures at {' and '.join(places)}", self.content, lambda: listing(*places))
-
-    def __call__(self, subject: Subject) -> Measured:
-        """Metrics imagenet_r and imagenet_sketch."""
-        metrics, details = {}, {}
-        for metric, folder, classes in (
-            ("imagenet_r", self.renditions, self.classes),
-            ("imagenet_sketch", self.sketch, None),
-        ):
-            pictures, among = other_pictures(Path(self.root) / folder, subject.data.class_names, classes)
-            hits = torch.zeros(2, dtype=torch.float64, device=subject.device)
-            for logits, y in _predictions(subject, pictures):
-                predicted = logits.masked_fill(~among.to(logits.device), float("-inf")).argmax(1)
-                hits += torch.stack([(predicted == y).sum(), torch.tensor(len(y), device=y.device)])
-            right, total = all_reduce(hits).tolist()
-            metrics[metric] = 100.0 * right / total
-            details[metric] = {"n": int(total), "classes": int(among.sum())}
-        return metrics, details
-
-
-@dataclass(frozen=True)
-class ClassScores(Assessment):
-    """Mean predicted probability of the true class over each class's training pictures, with the test view (Figure 3)."""
-
-    def __call__(self, subject: Subject) -> Measured:
-        """Details: `scores` and `pictures`, one a class; `shots`, the bounds of many and few where the data set has them."""
-        classes = subject.data.num_classes
-        sums, counts = (torch.zeros(classes, dtype=torch.float64, device=subject.device) for _ in range(2))
-        for logits, y in _predictions(subject, subject.data.train):
-            own = F.softmax(logits, dim=1).gather(1, y[:, None]).squeeze(1)
-            sums.index_add_(0, y, own.double())
-            counts += torch.bincount(y, minlength=classes)
-        sums, counts = all_reduce(sums), all_reduce(counts)
-        scores = (sums / counts.clamp_min(1)).tolist()
-        return {}, {
-            "scores": [round(s, 6) for s in scores],
-            "pictures": [int(n) for n in counts],
-            "shots": list(subject.data.shots or ()),
-        }
-
-
-def _predictions(subject: Subject, part: Split) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits and labels of this process's share of a split's pictures, on the device, batch by batch."""
-    mine = torch.arange(len(part.labels)).tensor_split(world_size())[rank()]
-    with eval_mode(subject.model), torch.no_grad():
-        for x, y in batches_of(subject.data, mine, eval_batch_size(subject.device), subject.workers, part):
-            yield subject.model(to_float(x.to(subject.device))), y.to(subject.device)
 
 
 def class_means(probs: Tensor, labels: Tensor, num_classes: int) -> Tensor:

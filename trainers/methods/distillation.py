@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ class Distillation(Method):
     teacher: Source | None = None
     label_loss: LabelLoss | None = None
     mixing: Mixing | None = None
+    keeps_best: ClassVar[bool] = True
 
     def bind(self, training: Training) -> None:
         """Load the teacher and make the distiller, whose own layers are trained with the student."""

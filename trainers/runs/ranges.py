@@ -35,6 +35,7 @@ class Range(NamedTuple):
 COUNT, FROM_ZERO, ABOVE_ZERO = Range(1, math.inf), Range(0, math.inf), Range(0, math.inf, low_open=True)
 SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, high_open=True)
 PIXELS = Range(0, 1, low_open=True, hint="; pixels are in [0, 1]: 8 levels of 255 are ${px:8}, 0.0314")
+WORKERS = Range(0, 512)  # processes; more than any machine has cores for
 SEED = Range(0, 2**18)  # the generators' seeds are this one's bits, the epoch's and the step's
 ANY = Range(-math.inf, math.inf)
 
@@ -49,7 +50,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(
         ("epochs", "alpha", "beta", "gamma", "weight", "angle_weight", "distance_weight", "inter", "intra", "js_weight", "label_weight",
          "view_weights", "weight_decay", "warmup", "padding", "layer", "offset", "length", "awp_gamma", "mixup", "cutmix", "start", "start_epoch", "operations",
-         "end", "peak", "factor", "first", "start_std", "noise", "workers", "many", "few", "gpus", "requeues", "warning_seconds", "patience",
+         "end", "peak", "factor", "first", "start_std", "noise", "many", "few", "gpus", "requeues", "warning_seconds", "patience",
          "checkpoint_minutes", "wait_minutes", "aux_weight", "divergence_weight", "centres_weight", "align_weight", "power"), FROM_ZERO),
     **dict.fromkeys(
         ("lr", "temperature", "prior_temperature", "weights_temperature", "clip_gradient", "ratio", "minutes", "memory_gb",
@@ -60,6 +61,7 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("robust_reward", "clean_reward", "mean"), ANY),
     "epsilon": PIXELS,
     "seed": SEED,
+    "workers": WORKERS,
     "rotation": Range(0, 180),
 }  # fmt: skip
 FREE = ("timm_options", "extra")  # what others check

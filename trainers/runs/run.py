@@ -72,7 +72,9 @@ def run(config: dict[str, Any]) -> None:
                 chosen(data, config["evaluation"]["images"])  # that they are there
             task = build(config, device=device, data=data, model=model)
             if config.get("assessment"):
-                instantiate(config["assessment"]).check()
+                assessment = instantiate(config["assessment"])
+                assessment.check()
+                assessment.check_data(data)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say

@@ -26,6 +26,7 @@ from trainers.runs.targets import (
     check_values,
     fits,
     instantiate,
+    locate,
     mistyped,
     parameters_of,
     unknown,
@@ -85,10 +86,12 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
             "assessment.name is where tables look for its numbers; leave it, or write a file of configs/assessment"
         )
     _check_parts(config)
+    _check_assessment(config)
     check_radii(config)
     _check_batch(config, world_size)
     selection = config.get("selection")
-    known = ["last", *config["averages"], *(["best"] if selection or "attack" not in config else [])]
+    keeps_best = selection or getattr(locate(config["method"]["_target_"]), "keeps_best", False)
+    known = ["last", *config["averages"], *(["best"] if keeps_best else [])]
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
     average = config["averages"].get(config["evaluate"]) or {}
@@ -112,6 +115,15 @@ def check_sections(config: Mapping[str, Any]) -> None:
         if config.get(name):
             _check_section(name, config[name], types)
     _check_networks(config)
+
+
+def _check_assessment(config: Mapping[str, Any]) -> None:
+    """That an assessment which attacks is told how."""
+    node = config.get("assessment")
+    if node and locate(node["_target_"]).attacks and not config.get("evaluation"):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"assessment={node['name']} attacks as the section evaluation says, and {config['experiment']} has none; assess an adversarial training"
+        )
 
 
 def check_radii(config: Mapping[str, Any], numbers: int | None = None) -> None:

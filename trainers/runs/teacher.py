@@ -162,7 +162,7 @@ def prerequisites(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if teacher["weights"] != "own":
             continue
         place = [f"scale={config['scale']}", f"protocol={config['protocol']}"]
-        experiment, *asked = teacher["run"].split()
+        experiment, *asked = teacher["run"].split() or [""]
         made = compose("train", [f"experiment={experiment}", *place, *asked])
         usual = compose("train", [f"experiment={config['experiment']}", *place])
         shared = {*MACHINE, *(() if teacher.get("own_data") else TRAINED_WITH)} - {*map(_setting, asked)}

@@ -1,6 +1,7 @@
 """Further evaluations of a run's weights, and the figures drawn from them."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +9,14 @@ import pytest
 import torch
 
 from gkl.data.content import listing
-from gkl.data.digits import digits
+from gkl.data.digits import digits, digits_files
 from gkl.evaluation import pgd_robust
 from gkl.models import create
 from tests.trainers.runs.test_records_and_tables import record
 from trainers.errors import ConfigError
 from trainers.loop.console import Console
 from trainers.methods.assessments import Attacks, Epsilons, Structure, Subject, class_means, margins
+from trainers.methods.file_assessments import ClassScores, Renditions
 from trainers.reports.figures import FORMATS, draw, save
 from trainers.reports.tables import build, markdown
 from trainers.runs.compose import compose
@@ -252,3 +254,24 @@ def test_renditions_are_known_by_their_pictures(tmp_path: Path) -> None:
         ValueError, match="the pictures at .*renditions and .*sketch have changed since this run was started"
     ):
         instantiate(node).check()
+
+
+def test_data_that_an_assessment_is_not_made_on_are_refused_before_the_training(tmp_path: Path) -> None:
+    """Once an AttributeError after it."""
+    root = tmp_path / "digits"
+    files = digits_files(str(root), image_size=8, resize=None, decoder="pillow")
+    structure = Structure("structure", classes=5, images=10, steps=1, perplexity=5.0)
+    structure.check_data(digits())
+    with pytest.raises(ValueError, match="assessment=structure needs pictures in memory .*, got digits"):
+        structure.check_data(files)
+    ClassScores("class_scores").check_data(files)
+    with pytest.raises(ValueError, match="assessment=class_scores needs pictures in files .*, got digits"):
+        ClassScores("class_scores").check_data(digits())
+    renditions = Renditions("renditions", str(root), "renditions", "sketch", classes=5)
+    renditions.check_data(files)
+    (root / "sketch/unheard of").mkdir()
+    shutil.copy(next((root / "sketch").glob("*/*.png")), root / "sketch/unheard of/1.png")
+    with pytest.raises(
+        ValueError, match="sketch has 1 classes that the data set has not, the first is unheard of"
+    ):
+        renditions.check_data(files)

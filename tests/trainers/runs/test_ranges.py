@@ -11,6 +11,7 @@ from trainers.runs.compose import choices, completed_by, compose
 from trainers.runs.ranges import RANGES, check_ranges, numbers
 from trainers.runs.settings import SECTIONS, SETTINGS, check, check_radii, check_sections
 from trainers.runs.targets import addresses, fits, mistyped, parameters_of
+from trainers.runs.teacher import prerequisites
 
 PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
 
@@ -56,7 +57,8 @@ def composed(*words: str) -> dict[str, Any]:
         ("epochs=0", "epochs must be at least 1, got 0"),
         ("seed=-1", r"seed must be in \[0, 262144\], got -1"),
         ("seed=99999999", r"seed must be in \[0, 262144\]"),
-        ("workers=-1", "workers must be at least 0, got -1"),
+        ("workers=-1", r"workers must be in \[0, 512\], got -1"),
+        ("workers=100000", r"workers must be in \[0, 512\], got 100000"),
         ("method.view_weights=[-1.0]", "method.view_weights.0 must be at least 0, got -1"),
         ("~loss.gamma", "loss needs loss.gamma, which loss/GKL cannot do without"),
         (
@@ -72,6 +74,30 @@ def composed(*words: str) -> dict[str, Any]:
 def test_refused_in_one_line(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check(composed(word), 1)
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    ["clip/baseline", "llava/language", "seg/baseline", "ssl/fixmatch_gkl", "ssl/denoising", "kd/c100_vanilla/resnet_20"],
+)  # fmt: skip
+def test_what_a_training_does_not_keep_is_not_evaluated_and_what_it_does_not_say_is_no_attack(
+    experiment: str,
+) -> None:
+    """Once both were found missing when the training was over."""
+
+    def asked(*words: str) -> dict[str, Any]:
+        return compose("train", [f"experiment={experiment}", "scale=smoke", *words])
+
+    if experiment.startswith("kd"):  # the best epoch on the test images
+        check(asked("evaluate=best"), 1)
+    else:
+        with pytest.raises(ConfigError, match=r"^unknown evaluate 'best'; .*there are: last$"):
+            check(asked("evaluate=best"), 1)
+    for name in ("epsilons", "attacks", "structure"):
+        with pytest.raises(
+            ConfigError, match=f"^assessment={name} attacks as the section evaluation says, and"
+        ):
+            check(asked(f"assessment={name}"), 1)
 
 
 @pytest.mark.parametrize("section", ["attack", "evaluation"])
@@ -107,6 +133,12 @@ def test_a_radius_that_leads_from_any_picture_to_any_other_is_refused(section: s
 def test_what_cannot_be_composed_is_told_by_its_whole_name(word: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         composed(word)
+
+
+@pytest.mark.parametrize("run", ["", "seg/nothing"])
+def test_a_run_before_that_has_no_name_is_one_line(run: str) -> None:
+    with pytest.raises(ConfigError, match=f"^unknown experiment '{run}'"):
+        prerequisites(compose("train", ["experiment=seg/apd_gkl", "scale=smoke", f"teacher.run={run}"]))
 
 
 def test_a_fraction_of_255_is_written_so() -> None:
