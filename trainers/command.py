@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ DISK = (
     errno.EROFS,
     errno.EACCES,
 )  # a person's to mend, and no bug of ours
+AGAIN_SECONDS = 0.05  # after which a signal that was dropped comes again
 OTHERS_SECONDS = 2.0  # in which a process that knows better has said so
 
 
@@ -31,7 +33,7 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
 
     A second Ctrl-C ends the process at once.
     """
-    with patient_streams():
+    with patient_streams(), none_swallowed():
         arguments = sys.argv[1:]
         if not gc.isenabled():  # see trainers.interrupt
             gc.freeze()  # modules stay to the end
@@ -45,6 +47,7 @@ def run_main(main: Callable[[list[str]], int], usage: str | None = None) -> int:
                 return 0
             return main(arguments)
         except Interrupted as error:
+            ending()  # also after a second signal, which fit raises itself
             if _first():
                 print(error, file=sys.stderr)
             return 128 + error.signum
@@ -74,6 +77,29 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(
         f"stopped by {name}; what was finished is kept. The same command goes on from there", signum
     )
+
+
+@contextmanager
+def none_swallowed() -> Iterator[None]:
+    """Inside, a signal that came where Python drops what is raised (a destructor, a hook of fork) comes once more."""
+    before = sys.unraisablehook
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, Interrupted):
+            before(dropped)
+            return
+        signum = dropped.exc_value.signum
+        for heard in {*heeded(), signum}:  # after _stop they are ignored
+            signal.signal(heard, _stop)
+        again = threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), signum))
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _first() -> bool:

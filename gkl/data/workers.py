@@ -6,8 +6,11 @@ for views, numbers in loader(views, batches, workers=4): ...
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from gkl.data.stores import PictureError
 
+ASKED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 # Of torch's messages, those that speak of shared memory and of a worker that is gone.
 NOT_HANDED_OVER = (
     "unable to resize file", "unable to open shared memory", "unable to mmap", "unable to write to file", "insufficient shared memory",
@@ -44,11 +48,23 @@ def loader(views: Any, batches: Iterable[Sequence[tuple[int, int]]], workers: in
 def handed_over(stream: Iterable[Any]) -> Iterator[Any]:
     """What worker processes hand over. Raises PictureError where the memory that they share is full, or one of them was killed."""
     try:
-        yield from stream
+        with unheard_at_first():
+            begun = iter(stream)  # here they are started
+        yield from begun
     except RuntimeError as error:
         if words := not_handed_over(error):
             raise PictureError(words) from error
         raise
+
+
+@contextmanager
+def unheard_at_first() -> Iterator[None]:
+    """Inside, this thread's signals wait: Python drops what they raise within fork, and a process that is being started would end by them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def not_handed_over(error: RuntimeError) -> str | None:
@@ -74,14 +90,24 @@ def as_a_worker(worker: int) -> None:
     workers. One that died by itself would be an error in the run, which then saved nothing.
     """
     torch.set_num_threads(1)
-    run, asked = multiprocessing.parent_process(), {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+    sys.excepthook = _unless_the_run_is_gone
+    run = multiprocessing.parent_process()
     if run is None or not hasattr(signal, "sigwaitinfo"):  # macOS tells nobody who has sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKED)
         return
-    signal.pthread_sigmask(signal.SIG_BLOCK, asked)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKED)
 
     def listen() -> None:
-        while signal.sigwaitinfo(asked).si_pid != run.pid:
+        while signal.sigwaitinfo(ASKED).si_pid != run.pid:
             pass
         os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+
+
+def _unless_the_run_is_gone(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """What a thread of a worker dies of; that nobody is there any more to be handed a picture is for the run to tell."""
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, trace)

@@ -114,6 +114,59 @@ def test_a_second_interrupt_ends_what_is_ending_without_a_traceback(tmp_path: Pa
     assert process.returncode == 130 and out == err == ""
 
 
+DROPPED = """
+import os, signal, sys, threading, time
+from trainers.command import run_main
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {signum})
+        time.sleep(0)
+def main(arguments):
+    if "fork" in arguments:
+        os.register_at_fork(before=lambda: os.kill(os.getpid(), {signum}))
+        if os.fork() == 0:
+            os._exit(0)
+    else:
+        Last()
+    time.sleep(20)
+    return 0
+sys.exit(run_main(main))
+"""
+
+
+@pytest.mark.parametrize("where", ["destructor", "fork"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_where_python_drops_what_is_raised_is_heeded(where: str, signum: signal.Signals) -> None:
+    """Once it was an ignored exception, and the run went on and heard no other."""
+    program = DROPPED.format(signum=int(signum))
+    begun = time.monotonic()
+    done = subprocess.run(
+        command(program, where), env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 128 + signum and time.monotonic() - begun < 15
+    assert done.stderr.startswith(f"stopped by {signum.name}; ") and done.stderr.count("\n") == 1
+
+
+AFTER = """
+import atexit, os, signal, sys, time
+from trainers.command import run_main
+from trainers.signals import signals
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT) or time.sleep(5))
+def main(arguments):
+    with signals():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+sys.exit(run_main(main))
+"""
+
+
+def test_a_third_interrupt_prints_no_traceback_either() -> None:
+    done = subprocess.run(command(AFTER), env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stdout == ""
+    assert done.stderr.startswith("stopped at once by a second SIGINT") and done.stderr.count("\n") == 1
+
+
 def test_memory_is_collected_again_when_the_imports_are_over() -> None:
     program = """
 import gc, sys
