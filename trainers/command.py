@@ -23,6 +23,10 @@ DISK = (
     errno.EFBIG,
     errno.EROFS,
     errno.EACCES,
+    errno.EIO,
+    errno.ESTALE,
+    errno.EMFILE,
+    errno.ENFILE,
 )  # a person's to mend, and no bug of ours
 AGAIN_SECONDS = 0.05  # after which a signal that was dropped comes again
 OTHERS_SECONDS = 2.0  # in which a process that knows better has said so

@@ -26,6 +26,13 @@ def test_whole_or_not_at_all(tmp_path: Path) -> None:
         temporary.write_text("x")
 
 
+def test_a_write_that_fails_says_where(tmp_path: Path) -> None:
+    """write(2) does not: a full disk was told without a name."""
+    with pytest.raises(OSError) as error, atomically(tmp_path / "file"):
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert error.value.filename == str(tmp_path / "file")
+
+
 def test_a_folder_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for words in ("first", "second"):

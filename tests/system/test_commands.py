@@ -296,7 +296,10 @@ def test_plan_help_and_printed_configuration(command: Command, tmp_path: Path) -
     assert written(tmp_path) == [] and Local().concurrent_runs(10**6) == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.ENOENT, None)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, 2), (errno.EACCES, 2), (errno.EIO, 2), (errno.EMFILE, 2), (errno.ENOENT, None)],
+)
 def test_a_disk_that_fails_is_one_line_and_a_bug_is_not(
     number: int, code: int | None, command: Command, capfd: pytest.CaptureFixture[str]
 ) -> None:

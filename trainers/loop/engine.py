@@ -19,6 +19,7 @@ from torch import Tensor
 from gkl.data.workers import not_handed_over
 from gkl.distributed import agree, all_reduce, rank, world_size
 from trainers.errors import Interrupted, NotBegun, RunError, in_a_line
+from trainers.files import save_state
 from trainers.loop.folder import RunFolder
 from trainers.signals import signals
 
@@ -266,9 +267,13 @@ def _how_to_go_on(epoch: int, step: int, signum: int, end: bool = False) -> str:
 
 def _not_finite(task: Task, folder: RunFolder, epoch: int, step: int, name: str, value: float) -> str:
     path = folder.path / f"not_finite_epoch{epoch}_step{step}.pt"
+    where = f"its batch is in {path}"
     if rank() == 0:
-        torch.save(task.describe_batch(epoch, step), path)
+        try:
+            save_state(path, task.describe_batch(epoch, step))
+        except RunError:
+            where = f"its batch could not be written to {path}"
     return (
-        f"{name} became {value} in epoch {epoch}, step {step}; its batch is in {path}, the last checkpoint is intact. "
+        f"{name} became {value} in epoch {epoch}, step {step}; {where}, the last checkpoint is intact. "
         "Lower the learning rate or the loss weights"
     )

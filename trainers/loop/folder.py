@@ -103,11 +103,17 @@ class RunFolder:
         return self.path / "checkpoints" / "last.pt", self.path / "checkpoints" / "previous.pt"
 
     def append_history(self, row: dict[str, Any]) -> None:
-        """Add one line to history.jsonl."""
-        with open(self.history_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add one line to history.jsonl. Raises RunError where it cannot be written, as the folder is gone."""
+        try:
+            with open(self.history_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.history_path}: {error.strerror}; mend it, or free some space, then start the same command again, which "
+                "goes on from the last checkpoint that is there"
+            ) from error
 
     def history(self) -> list[dict[str, Any]]:
         """All whole lines of history.jsonl. Raises RunError if it cannot be read."""

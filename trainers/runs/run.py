@@ -149,6 +149,7 @@ def _train(
     if rank() == 0:
         seconds += time.monotonic() - started
         record = _record(config, folder, task, metrics, evaluation, seconds, code)
+        folder.check_history(config["epochs"] + 1)
         history = folder.history_path.read_text(encoding="utf-8")
         path = records.write_record(Path(config["paths"]["results"]) / "runs", record, history)
         shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())

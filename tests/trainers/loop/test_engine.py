@@ -2,7 +2,9 @@
 
 import os
 import resource
+import shutil
 import signal
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -191,6 +193,42 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
         fit(Exploding(), epochs=3, folder=RunFolder(tmp_path), checkpoint_minutes=1e9, report=Quiet())
     assert torch.load(tmp_path / "not_finite_epoch2_step1.pt", weights_only=True) == {"step": 1}
     assert len(rows(tmp_path)) == 1
+
+
+def test_a_value_that_is_not_finite_is_named_where_its_batch_cannot_be_written(tmp_path: Path) -> None:
+    class Exploding(Counting):
+        def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+            return {**super().train_step(epoch, step), "robust": torch.tensor(float("nan"))}
+
+    (tmp_path / "not_finite_epoch1_step0.pt").mkdir()
+    with pytest.raises(
+        RunError, match="robust became nan in epoch 1, step 0; its batch could not be written"
+    ):
+        fit(Exploding(), epochs=3, folder=RunFolder(tmp_path), checkpoint_minutes=1e9, report=Quiet())
+
+
+def gone(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+def folder_for_history(folder: Path) -> None:
+    (folder / "history.jsonl").unlink()
+    (folder / "history.jsonl").mkdir()
+
+
+@pytest.mark.parametrize("fault", [gone, folder_for_history])
+def test_a_history_that_cannot_be_written_any_more_is_one_line(
+    fault: Callable[[Path], None], tmp_path: Path
+) -> None:
+    class Losing(Counting):
+        def train_step(self, epoch: int, step: int) -> dict[str, Tensor]:
+            if (epoch, step) == (2, 3):
+                fault(tmp_path / "run")
+            return super().train_step(epoch, step)
+
+    with pytest.raises(RunError, match=r"cannot write .*history.jsonl: (No such|Is a)") as error:
+        fit(Losing(), epochs=3, folder=RunFolder(tmp_path / "run"), checkpoint_minutes=1e9, report=Quiet())
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("wrong", [(2, 1), (2, 4)])
