@@ -12,6 +12,9 @@ from typing import Any, Literal
 
 from gkl.data.content import check_content
 from gkl.data.conversations import (
+    LOOKED_AT,
+    WORD,
+    Conversation,
     check_tokenizer,
     plain,
     read_captions,
@@ -25,7 +28,8 @@ from gkl.data.stores import Store, open_store
 from gkl.evaluation.mmbench import MMBench
 from gkl.evaluation.vqa import GQA, POPE, TextVQA
 from gkl.evaluation.vqa_files import Benchmark, file_text
-from gkl.models.language import folder_tokenizer, word_tokenizer
+from gkl.lines import one_line
+from gkl.models.language import folder_tokenizer, word_tokenizer, words_of
 from gkl.models.normalise import mean_and_std
 
 CAPTIONS, PICTURES = "LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", "LLaVA-Pretrain/images"
@@ -69,11 +73,11 @@ def llava_data(
     path = Path(root)
     check_content(root, content)
     store = open_store(path, "folder with LLaVA's data")
-    tokenizer = _tokenizer(path, language_model)
     names = {*store.names}
     captions = read_captions(path / CAPTIONS, {n.removeprefix(f"{PICTURES}/") for n in names})
     captions = [dataclasses.replace(each, picture=f"{PICTURES}/{each.picture}") for each in captions]
     conversations = read_conversations(path / CONVERSATIONS, names)
+    tokenizer = _tokenizer(path, language_model, conversations)
     square = PaddedSquare(mean_and_std("openai")[0])
     phases = (
         Phase(captions, plain, CentreCrop(image_size, "bicubic"), caption_epochs, caption_batch_size),
@@ -95,11 +99,12 @@ def texts(
     """
     path = Path(root)
     check_content(root, content)
+    conversations = read_conversations(path / TEXTS, ())
     phases = (
         Phase(read_conversations(path / TOLD, ()), plain, None, told_epochs),
-        Phase(read_conversations(path / TEXTS, ()), vicuna_v1, None, epochs),
+        Phase(conversations, vicuna_v1, None, epochs),
     )
-    tokenizer = _tokenizer(path, language_model)
+    tokenizer = _tokenizer(path, language_model, conversations)
     return DialogueData(name, phases, tokenizer, None, {}, None, 1, 0, length, cards, "pillow", content)
 
 
@@ -125,12 +130,17 @@ def _asked(path: Path, names: Sequence[Name], there: set[str]) -> dict[str, Aske
     return found
 
 
-def _tokenizer(path: Path, language_model: str | None) -> Any:
-    """Of a language model's folder, or of the words that a path lists."""
-    made = (
-        folder_tokenizer(language_model)
-        if language_model
-        else word_tokenizer(file_text(path / WORDS).splitlines())
-    )
+def _tokenizer(path: Path, language_model: str | None, conversations: Sequence[Conversation]) -> Any:
+    """Of a language model's folder, or of the words that a path lists. Raises ValueError for a list without those of the first texts."""
+    if language_model:
+        made = folder_tokenizer(language_model)
+    else:
+        words = file_text(path / WORDS).splitlines()
+        said = words_of(text.replace(WORD, "") for each in conversations[:LOOKED_AT] for text in each.rounds)
+        if unknown := sorted({*said} - {*words}):
+            raise ValueError(
+                f"{path / WORDS} lacks {len(unknown)} words of the texts beside it, such as {one_line(unknown[0])!r}; bring the list back"
+            )
+        made = word_tokenizer(words)
     check_tokenizer(made)
     return made

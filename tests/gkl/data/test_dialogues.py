@@ -242,3 +242,17 @@ def test_texts_that_are_cut_before_every_answer_are_told(root: Path) -> None:
     batches.start_epoch(2)
     with pytest.raises(PictureError, match="has an answer to learn .*data.length=20 cuts them off"):
         batches.batch(2, 0)
+
+
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_list_of_words_that_lost_some_is_told(left: int, tmp_path: Path) -> None:
+    """Once every other word was the same unknown one, and a language model that told none apart had its record."""
+    digit_texts(str(tmp_path / "all"), told_epochs=1, epochs=2)
+    words = tmp_path / "all/words.txt"
+    words.write_text("".join(words.read_text().splitlines(keepends=True)[:left]))
+    with pytest.raises(
+        ValueError, match=r"words.txt lacks \d+ words of the texts beside it, such as .*; bring the list back"
+    ):
+        digit_texts(str(tmp_path / "all"), told_epochs=1, epochs=2)
+    with pytest.raises(ValueError, match=r"words.txt lacks \d+ words of the texts beside it"):
+        data_at(tmp_path / "all")
