@@ -42,6 +42,7 @@ class Method(ABC):
     training: "Training"
     views_together: ClassVar[bool] = False  # whether a process gets all views of its samples
     reads_every_label: ClassVar[bool] = True  # of its training pictures
+    classifies: ClassVar[bool] = True  # whether its network gives pictures classes, which assessments measure
     keeps_best: ClassVar[bool] = (
         False  # whether its weights have `best` without being told which epoch that is
     )

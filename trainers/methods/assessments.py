@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from gkl.attacks.pgd import pgd, random_start
 from gkl.data.batches import first_of_each_class
-from gkl.data.memory import ImageData
 from gkl.distributed import rank
 from gkl.evaluation import pgd_robust
 from gkl.evaluation.chosen import chosen
@@ -67,9 +66,9 @@ class Assessment:
 
     def check_data(self, data: Any) -> None:
         """Likewise for data that it cannot be made on."""
-        if not isinstance(data, ImageData):
+        if not data.in_memory:
             raise ValueError(
-                f"assessment={self.name} needs pictures in memory with a class each (cifar100, image_folder, ...), got {data.name}"
+                f"assessment={self.name} needs pictures in memory (cifar100, image_folder, ...), got {data.name}"
             )
 
     def __call__(self, subject: Subject) -> Measured:

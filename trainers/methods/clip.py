@@ -9,7 +9,7 @@ and each part goes forward again with its features' gradient: exact, since a pai
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Clip(Method):
     loss: SimilarityLoss | None = None
     weight: float = 1.0
     initial: Source | None = None
+    classifies: ClassVar[bool] = False
 
     def bind(self, training: Training) -> None:
         """Load the teacher. Raises ValueError where networks and data do not fit."""

@@ -29,6 +29,7 @@ class Denoising(Method):
     hidden: float
     noise: float
     reads_every_label: ClassVar[bool] = False  # none
+    classifies: ClassVar[bool] = False
 
     def bind(self, training: Training) -> None:
         """The decoder, one layer from a token to its patch. Raises ValueError for a network without tokens."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gkl.data.augment import to_float
 from gkl.data.content import check_same, listing
-from gkl.data.files import ImageFiles, Split, other_pictures
+from gkl.data.files import Split, other_pictures
 from gkl.distributed import all_reduce, rank, world_size
 from gkl.models.batch_norm import eval_mode
 from trainers.loop.accuracy import batches_of, eval_batch_size
@@ -23,9 +23,9 @@ class FileAssessment(Assessment):
 
     def check_data(self, data: Any) -> None:
         """Raises ValueError for other data."""
-        if not isinstance(data, ImageFiles):
+        if data.in_memory:
             raise ValueError(
-                f"assessment={self.name} needs pictures in files with a class each (imagenet, image_files, ...), got {data.name}"
+                f"assessment={self.name} needs pictures in files (imagenet, image_files, ...), got {data.name}"
             )
 
 

@@ -8,7 +8,7 @@ Source: transformers' causal language models as LLaVA's training calls them, a m
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from trainers.loop.training import Training
 @dataclass(kw_only=True)
 class LanguageModelling(Method):
     """Every weight is trained."""
+
+    classifies: ClassVar[bool] = False
 
     def bind(self, training: Training) -> None:
         """Raises ValueError where network and data do not fit."""

@@ -11,7 +11,7 @@ Source: tool/train.py of dvlab-research/APD.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class Segmentation(Method):
     aux_weight: float
     mirrored: bool = True
     initial: Source | None = None
+    classifies: ClassVar[bool] = False
 
     def adapt(self, model: nn.Module) -> nn.Module:
         """Batch norm over all processes. Raises ValueError for a network without an auxiliary head."""

@@ -118,8 +118,12 @@ def check_sections(config: Mapping[str, Any]) -> None:
 
 
 def _check_assessment(config: Mapping[str, Any]) -> None:
-    """That an assessment which attacks is told how."""
+    """That an assessment has a classifier to measure, and one which attacks is told how."""
     node = config.get("assessment")
+    if node and not locate(config["method"]["_target_"]).classifies:  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"assessment={node['name']} measures a classifier, and {config['experiment']} trains none; leave it out"
+        )
     if node and locate(node["_target_"]).attacks and not config.get("evaluation"):  # type: ignore[attr-defined]
         raise ConfigError(
             f"assessment={node['name']} attacks as the section evaluation says, and {config['experiment']} has none; assess an adversarial training"
