@@ -14,6 +14,7 @@ from typing import IO, Any
 import torch
 
 from gkl.atomic import clear
+from gkl.lines import one_line
 from trainers.errors import RunError, in_a_line
 from trainers.files import read_file, save, write_atomically, write_text
 
@@ -23,8 +24,9 @@ GRACE_SECONDS = 10.0  # that a run which was told to stop has for its last check
 class RunFolder:
     """The files of one run. Only process 0 writes."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, run: str | None = None) -> None:
+        """run: what tells it from every other, for its checkpoints."""
+        self.path, self.run = path, run
         self.damaged: set[Path] = set()  # checkpoints that were passed over
         self.history_path = path / "history.jsonl"
 
@@ -66,7 +68,7 @@ class RunFolder:
         last, previous = self._checkpoints()
 
         def write(path: Path) -> None:
-            save(path, state)
+            save(path, {**state, "run": self.run} if self.run else state)
             if last.exists() and last not in self.damaged:
                 os.replace(last, previous)  # between the two renames `previous` is the one to go on from
 
@@ -86,7 +88,9 @@ class RunFolder:
             try:
                 content = read_file(path)
                 if (why := damage(content)) is None:
-                    return torch.load(BytesIO(content), map_location="cpu", weights_only=True)
+                    return self._own(torch.load(BytesIO(content), map_location="cpu", weights_only=True))
+            except RunError:
+                raise
             except Exception as error:  # what torch.load raises of a whole file, too: memory, code in it
                 why = error.strerror if isinstance(error, OSError) else in_a_line(error)
                 raise RunError(
@@ -98,6 +102,16 @@ class RunFolder:
         if self.damaged:
             warn(f"no whole checkpoint is left in {self.path}; starting at epoch 1")
         return None
+
+    def _own(self, checkpoint: Any) -> Any:
+        """A checkpoint. Raises RunError for another run's; those of version 0.1 do not say whose they are."""
+        run = checkpoint.get("run") if isinstance(checkpoint, dict) else None
+        if None not in (run, self.run) and run != self.run:
+            raise RunError(
+                f"the checkpoint in {self.path} is of another run, {one_line(run)}; nothing was changed. Bring this run's own "
+                "checkpoints back, or move that folder away to train anew"
+            )
+        return checkpoint
 
     def _checkpoints(self) -> tuple[Path, Path]:
         return self.path / "checkpoints" / "last.pt", self.path / "checkpoints" / "previous.pt"

@@ -265,6 +265,7 @@ class Training:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        check_optimizer(self.optimizer)
         self.fuse_optimizer()
         if self.replayed is not None:
             self.replayed.forget()
@@ -277,3 +278,15 @@ class Training:
     def describe_batch(self, epoch: int, step: int) -> dict[str, Any]:
         """A step's batch, and what the network makes of it now."""
         return self.method.describe(self.batch(epoch, step))
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError where what was loaded is of other parameters or another optimizer, which torch would find within a step."""
+    for group in optimizer.param_groups:
+        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+            raise ValueError(f"its optimizer has no {', '.join(missing)}")
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)}, its parameter {tuple(parameter.shape)}"
+                    raise ValueError(f"its optimizer's {name} has shape {shapes}")

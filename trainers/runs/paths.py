@@ -27,8 +27,8 @@ def run_folder(config: dict[str, Any]) -> RunFolder:
 
     Runs that differ in their evaluation alone share it: the second measures the weights that it finds there.
     """
-    path = Path(config["paths"]["outputs"]) / config["experiment"] / config["scale"] / training_hash(config)
-    return RunFolder(path / f"seed{config['seed']}")
+    run = f"{config['experiment']}/{config['scale']}/{training_hash(config)}/seed{config['seed']}"
+    return RunFolder(Path(config["paths"]["outputs"]) / run, run)
 
 
 def processes(config: dict[str, Any]) -> int:

@@ -1,6 +1,7 @@
 """What a run finds in its folder when it starts again: damaged, unreadable, of another run, and a signal meanwhile."""
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from trainers.command import run_main
 from trainers.errors import RunError
 from trainers.loop.engine import Position, fit
 from trainers.loop.folder import RunFolder
+from trainers.loop.training import check_optimizer
 from trainers.signals import heeded
 
 
@@ -181,6 +183,41 @@ def test_another_architecture_s_state_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot go on from it .*Missing key") as error:
         fit(Other(), epochs=3, folder=RunFolder(tmp_path), checkpoint_minutes=1e9, report=Quiet())
     assert "\n" not in str(error.value) and bytes_of(tmp_path) == before
+
+
+def test_another_run_s_checkpoint_is_not_gone_on_from(tmp_path: Path) -> None:
+    """Of the same network and data, so that all of it fits."""
+    for name, task in (("kl/seed0", Counting()), ("gkl/seed0", Counting())):
+        fit(task, epochs=1, folder=RunFolder(tmp_path / name, name), checkpoint_minutes=1e9, report=Quiet())
+    shutil.copytree(tmp_path / "kl/seed0", tmp_path / "gkl/seed0", dirs_exist_ok=True)
+    before = bytes_of(tmp_path)
+    own = RunFolder(tmp_path / "gkl/seed0", "gkl/seed0")
+    with pytest.raises(RunError, match="is of another run, kl/seed0; nothing was changed"):
+        fit(Counting(), epochs=3, folder=own, checkpoint_minutes=1e9, report=Quiet())
+    assert bytes_of(tmp_path) == before
+    unnamed = torch.load(own.path / "checkpoints/last.pt", weights_only=True)
+    torch.save({key: unnamed[key] for key in ("task", "position")}, own.path / "checkpoints/last.pt")
+    fit(Counting(), epochs=3, folder=own, checkpoint_minutes=1e9, report=Quiet())  # of version 0.1
+
+
+def test_another_optimizer_s_state_is_told() -> None:
+    def adam(shape: int, **settings: float) -> torch.optim.AdamW:
+        parameter = torch.nn.Parameter(torch.zeros(shape))
+        parameter.grad = torch.ones(shape)
+        optimizer = torch.optim.AdamW([parameter], **settings)
+        optimizer.step()
+        return optimizer
+
+    found, own = adam(2).state_dict(), adam(3)
+    check_optimizer(own)
+    own.load_state_dict(found)
+    with pytest.raises(ValueError, match=r"exp_avg has shape \(2,\), its parameter \(3,\)"):
+        check_optimizer(own)
+    own, found = adam(2), adam(2).state_dict()
+    del found["param_groups"][0]["betas"]
+    own.load_state_dict(found)
+    with pytest.raises(ValueError, match="its optimizer has no betas"):
+        check_optimizer(own)
 
 
 def test_a_file_that_holds_code_is_not_loaded_and_stays(tmp_path: Path) -> None:
