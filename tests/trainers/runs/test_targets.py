@@ -13,6 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from trainers.errors import ConfigError, RunError
+from trainers.reports.release import pack
 from trainers.runs import compose as compose_module
 from trainers.runs import targets
 from trainers.runs.__main__ import main
@@ -227,6 +228,12 @@ def test_a_record_with_another_target_is_refused_and_named(target: str, tmp_path
         read_record(path)
     assert "\n" not in str(error.value) and not trace.exists()
     assert read_record(whole)["config"]["loss"]["_target_"] == "loss/GKL"
+    with pytest.raises(ValueError, match="is nothing that a configuration may build"):
+        pack(path, tmp_path, tmp_path / "release")
+    taught = compose("train", ["experiment=kd/c100_kd/resnet56_resnet20", "scale=smoke"])["teacher"]
+    with pytest.raises(ValueError, match="is nothing that a configuration may build"):
+        instantiate({**taught, "record": str(path), "outputs": str(tmp_path)}).load(10)
+    assert not trace.exists() and not (tmp_path / "release").exists()
 
 
 # --- defaults -------------------------------------------------------------------------------------------------------------
