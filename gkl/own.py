@@ -6,14 +6,17 @@ make = maker(name, folder)              # the class or function Net of that file
 
 A file is run only from the folder that `keep` puts it in, and only for a person who named it: `keep` notes its content in that person's
 own folder, so that a folder of runs that came from elsewhere, frozen configurations and kept files and all, runs nothing. A package's
-entry point (group `gkl.models`) is run only while the package is what it was.
+entry point (group `gkl.models`) is run only while the package is what it was. Neither may import further files that are not installed.
 """
 
 import hashlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from gkl.atomic import atomically
 
 GROUP = "gkl.models"  # of entry points
 DIGITS = 16  # of a digest
+KEPT = "gkl_own_"  # what a kept file's module is called
 
 
 def named(file: str | Path, name: str) -> str:
@@ -59,15 +63,18 @@ def installed(name: str) -> str | None:
 
 
 def maker(name: str, folder: Path) -> Callable[..., Any]:
-    """What makes the network of a whole name. Raises ValueError where it is neither kept nor installed, or is not in its file."""
+    """What makes the network of a whole name. Raises ValueError where it is neither kept nor installed, is not in its file, or
+    imports files that its name says nothing of."""
     short, _, digest = name.rpartition("@")
     path = folder / f"{digest}.py"
     if path.is_file():
-        return _from_file(path, short, digest)
+        with _imports_installed(short):
+            return _guarded(_from_file(path, short, digest), short)
     found = _entry_point(short)
     if found and _package_digest(found) == digest:
-        made: Callable[..., Any] = found.load()
-        return made
+        package = found.module.partition(".")[0]
+        with _imports_installed(short, package):
+            return _guarded(found.load(), short, package)
     changed = (
         f"the package of {short} has changed since" if found else f"no network {name} is kept in {folder}"
     )
@@ -96,7 +103,7 @@ def _from_file(path: Path, name: str, digest: str) -> Callable[..., Any]:
         raise ValueError(
             f"the network {name} has not been named by you, and is not run; if you trust it, name it on the command line: model={path}:{name}"
         )
-    key = f"gkl_own_{digest}"
+    key = f"{KEPT}{digest}"
     if key not in sys.modules:
         spec = importlib.util.spec_from_file_location(key, path)
         assert spec
@@ -121,6 +128,46 @@ def _from_file(path: Path, name: str, digest: str) -> Callable[..., Any]:
             f"the file of the network has no class or function {name!r}; name it as model=FILE.py:NAME"
         )
     return made
+
+
+def _guarded(make: Callable[..., Any], name: str, package: str = "") -> Callable[..., Any]:
+    @wraps(make)
+    def guarded(*args: Any, **options: Any) -> Any:
+        with _imports_installed(name, package):
+            return make(*args, **options)
+
+    return guarded
+
+
+@contextmanager
+def _imports_installed(name: str, package: str = "") -> Iterator[None]:
+    """Inside, what is imported is installed, or of the package, or this repository's own. Raises ValueError naming another file."""
+    before = set(sys.modules)
+    yield
+    known = ("gkl", "trainers", *([package] if package else []))
+    new = sorted(set(sys.modules) - before)
+    beside = {}
+    for module in new:
+        file = getattr(sys.modules[module], "__file__", None)
+        if file and module.partition(".")[0] not in known and not module.startswith(KEPT):
+            if not _is_installed(Path(file).resolve()):
+                beside[module] = file
+    if beside:
+        for module in (m for m in new if m in beside or m.startswith(KEPT)):  # the next try finds them again
+            del sys.modules[module]
+        raise ValueError(
+            f"the network {name} imports {next(iter(beside.values()))}, and a run would not be known by its content; put all of it into "
+            "one file, or into a package with an entry point gkl.models"
+        )
+
+
+def _is_installed(file: Path) -> bool:
+    """Whether Python's own, or one of a folder that pip installs into, this environment's or another's on the path."""
+    places = [sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")]
+    places += [place for place in sys.path if any(Path(place).glob("*.dist-info"))]
+    return bool({"site-packages", "dist-packages"} & {*file.parts}) or any(
+        file.is_relative_to(Path(place).resolve()) for place in places
+    )
 
 
 def _entry_point(name: str) -> EntryPoint | None:

@@ -172,6 +172,29 @@ def test_a_file_that_fails_says_why(tmp_path: Path) -> None:
         named(tmp_path / "none.py", "Net")
 
 
+@pytest.mark.parametrize("where", ["", "        "])
+def test_a_file_beside_it_is_refused_though_it_can_be_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """By PYTHONPATH it once could, and a run was known without it: changed, it was "done" with the old one's numbers."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "layers_beside.py").write_text("width = 4")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    line = f"{where}import layers_beside, timm, PIL.Image\n"
+    text = (
+        f"{line}{NET}"
+        if not where
+        else NET.replace("        super().__init__()\n", f"        super().__init__()\n{line}", 1)
+    )
+    (tmp_path / "net.py").write_text(text)
+    keep(tmp_path / "net.py", tmp_path)
+    for _ in range(2):  # a second network of the file likewise
+        with pytest.raises(
+            ValueError, match="Net imports .*layers_beside.py, and a run would not be known by"
+        ):
+            own(named(tmp_path / "net.py", "Net"), 7, str(tmp_path))
+
+
 def test_a_package_s_network_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its name holds the package's content, not its version."""
     package, info = tmp_path / "site" / "their_nets", tmp_path / "site" / "their_nets-1.0.dist-info"
