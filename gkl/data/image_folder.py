@@ -6,9 +6,10 @@ from pathlib import Path
 from gkl.data.content import check_content
 from gkl.data.decoding import Decoder
 from gkl.data.files import ImageFiles, split
-from gkl.data.layout import train_and_test
+from gkl.data.layout import ByClass, train_and_test
 from gkl.data.memory import ImageData, in_memory
 from gkl.data.stores import Shards, Store, open_store
+from gkl.lines import one_line
 
 
 def image_folder(
@@ -19,7 +20,7 @@ def image_folder(
     test_per_class: int | None = None,
     content: str | None = None,
 ) -> ImageData:
-    """Any pictures laid out as train/<class>/* and test/<class>/* (or val/), in a folder or a zip archive of that.
+    """Any pictures laid out as train/<class>/* and test/<class>/* (or val/), in a folder or a zip archive of that, or in WebDataset shards.
 
     Pictures become RGB and, where they are not image_size squares already, are resized to them (bicubic, whole
     picture). train_per_class, test_per_class: only the first so many files of each class by name.
@@ -29,16 +30,10 @@ def image_folder(
     """
     check_content(root, content)
     store = open_store(Path(root))
-    train, test = train_and_test(store)
+    names, parts = _labelled(store)
+    train, test = (_by_class(names, part) for part in parts)
     return in_memory(
-        name or store.path.stem,
-        sorted(test),
-        train,
-        test,
-        store,
-        image_size,
-        train_per_class,
-        test_per_class,
+        name or store.path.stem, names, train, test, store, image_size, train_per_class, test_per_class
     )
 
 
@@ -69,8 +64,14 @@ def image_files(
 def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
     """Class names, and the training and test files with their labels."""
     if isinstance(store, Shards):
-        pairs = list(zip(store.names, store.labels.tolist(), strict=True))
-        parts = [[p for p in pairs if word in p[0].lower()] for word in ("train", "val")]
+        shards = {word: _shards_of(store, word) for word in ("train", "val")}
+        if both := sorted(shards["train"] & shards["val"]):
+            raise ValueError(
+                f"{one_line(store.shards[both[0]])} has train and val in its path; say with one of them what its pictures are for"
+            )
+        numbered = zip(store.names, store.labels.tolist(), strict=True)
+        pairs = [(name, label, store.places[name][0]) for name, label in numbered]
+        parts = [[(name, label) for name, label, at in pairs if at in mine] for mine in shards.values()]
         classes = int(store.labels.max()) + 1 if len(store.labels) else 0
         if not parts[1]:
             raise ValueError(
@@ -85,6 +86,18 @@ def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]
     train, test = train_and_test(store)
     names = tuple(sorted(test))
     return names, [[(f, k) for k, c in enumerate(names) for f in part[c]] for part in (train, test)]
+
+
+def _by_class(names: Sequence[str], files: Sequence[tuple[str, int]]) -> ByClass:
+    found: ByClass = {name: [] for name in names}
+    for file, label in files:
+        found[names[label]].append(file)
+    return found
+
+
+def _shards_of(store: Shards, word: str) -> set[int]:
+    """Numbers of the shards whose paths below the store's, and not their pictures' names, have the word in them."""
+    return {n for n, p in enumerate(store.shards) if word in str(p.relative_to(store.path)).lower()}
 
 
 def _first(files: Sequence[tuple[str, int]], limit: int | None) -> list[tuple[str, int]]:

@@ -242,6 +242,11 @@ def tars(path: Path) -> list[Path]:
     return sorted(shard for shard in found if not hidden(str(shard.relative_to(path))))
 
 
+def _is_unpacked(path: Path) -> bool:
+    """Whether pictures lie in folders of folders: then the tar files beside them are what they came in."""
+    return any(name.lower().endswith(PICTURES) for at, names in walk(path) if os.sep in at for name in names)
+
+
 def _kept_index(path: Path, state: "np.ndarray[Any, Any]") -> dict[str, Any] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -322,7 +327,7 @@ def open_store(
     if not path.exists():
         raise FileNotFoundError(f"no {what} at {path}; {remedy}")
     if path.is_dir():
-        return Shards(path) if tars(path) else Folder(path)
+        return Shards(path) if tars(path) and not _is_unpacked(path) else Folder(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is neither a folder nor a zip archive")
     return Zip(path)

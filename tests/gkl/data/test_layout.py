@@ -361,6 +361,33 @@ def test_wrong_shards_are_refused(change: dict[str, bytes], message: str, root: 
         image_files(str(tars), 8, 8)
 
 
+def test_a_shard_s_pictures_are_for_what_its_own_path_says(root: Path, tmp_path: Path) -> None:
+    """Once a test picture called bullet_train was trained on, and a shard's number was its class in memory."""
+    for part in ("train", "val"):
+        (root / part / "dog").rename(root / part / "train_valley")
+        (root / part / "cat").rename(root / part / "a")
+    tars = sharded(root, tmp_path / "tars")
+    for part in ("train", "val"):
+        put(tars / part / "00000.tar", (tars / f"{part}.tar").read_bytes())
+        (tars / f"{part}.tar").unlink()
+    for data in (image_files(str(tars), 8, 8), image_folder(str(tars), 8)):
+        assert data.class_names == ("0",) and shades(data) == [[0, 1, 100, 101], [0, 100]]
+    (tars / "val" / "00000.tar").rename(tars / "val" / "intrain.tar")
+    with pytest.raises(
+        ValueError, match="val/intrain.tar has train and val in its path; say with one of them"
+    ):
+        image_files(str(tars), 8, 8)
+
+
+def test_the_archives_that_class_folders_came_in_may_lie_beside_them(root: Path) -> None:
+    plain = shades(image_folder(str(root), 8))
+    for name in ("ILSVRC2012_img_train.tar", "train/cat.tar"):
+        with tarfile.open(root / name, "w") as tar:
+            tar.add(root / "train/cat", "cat")
+        for data in (image_folder(str(root), 8), image_files(str(root), 8, 8)):
+            assert data.class_names == ("cat", "dog") and shades(data) == plain
+
+
 def test_cut_and_packed_shards_are_refused(root: Path, tmp_path: Path) -> None:
     tars = sharded(root, tmp_path / "tars")
     whole = (tars / "train.tar").read_bytes()
