@@ -16,9 +16,11 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
+from gkl.losses.inputs import transformed
 from gkl.rng import normal, uniform
 
 Norm = Literal["linf", "l2"]
+ROUNDING = 1e-4  # that a picture which was normalised and is so no more may lie outside [0, 1]
 
 
 def pgd(
@@ -31,6 +33,7 @@ def pgd(
     step_size: float | Tensor,
     steps: int | Tensor,
     start: Tensor,
+    validate: bool = True,
 ) -> Tensor:
     """Images within epsilon of x (in `norm`) and in [0, 1] that raise loss_fn(logits_fn(.)), detached.
 
@@ -38,18 +41,38 @@ def pgd(
     loss_fn: logits to any number of values, their sum is maximised. epsilon, step_size: pixel units (8/255).
     epsilon, step_size, steps may be (B, 1, 1, 1): each image its own budget.
     linf takes steps of the gradient's sign, l2 of the normalised gradient; projection as each norm needs.
+    validate: False skips the look at the images' values, which on a GPU waits for the device; torch.func and torch.compile skip it too.
+    Raises ValueError for images outside [0, 1], an epsilon within which any becomes any other, and logits without gradient to them.
     """
+    if not isinstance(epsilon, Tensor) and epsilon != 0.0:
+        check_radius(norm, epsilon, x[0].numel() if len(x) else None)
+    if validate and not (torch.compiler.is_compiling() or transformed()):
+        _check_values(x)
     x_adv = start.detach()
     for number in range(int(steps.max()) if isinstance(steps, Tensor) else steps):
         x_adv.requires_grad_()
         with torch.enable_grad():
             loss = loss_fn(logits_fn(x_adv)).sum()
+            if not loss.requires_grad:
+                raise ValueError(
+                    "the loss has no gradient to the images: leave out no_grad, inference_mode or detach on the way there"
+                )
             (grad,) = torch.autograd.grad(loss, x_adv)
         ascent = grad.sign() if norm == "linf" else grad / _norms(grad).clamp_min(1e-12)
         x_adv = x_adv.detach()
         moved = project(x_adv + step_size * ascent, x, norm=norm, epsilon=epsilon)
         x_adv = torch.where(number < steps, moved, x_adv) if isinstance(steps, Tensor) else moved
     return x_adv.detach()
+
+
+def _check_values(x: Tensor) -> None:
+    """Raises ValueError for pictures that are normalised or in 0..255: they would be clamped, and not attacked."""
+    low, high = (float(value) for value in x.detach().aminmax()) if x.numel() else (0.0, 1.0)
+    if not x.is_floating_point() or not (-ROUNDING <= low and high <= 1.0 + ROUNDING):  # NaN, too
+        raise ValueError(
+            f"images must be float in [0, 1], got {x.dtype} from {low:g} to {high:g}; divide those of 0 to 255 by 255, and put a "
+            "normalisation into the network"
+        )
 
 
 def random_start(x: Tensor, keys: Tensor, *, norm: Norm, epsilon: float) -> Tensor:

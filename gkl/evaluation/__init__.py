@@ -75,7 +75,7 @@ def pgd_robust(
     def climbed(x: Tensor, y: Tensor, x_adv: Tensor, steps: int = 1) -> Tensor:
         return pgd(
             logits_fn, x, partial(objective, labels=y), norm=norm, epsilon=epsilon, step_size=step_size, steps=steps,
-            start=x_adv,
+            start=x_adv, validate=False,
         )  # fmt: skip
 
     robust = []

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,47 @@ def batch(seed: int = 0, count: int = 6) -> tuple[Tensor, Tensor]:
 
 
 # --- PGD --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ({"x": 255.0}, r"images must be float in \[0, 1\], got .* from 0.* to 25.*; divide those of 0 to 255 by 255"),
+    ({"x": -1.0}, r"images must be float in \[0, 1\], got .* from -0.* put a normalisation into the network"),
+    ({"x": math.nan}, r"images must be float in \[0, 1\], got .* from nan"),
+    ({"x": None}, r"images must be float in \[0, 1\], got torch.uint8 from 0 to 25"),
+    ({"epsilon": 8}, r"epsilon must be above 0 and at most 1, .* got 8; 8 levels of 255 are 0.03137"),
+    ({"epsilon": -EPSILON}, r"epsilon must be above 0"),
+    ({"epsilon": 128, "norm": "l2"}, r"epsilon must be above 0 and at most 13.86, .*; 128 levels of 255 are 0.502"),
+])  # fmt: skip
+def test_what_would_be_clamped_in_the_place_of_an_attack_is_refused(
+    change: dict[str, Any], told: str
+) -> None:
+    """Once normalised pictures, and an epsilon of 8, gave an image that was clamped to [0, 1] and no word."""
+    model, (x, y) = network().eval(), batch()
+    factor = change.pop("x", 1.0)
+    x = (255 * x).byte() if factor is None else x * factor
+    settings = {"norm": "linf", "epsilon": EPSILON, "step_size": 0.01, "steps": 1} | change
+    with pytest.raises(ValueError, match=told) as caught:
+        pgd(model, x, lambda z: F.cross_entropy(z, y), start=x, **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_without_a_gradient_are_one_line() -> None:
+    model, (x, y) = network().eval(), batch()
+    settings: dict[str, Any] = {"norm": "linf", "epsilon": EPSILON, "step_size": 0.01, "steps": 1, "start": x}
+    with pytest.raises(ValueError, match="the loss has no gradient to the images: leave out no_grad"):
+        pgd(lambda z: model(z).detach(), x, lambda z: F.cross_entropy(z, y), **settings)
+    with torch.inference_mode(), pytest.raises(ValueError, match="leave out no_grad, inference_mode"):
+        pgd(model, x, lambda z: F.cross_entropy(z, y), **settings)
+
+
+def test_pictures_normalised_and_back_are_pictures() -> None:
+    model, (x, y) = network().float().eval(), batch()
+    x = ((x.float() - 0.4914) / 0.2471) * 0.2471 + 0.4914
+    x[0, 0, 0, :2] = torch.tensor([-1e-6, 1 + 1e-6])
+    x_adv = pgd(
+        model, x, lambda z: F.cross_entropy(z, y), norm="linf", epsilon=0.0, step_size=0.0, steps=1, start=x
+    )
+    assert torch.equal(x_adv, x.clamp(0, 1))
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

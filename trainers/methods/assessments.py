@@ -171,6 +171,7 @@ class Structure(Assessment):
                 step_size=epsilon / 4,
                 steps=self.steps,
                 start=random_start(x, keys, norm=subject.settings["norm"], epsilon=epsilon),
+                validate=False,
             )
             with torch.no_grad():
                 network: Any = subject.model

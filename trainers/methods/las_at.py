@@ -138,6 +138,7 @@ class LASAT(PGDTraining):
             steps=steps,
             step_size=step_size,
             start=random_start(x, keys, norm=self.attack.norm, epsilon=self.attack.epsilon),
+            validate=False,
         )
 
     def _improve(self, x: Tensor, y: Tensor, epoch: int, step: int, index: Tensor) -> None:
@@ -183,6 +184,7 @@ class LASAT(PGDTraining):
                     steps=REWARD_STEPS,
                     step_size=self.attack.epsilon / 4,
                     start=random_start(x, keys, norm=self.attack.norm, epsilon=self.attack.epsilon),
+                    validate=False,
                 )
             )
         with torch.no_grad():

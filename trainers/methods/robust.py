@@ -83,7 +83,7 @@ class RobustMethod(Method):
         """x moved within the epoch's budget so that loss_fn(logits) rises; the network in the attack's mode. keys: its start's."""
         with self.attack_mode():
             return pgd(
-                self.logits, x, loss_fn, norm=self.attack.norm, start=self.attack.start(x, keys),
+                self.logits, x, loss_fn, norm=self.attack.norm, start=self.attack.start(x, keys), validate=False,
                 steps=self.budget["steps"], epsilon=self.epsilon, step_size=self.step_size,
             )  # fmt: skip
 
