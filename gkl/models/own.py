@@ -22,6 +22,8 @@ from gkl.models.normalise import Normalisation, normaliser
 from gkl.models.timm_network import TimmNetwork, keyed_drop_path
 from gkl.own import maker
 
+SAME = 0.01  # of the largest logit: how far a picture's logits may lie apart in half precision and batches of two sizes
+
 
 class OwnNetwork(TimmNetwork):
     """A person's module behind its normalisation; feature methods find no stages in it."""
@@ -70,8 +72,9 @@ def own(
     return begun(made, checkpoint, checkpoint_key, checkpoint_sha256)
 
 
-def check_answers(model: nn.Module, image_size: int) -> None:
-    """That a network of other people's takes pictures of this size and answers with logits, in either mode; ours do.
+def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> None:
+    """That a network of other people's takes pictures of this size and answers with logits, in either mode, and in eval mode to each
+    picture by itself; ours do. attacked: and that its logits have a gradient to the pictures.
 
     Raises ValueError.
     """
@@ -88,8 +91,7 @@ def check_answers(model: nn.Module, image_size: int) -> None:
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             with eval_mode(tried):
-                answers = [tried(x)]
-                tried(x[:1])  # of which squeeze() leaves no row
+                answers = [tried(x), tried(x), tried(x[:1])]  # of one, squeeze() leaves no row
             answers.append(tried.train()(x))
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
@@ -101,11 +103,37 @@ def check_answers(model: nn.Module, image_size: int) -> None:
         raise ValueError(
             f"{what} changes the pictures that it is given; leave out what works in place (mul_, sub_, relu_) at its beginning"
         )
-    for answer in answers:
-        if not isinstance(answer, Tensor) or answer.shape != (4, model.num_classes):
+    for answer, count in zip(answers, (4, 4, 1, 4), strict=True):
+        if not isinstance(answer, Tensor) or answer.shape != (count, model.num_classes):
             got = (
                 f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
             )
             raise ValueError(
                 f"{what} returns {got}; a network returns its logits alone, (B, {model.num_classes}) here"
             )
+    logits, again, alone, _ = (answer.float() for answer in answers)
+    largest = float(logits.abs().max())
+    if float((logits - again).abs().max()) > 1e-5 * largest:
+        raise ValueError(
+            f"{what} draws at random in eval mode, so that no accuracy of it has a meaning; F.dropout needs training=self.training"
+        )
+    if float((logits[:1] - alone).abs().max()) > SAME * largest:
+        raise ValueError(
+            f"{what} answers a picture alone otherwise than in a batch, in eval mode: it normalises by the batch (train() of its own, or "
+            "track_running_stats=False?)"
+        )
+    if bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < SAME).all()):
+        raise ValueError(
+            f"{what} returns probabilities; a network returns its logits: leave out the softmax at its end"
+        )
+    if attacked and not _has_gradient(tried, x):
+        raise ValueError(
+            f"{what} has no gradient to its pictures, which the attack climbs; leave out no_grad and detach in its forward"
+        )
+
+
+def _has_gradient(model: nn.Module, x: Tensor) -> bool:
+    with torch.enable_grad(), eval_mode(model):
+        logits = model(x.requires_grad_())
+        found = torch.autograd.grad(logits.sum(), x, allow_unused=True) if logits.requires_grad else (None,)
+    return found[0] is not None

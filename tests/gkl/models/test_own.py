@@ -57,6 +57,31 @@ class Fixed(Net):
         assert x.shape[-1] == 224, "wants 224"
         return super().forward(x)
 
+class Dropping(Net):
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x))
+
+class AlwaysTraining(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.norm = nn.BatchNorm2d(3)
+
+    def train(self, mode=True):
+        return super().train(True)
+
+    def forward(self, x):
+        return super().forward(self.norm(x))
+
+class Probabilities(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+class Blind(Net):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.conv(self.frozen(x)).relu().mean((2, 3))
+        return self.fc(x)
+
 def wide(num_classes, **options):
     return Net(num_classes, width=8)
 
@@ -100,6 +125,15 @@ def test_a_class_and_a_function_make_a_network(net: Path) -> None:
         ("InPlace", "InPlace changes the pictures that it is given; leave out what works in place"),
         ("Clamped", "Clamped changes the pictures that it is given"),  # though none of middling shade
         ("Squeezed", r"Squeezed returns shape \(7,\); a network returns its logits alone, \(1, 7\) here"),
+        (
+            "Dropping",
+            "Dropping draws at random in eval mode.*; F.dropout needs training=self.training",
+        ),
+        ("AlwaysTraining", "AlwaysTraining answers a picture alone otherwise than in a batch"),
+        (
+            "Probabilities",
+            "Probabilities returns probabilities; a network returns its logits: leave out the softmax",
+        ),
         ("Fixed", r"Fixed cannot take pictures of 8x8 \(wants 224\); choose data.image_size"),
     ],
 )
@@ -107,6 +141,14 @@ def test_what_is_no_classifier_of_these_pictures_is_one_line(net: Path, name: st
     with pytest.raises(ValueError, match=told) as caught:
         check_answers(made(net, name), 8)
     assert "\n" not in str(caught.value)
+
+
+def test_an_attack_needs_a_gradient_to_the_pictures(net: Path) -> None:
+    """Which a head on a fixed trunk has not, and distillation does not ask for."""
+    check_answers(made(net, "Blind"), 8)
+    check_answers(made(net, "Net"), 8, attacked=True)
+    with pytest.raises(ValueError, match="Blind has no gradient to its pictures, which the attack climbs"):
+        check_answers(made(net, "Blind"), 8, attacked=True)
 
 
 @pytest.mark.parametrize(
