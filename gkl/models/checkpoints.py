@@ -187,7 +187,12 @@ def _report(
     statistics, told = _statistics(left)
     parts = {name.partition(".")[0] for name in own}
     unused = [key for key in left if UNUSED.search(key.removeprefix(prefix))]
-    beside = [k for k, t in left.items() if k not in told and _beside(k.removeprefix(prefix), t, parts)]
+    priors = _priors(left)
+    beside = [
+        k
+        for k, t in left.items()
+        if k in priors or (k not in told and _beside(k.removeprefix(prefix), t, parts))
+    ]
     wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
     return LoadReport(
         matched=tuple(name for name in state if name not in wrong),
@@ -216,6 +221,18 @@ def _statistics(left: Mapping[str, Tensor]) -> tuple[Statistics | None, tuple[st
             found |= {key: pair, f"{stem}.{MEANS[name]}".lstrip("."): pair}
     several = [pair for pair in found.values() if not same(pair, next(iter(found.values())))]
     return (None, ()) if several or not found else (next(iter(found.values())), tuple(found))
+
+
+def _priors(left: Mapping[str, Tensor]) -> set[str]:
+    """The names of what a gkl.losses.prior.ClassPrior keeps, wherever in a training's module it lies."""
+    stems = {key.removesuffix("probs") for key in left if key.rpartition(".")[2] == "probs"}
+    found = [[f"{stem}{name}" for name in ("probs", "sums", "counts")] for stem in stems]
+    return {
+        key
+        for keys in found
+        if {*keys} <= {*left} and left[keys[0]].shape == left[keys[1]].shape == left[keys[2]].shape * 2
+        for key in keys
+    }
 
 
 def _beside(name: str, tensor: Tensor, parts: set[str]) -> bool:
@@ -269,5 +286,11 @@ def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
     """What sets the file apart."""
     if len(report.matched) == len(own):
         top = sorted({name.partition(".")[0] for name in report.unexpected})
-        return f"which is all there, with more around it that the model has not ({some(tuple(top))})"
+        key = ".".join(part for part in (report.wrapper, report.prefix[:-1]) if part)
+        alone = (
+            f"; if that is no part of what it computes, checkpoint_key={one_line(key)}"
+            if report.prefix
+            else ""
+        )
+        return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
     return "being of another architecture, depth or width, or incomplete"

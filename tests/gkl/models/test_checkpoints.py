@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import gkl.models
+from gkl.losses import ClassPrior
 from gkl.models import CheckpointMismatch, checkpoint_files, create, load_checkpoint
 from gkl.models.checkpoint_files import archive_damage, read
 from gkl.models.normalise import Normalise
@@ -531,6 +532,23 @@ def test_a_training_begins_from_the_same_architecture_and_the_file_it_was_given(
     save(WideResNet(10, 1, num_classes=7).state_dict(), tmp_path)
     with pytest.raises(ValueError, match="model.pt has changed since the run was started with it"):
         create("wrn_10_1", 7, checkpoint=str(path), checkpoint_sha256="0" * 64)
+
+
+@pytest.mark.parametrize("stem", ["prior.", "gkl_terms.prior.", "network.prior.", ""])
+def test_a_class_prior_beside_the_network_is_of_the_training(stem: str, tmp_path: Path) -> None:
+    """As docs/using-the-loss.md has it among a model's modules."""
+    model = create("wrn_10_1", 10)
+    state = {f"network.{name}": tensor for name, tensor in model.state_dict().items()}
+    prior = {f"{stem}{name}": tensor for name, tensor in ClassPrior(10).state_dict().items()}
+    report = load_checkpoint(model, save(state | prior, tmp_path))
+    assert report.fits and {*report.beside} == {*prior}
+    prior[f"{stem}counts"] = torch.zeros(3)  # no prior's
+    with pytest.raises(
+        CheckpointMismatch, match=r"more around it .*; if that is no part .*, checkpoint_key=network: "
+    ):
+        load_checkpoint(model, save(state | prior, tmp_path))
+    if stem != "network.prior.":
+        assert load_checkpoint(model, tmp_path / "model.pt", "network").fits
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
