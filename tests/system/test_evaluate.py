@@ -45,6 +45,7 @@ def test_which_weights_and_whose_normalisation_are_said_and_chosen(command: Comm
         "46 of the model's 46 tensors matched; found under 'model' and not 'model_ema', which checkpoint_key=... takes; "
         "there as 1.*; normalised by the file's mean (0.4, 0.5, 0.6) and std (0.2, 0.25, 0.3)\n" in err
     )
+    assert "pictures go in" not in err
     own = "model.normalisation={mean:[0.4,0.5,0.6],std:[0.2,0.25,0.3]}"
     assert numbers(command("evaluate", *given, own)[1]) == numbers(out)
     code, averages, err = command("evaluate", *given, "checkpoint_key=model_ema")
@@ -52,6 +53,9 @@ def test_which_weights_and_whose_normalisation_are_said_and_chosen(command: Comm
     assert (
         code == 0 and "found under 'model_ema' and not 'model'" in err and numbers(averages) != numbers(out)
     )
+    assert "go in as they are, in [0, 1]; where its training normalised them, set model.normalisation=" in err
+    _, _, err = command("evaluate", *given, "checkpoint_key=model_ema", "model.normalisation=cifar10")
+    assert "pictures go in normalised by mean (0.4914, 0.4822, 0.4465) and std (0.2471" in err
 
 
 def test_another_normalisation_than_the_file_s_is_one_line(command: Command, theirs: Path) -> None:  # noqa: F811
