@@ -35,6 +35,7 @@ from gkl.losses.inputs import (
     checked_gamma,
     checked_labels,
     checked_logits,
+    checked_not_below_zero,
     checked_probabilities,
     checked_settings,
     checked_weights,
@@ -200,12 +201,13 @@ def gkl_loss(
     several further tensors of the logits' size. Under torch.func it is so by itself. False refuses a second differentiation.
     validate: False skips the check of the weights' values, which on a GPU waits for the device; torch.func skips it too.
     Returns the mean over the positions, or their values, (B,) or (B, *), with reduction="none".
-    Raises ValueError for shapes that differ, C < 2, logits of integers, gamma outside [0, 1], temperatures not above 0, weights
-    that are no probabilities, labels or counted of another shape or dtype, and settings that require a gradient.
+    Raises ValueError for shapes that differ, C < 2, logits of integers, gamma outside [0, 1], alpha or beta below 0, temperatures not
+    above 0, weights that are no probabilities, labels or counted of another shape or dtype, and settings that require a gradient.
     """
     checked_logits(student_logits, teacher_logits)
     checked_gamma(gamma)
     checked_above_zero(temperature=temperature, weights_temperature=weights_temperature)
+    checked_not_below_zero(alpha=alpha, beta=beta)
     checked_settings(
         alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, weights_temperature=weights_temperature,
         pair_weight=pair_weight,

@@ -34,7 +34,12 @@ def as_rows(logits: Tensor) -> Tensor:
 
 
 def checked_logits(student: Tensor, teacher: Tensor) -> None:
-    """Raises ValueError where they are not two of one shape (B, C, *) with C >= 2."""
+    """Raises ValueError where they are not two tensors of one shape (B, C, *) with C >= 2."""
+    for name, logits in (("student", student), ("teacher", teacher)):
+        if not isinstance(logits, Tensor):
+            raise ValueError(
+                f"{name} logits must be a tensor, got {type(logits).__name__}; pass the logits of what the network returns"
+            )
     if student.shape != teacher.shape or student.ndim < 2 or student.shape[1] < 2 or not student.numel():
         raise ValueError(
             "student and teacher logits must both be (B, C) with C >= 2, or (B, C, H, W) with the classes in dimension 1, got "
@@ -126,12 +131,23 @@ def checked_settings(**settings: object) -> None:
 def checked_above_zero(**temperatures: float | Tensor) -> None:
     """Raises ValueError for a temperature that is none; one in a tensor is looked at on a CPU alone, where nothing waits for it."""
     for name, value in temperatures.items():
-        if isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() != 1 or transformed()):
-            continue
-        if torch.compiler.is_compiling() and isinstance(value, Tensor):
-            continue
-        if not 0.0 < value < math.inf:  # NaN, too
+        if _is_looked_at(value) and not 0.0 < value < math.inf:  # NaN, too
             raise ValueError(f"{name} must be a finite number above 0, got {float(value)}")
+
+
+def checked_not_below_zero(**factors: float | Tensor) -> None:
+    """Raises ValueError for a factor that would have a loss climbed, looked at as temperatures are, and in no graph of torch.compile."""
+    if torch.compiler.is_compiling():  # a factor that is ramped makes no new graph
+        return
+    for name, value in factors.items():
+        if _is_looked_at(value) and not 0.0 <= value < math.inf:  # NaN, too
+            raise ValueError(f"{name} must be a finite number of at least 0, got {float(value)}")
+
+
+def _is_looked_at(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or not (
+        value.device.type != "cpu" or value.numel() != 1 or transformed() or torch.compiler.is_compiling()
+    )
 
 
 def checked_gamma(gamma: float) -> None:
@@ -141,7 +157,12 @@ def checked_gamma(gamma: float) -> None:
 
 
 def checked_weights(weights: Tensor, logits: Tensor) -> None:
-    """Raises ValueError for another shape than the logits'."""
+    """Raises ValueError for no tensor, and for another shape than the logits'."""
+    if not isinstance(weights, Tensor):
+        raise ValueError(
+            f"weights must be a tensor of the logits' shape, got {type(weights).__name__}; pass prior[labels], prior.at(labels) or "
+            "None for softmax(teacher)"
+        )
     if weights.shape != logits.shape:
         raise ValueError(
             f"gkl needs weights of the logits' shape {tuple(logits.shape)}, got {tuple(weights.shape)}; "

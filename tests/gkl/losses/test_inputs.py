@@ -416,3 +416,33 @@ def test_logits_that_are_none_are_refused(dtype: torch.dtype) -> None:
         for pair, who in (((logits.to(dtype), logits), "student"), ((logits, logits.to(dtype)), "teacher")):
             with pytest.raises(ValueError, match=f"{who} logits must be of a floating dtype, got {dtype}"):
                 loss(*pair)
+
+
+@pytest.mark.parametrize("value", [-5.0, float("nan"), float("inf"), torch.tensor(-1.0)])
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_factors_that_would_be_climbed_are_refused(name: str, value: Any) -> None:
+    logits = torch.zeros(2, 3)
+    told = f"{name} must be a finite number of at least 0, got "
+    with pytest.raises(ValueError, match=told):
+        gkl_loss(logits, logits, None, **SETTINGS | {name: value})
+    with pytest.raises(ValueError, match=told):
+        dkl(logits, logits, **{name: value})
+    assert gkl_loss(logits, logits, None, **SETTINGS | {name: 0}).isfinite()
+
+
+@pytest.mark.parametrize(
+    "logits", [(torch.zeros(2, 3),), {"logits": torch.zeros(2, 3)}, torch.zeros(2, 3).numpy()]
+)
+def test_what_is_no_tensor_is_one_line(logits: Any) -> None:
+    """A network's tuple or dict, an array; and a prior that was not asked for its rows."""
+    kind, plain = type(logits).__name__, torch.zeros(2, 3)
+    for student, teacher, name in ((logits, plain, "student"), (plain, logits, "teacher")):
+        for loss in (kl, jsd, dkl, lambda s, t: gkl_loss(s, t, None, **SETTINGS)):
+            with pytest.raises(
+                ValueError, match=f"{name} logits must be a tensor, got {kind}; pass the logits"
+            ):
+                loss(student, teacher)
+    with pytest.raises(
+        ValueError, match=r"weights must be a tensor .*, got ClassPrior; pass prior\[labels\]"
+    ):
+        gkl_loss(plain, plain, ClassPrior(3), **SETTINGS)  # type: ignore[arg-type]
