@@ -31,8 +31,9 @@ def atomically(path: Path) -> Iterator[Path]:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:  # a write says not where
-        error.filename = error.filename or str(path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a write says not where
+            error.filename = str(path)
         raise
     finally:
         remove(temporary)

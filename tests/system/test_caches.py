@@ -258,8 +258,8 @@ def test_every_module_that_keeps_something_is_looked_at_here() -> None:
         "gkl/own.py",                    # a person's own network, by its content
         "gkl/data/digit_questions.py", "gkl/data/shape_questions.py",
         "gkl/data/digits.py",            # a package's scans as files, whole or not at all
-        "trainers/runs/run.py", "trainers/loop/console.py", "trainers/runs/wandb_mirror.py", "trainers/runs/launchers/slurm.py",
-        # a run's own weights, progress and queue numbers, in its folder
+        "trainers/loop/engine.py", "trainers/runs/run.py", "trainers/loop/console.py", "trainers/runs/wandb_mirror.py", "trainers/runs/launchers/slurm.py",
+        # a run's own weights, batch that was not finite, progress and queue numbers, in its folder
         "trainers/runs/processes.py",    # a file by which machines see that they share a disk, removed at once
         "trainers/reports/page.py", "trainers/reports/render.py", "trainers/reports/release.py", "trainers/reports/sweep.py",
         "trainers/reports/ledger.py",

@@ -297,7 +297,7 @@ def test_a_departure_is_named() -> None:
             ["experiment=at/c100_basic_gkl", "accumulate=3"],
             "accumulate=3 must divide the 4 batch-norm groups of a process",
         ),
-        (["experiment=at/c100_basic_gkl", "workers=-1"], "workers must be at least 0, got -1"),
+        (["experiment=at/c100_basic_gkl", "workers=-1"], r"workers must be in \[0, 512\], got -1"),
         (["experiment=at/c100_basic_gkl", "workers=some"], "workers must be .*, got 'some'"),
         (["experiment=at/c100_basic_gkl", "devices=3"], "batch_size=128 cannot be shared by 3 processes"),
         (["experiment=at/c100_basic_gkl", "devices=8"], "bn_groups=4 must be a multiple of devices=8"),
