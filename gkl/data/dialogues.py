@@ -213,11 +213,9 @@ class DialogueBatches:
             found = grouped_batches(words, pictured, size, seed=self.seed, epoch=epoch)
         else:
             found = list(epoch_order(len(phase.conversations), self.seed, epoch).split(size))
-        cards = self.data.cards
-        self.order = [torch.cat([batch[n::cards] for n in range(cards)]) for batch in found]
-        self.cards = [
-            torch.cat([torch.full_like(batch[n::cards], n) for n in range(cards)]) for batch in found
-        ]
+        shares = [[batch[n :: self.data.cards] for n in range(self.data.cards)] for batch in found]
+        self.order = [torch.cat(share) for share in shares]
+        self.cards = [torch.cat([torch.full_like(p, n) for n, p in enumerate(share)]) for share in shares]
         self.epoch, self.steps_per_epoch = epoch, len(self.order)
         self.next: tuple[int, int] = (0, 0)
         self.stream: Iterator[Any] = iter(())
@@ -264,6 +262,8 @@ class DialogueBatches:
         self.next = (0, 0)  # unless it comes
         found: Tensor | None = next(self.stream)
         self.next = (epoch, step + 1)
+        if step + 1 == self.steps_per_epoch:
+            self.stream = iter(())  # as in FileBatches
         return found
 
     def _read(self, first: int) -> Iterator[Tensor | None]:

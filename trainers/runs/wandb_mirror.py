@@ -14,6 +14,7 @@ import select
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ class Mirror:
     def close(self, patience: float) -> str | None:
         """Say that the run is over; returns what is not as it should be, or None."""
         assert self.process.stdin
-        self.process.stdin.close()
+        # The pipe's end alone may be long in coming: worker processes have the pipe, too.
+        with suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(b"over")
         try:
             code = self.process.wait(patience)
         except subprocess.TimeoutExpired:
@@ -73,7 +76,7 @@ def follow(settings: dict[str, Any]) -> None:
     while not over:
         over = bool(
             select.select([sys.stdin], [], [], POLL_SECONDS)[0]
-        )  # nothing is ever written: readable means ended
+        )  # readable once the run says that it is over, or is no more
         for row in folder.history():
             if row["epoch"] > sent:
                 run.log(row)
