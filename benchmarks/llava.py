@@ -10,7 +10,7 @@ Nothing is read: networks are drawn on the device, the language model in the pre
 import torch
 from segmentation import Untrained
 
-from gkl.data.conversations import IGNORED, IMAGE, Conversation, plain, vicuna_v1
+from gkl.data.conversations import IGNORED, IMAGE, Conversation, plain
 from gkl.data.dialogues import DialogueBatch, DialogueData, Phase
 from gkl.models.language import word_tokenizer
 from trainers.loop.training import Training
@@ -26,8 +26,8 @@ def on_noise(row: str, device: torch.device, *own: str) -> Training:
     torch.manual_seed(0)
     with device:
         model = instantiate(config["model"], num_classes=0)
-    said = [Conversation("noise", (), None, 1)] * texts
-    phases = Phase(said, plain, None, 1), Phase(said, vicuna_v1, None, 1)
+    said = [Conversation("noise", ("", "said"), None, 1)] * texts  # of which nothing is read
+    phases = (Phase(said, plain, None, 1),) * 2
     data = DialogueData(
         "noise", phases, word_tokenizer(()), None, {}, None, side, model.places, length, 1, "pillow"
     )

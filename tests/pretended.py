@@ -10,6 +10,7 @@ asynchronous), and every one that a GPU would refuse, since one of its tensors l
 """
 
 import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from gkl.models.pspnet import averaging, interpolating
 from trainers.loop.compute import Compute
 
 DEVICE = torch.device("meta")
@@ -114,7 +116,7 @@ def where() -> str:
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pretended]:
     monkeypatch.setattr(Compute, "autocast", lambda self: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)
     # Whose tensors no wrapper can hold.
@@ -132,4 +134,6 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     monkeypatch.setattr(
         Tensor, "new_tensor", lambda self, data: copied(data, dtype=self.dtype, device=self.device)
     )
-    return Pretended()
+    yield Pretended()
+    for kept in (interpolating, averaging):  # tensors of the device by what they are of
+        kept.cache_clear()

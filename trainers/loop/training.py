@@ -264,8 +264,7 @@ class Training:
                 f"{self.trained_on[:12]}); nothing was changed. Bring that back, or move the run's folder away to train anew"
             )
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        check_optimizer(self.optimizer)
+        load_optimizer(self.optimizer, state["optimizer"])
         self.fuse_optimizer()
         if self.replayed is not None:
             self.replayed.forget()
@@ -280,10 +279,12 @@ class Training:
         return self.method.describe(self.batch(epoch, step))
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ValueError where what was loaded is of other parameters or another optimizer, which torch would find within a step."""
-    for group in optimizer.param_groups:
-        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Raises ValueError for the state of other parameters or another optimizer, which torch would find within a step."""
+    settings = [group.keys() for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for own, group in zip(settings, optimizer.param_groups, strict=True):
+        if missing := sorted(own - group.keys()):
             raise ValueError(f"its optimizer has no {', '.join(missing)}")
         for parameter in group["params"]:
             for name, value in optimizer.state.get(parameter, {}).items():
