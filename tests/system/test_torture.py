@@ -216,10 +216,10 @@ def table(trials: list[Trial], seed: int) -> str:
 
 
 def test_a_run_is_tortured(tmp_path: Path) -> None:
-    """The short form: a fault beside a kill."""
+    """The short form: two faults beside a kill."""
     seed = int(os.environ.get("TORTURE_SEED", random.randrange(10**6)))
     print(f"TORTURE_SEED={seed}")
-    print(table([tortured("kd/c100_vanilla/resnet_20", ["epochs=2"], tmp_path, seed, faults=1)], seed))
+    print(table([tortured("kd/c100_vanilla/resnet_20", ["epochs=2"], tmp_path, seed, faults=2)], seed))
 
 
 def flipped(data: bytearray, draw: random.Random) -> None:
