@@ -1,6 +1,7 @@
 """LLaVA's data: phases, orders, parts of processes, worker processes, files that are written once, and what is wrong with a folder."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,7 @@ def test_every_text_comes_once_an_epoch_whoever_reads(root: Path) -> None:
     for step in (0, 1, 44):
         for a, b in zip(alone.batch(2, step), helped.batch(2, step), strict=True):
             assert a.equal(b)
+    assert not multiprocessing.active_children(), "they end with their epoch"
     other = batches_of(data, seed=4)
     other.start_epoch(2)
     assert not other.order[0].equal(alone.order[0])

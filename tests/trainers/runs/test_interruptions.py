@@ -1,6 +1,7 @@
 """Whole runs in processes of their own: killed, stopped, shared, refused, mirrored."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from trainers.loop.folder import RunFolder
 from trainers.runs.records import read_records
+from trainers.runs.wandb_mirror import Mirror
 
 pytestmark = [  # whole runs in processes of their own, stopped and gone on with
     pytest.mark.usefixtures("scans"),
@@ -262,6 +265,23 @@ def test_wandb_mirrors_the_run(tmp_path: Path) -> None:
     mirrored = files[-1].read_bytes()
     assert b"test/clean" in mirrored and b"loss/robust" in mirrored and b"break_asymmetry" in mirrored
     assert "warning" not in err
+
+
+def test_wandb_s_process_hears_the_end_while_a_worker_has_its_pipe(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="needs wandb and what it imports")
+    names = ("project", "entity", "name", "group", "job_type", "id")
+    settings = {**dict.fromkeys(names, "it"), "entity": None, "tags": [], "config": {}, "mode": "offline"}
+    mirror = Mirror(
+        RunFolder(tmp_path), {**settings, "folder": str(tmp_path), "record": str(tmp_path / "no.json")}
+    )
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    worker.start()
+    try:
+        assert mirror.close(patience=60) is None
+        assert worker.is_alive()
+    finally:
+        worker.kill()
+        mirror.process.kill()
 
 
 def test_wandb_in_trouble_never_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
