@@ -7,12 +7,17 @@ so that N processes holding slices of a batch compute what one process holding a
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+if dist.is_available():
+    # Before any group is made: the default arguments of its functions keep the group that there is at its import, which DDP does
+    # at the first chance. A group so kept outlives destroy_process_group, and gloo's threads may then abort a process that ends.
+    import torch.distributed.nn.functional
 
 T = TypeVar("T")
 
@@ -82,9 +87,8 @@ def first_said(words: str | None) -> str | None:
     """What the first of the processes that have something to say says, None where none has; no device is waited for."""
     if world_size() == 1:
         return words
-    beside = _on_cpus(dist.group.WORLD)
     any_has = torch.tensor(words is not None, dtype=torch.int32)
-    dist.all_reduce(any_has, op=dist.ReduceOp.MAX, group=beside)
+    dist.all_reduce(any_has, op=dist.ReduceOp.MAX, group=_on_cpus())
     if not any_has:
         return None
     return next(each for each in gathered(words) if each is not None)
@@ -95,14 +99,21 @@ def gathered(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, value, group=_on_cpus(dist.group.WORLD))
+    dist.all_gather_object(found, value, group=_on_cpus())
     return found
 
 
-@cache
-def _on_cpus(world: Any) -> Any:
+def _on_cpus() -> Any:
     """The processes of the world over gloo, whatever they talk by on their devices; all of them must ask at once."""
-    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    world = dist.group.WORLD
+    if world not in _BESIDE:
+        _BESIDE[world] = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return _BESIDE[world]
+
+
+_BESIDE: WeakKeyDictionary[Any, Any] = (
+    WeakKeyDictionary()
+)  # the group on CPUs beside each world, no longer than it
 
 
 def all_gather(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The processes of a run: each one's device, the group they form, and how they are started."""
 
 import argparse
+import gc
 import logging
 import os
 import secrets
@@ -92,6 +93,7 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
         ) from error
     finally:
         if dist.is_initialized():
+            gc.collect()  # a network left in a cycle would keep the group, and gloo's threads past the end of Python
             dist.destroy_process_group()
 
 
