@@ -17,7 +17,7 @@ from torch import Tensor
 if dist.is_available():
     # Before any group is made: the default arguments of its functions keep the group that there is at its import, which DDP does
     # at the first chance. A group so kept outlives destroy_process_group, and gloo's threads may then abort a process that ends.
-    import torch.distributed.nn.functional
+    import torch.distributed.nn.functional  # noqa: F401
 
 T = TypeVar("T")
 

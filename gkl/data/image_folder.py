@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from gkl.data.content import check_content
 from gkl.data.decoding import Decoder
-from gkl.data.files import ImageFiles, split
+from gkl.data.files import ImageFiles, long_tail, split
 from gkl.data.layout import ByClass, train_and_test
 from gkl.data.memory import ImageData, in_memory
 from gkl.data.stores import Shards, Store, open_store
@@ -45,20 +47,40 @@ def image_files(
     name: str | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
+    largest: int | None = None,
+    smallest: int | None = None,
+    many: int = 100,
+    few: int = 20,
     content: str | None = None,
 ) -> ImageFiles:
     """Any pictures laid out as train/<class>/* and val/<class>/* (or test/) in a folder or zip, or WebDataset shards.
 
     Shards are tar files with train and val in their paths, a .cls beside each picture. decoder: torchvision is the faster,
     pillow what the published runs used; their views differ by a tenth of a grey level. train_per_class, test_per_class:
-    only the first so many of each class by name. Raises FileNotFoundError or ValueError naming what is wrong.
+    only the first so many of each class by name. With largest and smallest, long-tailed, as CIFAR-10-LT is: so many training
+    pictures of the first and the last class; many, few: the bounds of the shots. Raises FileNotFoundError or ValueError naming
+    what is wrong.
     """
+    if largest is not None and train_per_class is not None:
+        raise ValueError(
+            f"data.largest={largest} and data.train_per_class={train_per_class} both say how many training pictures are kept; "
+            "give one of them"
+        )
     check_content(root, content)
     store = open_store(Path(root))
     names, parts = _labelled(store)
-    limits = (train_per_class, test_per_class)
-    train, test = (split(store, _first(part, limit)) for part, limit in zip(parts, limits, strict=True))
-    return ImageFiles(name or store.path.stem, names, train, test, image_size, resize, decoder)
+    tail = None if largest is None else long_tail(len(names), largest, smallest or 1)
+    kept = (tail or [train_per_class] * len(names), [test_per_class] * len(names))
+    train, test = (split(store, _first(part, limits)) for part, limits in zip(parts, kept, strict=True))
+    if tail is not None:
+        held = torch.bincount(train.labels, minlength=len(names)).tolist()
+        for c, needed, there in zip(names, tail, held, strict=True):
+            if there < (needed or 0):
+                raise ValueError(
+                    f"{store.path}: class {one_line(c)} needs {needed} training pictures, got {there}; ask for fewer (data.largest)"
+                )
+    shots = None if tail is None else (many, few)
+    return ImageFiles(name or store.path.stem, names, train, test, image_size, resize, decoder, shots)
 
 
 def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
@@ -100,12 +122,13 @@ def _shards_of(store: Shards, word: str) -> set[int]:
     return {n for n, p in enumerate(store.shards) if word in str(p.relative_to(store.path)).lower()}
 
 
-def _first(files: Sequence[tuple[str, int]], limit: int | None) -> list[tuple[str, int]]:
-    """The first so many of each class."""
-    seen: dict[int, int] = {}
+def _first(files: Sequence[tuple[str, int]], limits: Sequence[int | None]) -> list[tuple[str, int]]:
+    """The first so many of each class, in the order that they come in."""
+    seen = [0] * len(limits)
     kept = []
     for file, label in files:
-        seen[label] = seen.get(label, 0) + 1
-        if limit is None or seen[label] <= limit:
+        limit = limits[label]
+        if limit is None or seen[label] < limit:
             kept.append((file, label))
+        seen[label] += 1
     return kept

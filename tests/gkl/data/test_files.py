@@ -99,6 +99,19 @@ def test_folder_zip_and_shards_hold_the_same(folder: Path, tmp_path: Path) -> No
     assert image_files(str(folder), 8, 8, train_per_class=1).train_labels.tolist() == [0, 1, 2]
 
 
+def test_any_pictures_may_be_long_tailed(folder: Path, tmp_path: Path) -> None:
+    for root in (folder, shards(folder, tmp_path / "tars")):
+        data = image_files(str(root), 8, 8, largest=4, smallest=1, many=3, few=2)
+        assert levels(data) == [[0, 0], [10, 0], [20, 0], [30, 0], [60, 1], [70, 1], [120, 2]]
+        assert data.shots == (3, 2) and data.test_labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(
+        ValueError, match=r"class n00 needs 8 training pictures, got 4; ask for fewer \(data\.largest\)"
+    ):
+        image_files(str(folder), 8, 8, largest=8, smallest=1)
+    with pytest.raises(ValueError, match=r"data\.largest=4 and data\.train_per_class=2 both say"):
+        image_files(str(folder), 8, 8, largest=4, train_per_class=2)
+
+
 def test_a_member_of_an_archive_without_a_name_is_no_picture(folder: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
         for file in folder.rglob("*.png"):
