@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.losses.gradients import ClosedForm, common_dtype, expressed_values, sample_wise
+from gkl.losses.gradients import ClosedForm, SampleWise, common_dtype, expressed_values
 from gkl.losses.inputs import (
     as_rows,
     at_least_float32,
@@ -43,6 +43,7 @@ from gkl.losses.inputs import (
     told_apart,
     transformed,
 )
+from gkl.losses.parts import as_classes, parts, positions
 
 if TYPE_CHECKING:
     from gkl.losses.prior import ClassPrior
@@ -213,11 +214,12 @@ def gkl_loss(
         pair_weight=pair_weight,
     )  # fmt: skip
     mask, weights = _checked_weighing(student_logits, weights, counted, validate)
-    student, teacher = (x if x.ndim == 2 else x.flatten(2) for x in (student_logits, teacher_logits))
     expressed = create_graph or transformed()
+    student, teacher = (x if x.ndim == 2 else x.flatten(2) for x in (student_logits, teacher_logits))
     fused = not expressed and _fused(student, teacher, weights)
-    if expressed or fused:
+    if expressed or fused or student.stride(1) == 1:  # rows, too, where a map's classes lie side by side
         student, teacher = as_rows(student), as_rows(teacher)
+        weights = as_rows(weights) if isinstance(weights, Tensor) else weights
     device = student.device.type
     half = torch.is_autocast_enabled(device)  # it would take the dot products to half precision
     with torch.autocast(device, enabled=False) if half else nullcontext():
@@ -264,7 +266,7 @@ def mean_pair_weight(weights: Tensor, gamma: float) -> Tensor:
 def _checked_weighing(
     logits: Tensor, weights: Tensor | ClassRows | None, counted: Tensor | None, validate: bool
 ) -> tuple[Tensor | None, Tensor | ClassRows | None]:
-    """counted (positions,), and the weights of the logits' rows: labels (positions,), or (positions, C). Raises ValueError."""
+    """counted (positions,), and the weights: labels (positions,), or (B, C) or (B, C, S). Raises ValueError."""
     told_apart(logits, weights.labels if isinstance(weights, ClassRows) else None, counted)
     mask = checked_counted(counted, logits)
     if isinstance(weights, ClassRows):
@@ -276,7 +278,7 @@ def _checked_weighing(
         return mask, ClassRows(prior, labels if mask is None else torch.where(mask, labels, 0))
     if weights is not None:
         checked_weights(weights, logits)
-        weights = as_rows(weights.detach())
+        weights = weights.detach() if weights.ndim == 2 else weights.detach().flatten(2)
         if validate and not transformed():
             checked_probabilities(weights, mask)
     return mask, weights
@@ -326,44 +328,43 @@ def _by_equation(
 ) -> Tensor:  # fmt: skip
     """Values (positions,) in closed form, or `expressed` for autograd. student, teacher: (B, C) or (B, C, S)."""
     dtype = common_dtype(student, teacher)
-    sums = labels = teacher_probs = None
+    at = student.shape[:1] + student.shape[2:]  # of what there is one of at each position
+    labels = teacher_probs = None
+    smoothed: Tensor | SampleWise
     if weights is None:
-        smoothed, total, probs = sample_wise(teacher.detach(), gamma, weights_temperature, dtype)
-        teacher_probs = probs if weights_temperature == temperature else None
+        smoothed, logits = SampleWise(gamma, weights_temperature, dtype), teacher.detach()
+        if expressed or len(parts(logits)) == 1:
+            smoothed, sums, probs = smoothed(logits)
+            teacher_probs = probs if weights_temperature == temperature else None
+        else:  # made again where they are used, for no tensor of the map's size is kept
+            sums = torch.empty(at, dtype=dtype, device=logits.device)
+            for part in parts(logits):
+                sums[positions(part)] = smoothed.totals(logits[part])
     elif isinstance(weights, Tensor):
         smoothed = smooth(at_least_float32(weights), gamma, validate=False)
-        sums = total = smoothed.sum(-1, dtype=dtype)
+        sums = smoothed.sum(1, dtype=dtype)
     else:
         prior, labels = weights
-        sums = total = prior.totals(labels, gamma).to(dtype)
+        sums = prior.totals(labels, gamma).to(dtype).view(at)
         if expressed or prior.is_read_anew():
-            smoothed, labels = prior.rows(labels, gamma), None
+            smoothed, labels = as_classes(prior.rows(labels, gamma), student), None
         else:
-            smoothed = prior.table(gamma)[0]
-    squares = total.square()
+            smoothed, labels = prior.table(gamma)[0], labels.view(at)
     if pair_weight is None or callable(pair_weight):
+        squares = sums.flatten().square()
         pair_weight = squares.mean() if pair_weight is None else pair_weight(squares)
         checked_settings(pair_weight=pair_weight)
-    scale = (squares if sums is None else total) * alpha / pair_weight
-    if expressed:
+    scale = (sums.flatten() * alpha / pair_weight).view(at)
+    if expressed and isinstance(smoothed, Tensor):
         if mask is not None:
             student, teacher = (torch.where(mask.unsqueeze(-1), x, 0.0) for x in (student, teacher))
         return expressed_values(
             student.to(dtype), teacher.to(dtype), smoothed, sums, scale, beta, temperature, break_asymmetry
         )
+    mask = None if mask is None else mask.view(at)
     return ClosedForm.apply(
-        student,
-        teacher,
-        smoothed,
-        labels,
-        sums,
-        scale,
-        teacher_probs,
-        mask,
-        beta,
-        temperature,
-        break_asymmetry,
-    )
+        student, teacher, smoothed, labels, sums, scale, teacher_probs, mask, beta, temperature, break_asymmetry
+    ).flatten()  # fmt: skip
 
 
 def _fused(student: Tensor, teacher: Tensor, weights: Tensor | ClassRows | None) -> bool:

@@ -1,27 +1,26 @@
 """GKL of rows and its gradients in closed form: what `gkl.losses.closed_form` hands to autograd, and an expression of the same.
 
-    values = ClosedForm.apply(student, teacher, smoothed, labels, sums, scale, None, None, beta, temperature, True)      # (B,)
+    values = ClosedForm.apply(student, teacher, smoothed, None, sums, scale, None, None, beta, temperature, True)         # (B,)
 
 Gradients come on the way to the values and are all that is saved. What is to be differentiated again is refused, or expressed.
 One file, since a gradient is read beside the value it belongs to.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gkl.losses.inputs import as_rows, checked_gamma, transformed
-from gkl.losses.parts import broadcast, part_of, parts, put_part, shaped
+from gkl.losses.parts import as_classes, broadcast, parts, positions
 
 FAR = 16.0  # an offset that logits are rid of
 
 
 class ClosedForm(torch.autograd.Function):
-    """(positions,) values of alpha * wMSE + beta * CE; their gradients come in closed form on the way and are all that is saved.
+    """Values (B,) or (B, S) of alpha * wMSE + beta * CE; their gradients come in closed form on the way and are all that is saved.
 
     Rows are independent but for `scale`, so they are worked on in parts (see parts).
     """
@@ -31,9 +30,9 @@ class ClosedForm(torch.autograd.Function):
         ctx: Any,
         student: Tensor,
         teacher: Tensor,
-        smoothed: Tensor,
+        smoothed: "Tensor | SampleWise",
         labels: Tensor | None,
-        sums: Tensor | None,
+        sums: Tensor,
         scale: Tensor,
         teacher_probs: Tensor | None,
         counted: Tensor | None,
@@ -41,48 +40,35 @@ class ClosedForm(torch.autograd.Function):
         temperature: float,
         break_asymmetry: bool,
     ) -> Tensor:
-        """student, teacher: (B, C) or (B, C, S). smoothed: as these, or their rows (positions, C), or with labels a table of them.
+        """student, teacher: (B, C) or (B, C, S). smoothed: as these, with labels (B,) or (B, S) a table of their rows, or what makes it.
 
-        sums: the rows' of smoothed, where they are not 1. scale: (positions,), of 1/2 sum_j smoothed_j (d_j - mean d)^2.
-        teacher_probs: softmax(teacher / temperature) where it is there already; becomes the gradient, so no one else may hold it.
+        sums: of smoothed over the classes. scale: (B,) or (B, S), of 1/2 sum_j smoothed_j (d_j - mean d)^2.
+        teacher_probs: softmax(teacher / temperature) where it is there already.
         """
         dtype = common_dtype(student, teacher)
         needed = ctx.needs_input_grad[:2]
-        compute: Callable[..., tuple[Tensor, Tensor | None, Tensor | None]] = partial(
-            _with_gradients,
-            dtype=dtype,
-            beta=beta,
-            temperature=temperature,
-            break_asymmetry=break_asymmetry,
-            needed=needed,
-        )
+        value = torch.empty_like(scale, dtype=dtype)
+        grads: list[Tensor | None] = [None, None]
         all_parts = parts(student)
-        if len(all_parts) == 1:
-            weights = as_rows(smoothed) if labels is None else smoothed.index_select(0, labels)
-            probs = None if teacher_probs is None else as_rows(teacher_probs)
-            value, *found = compute(
-                as_rows(student), as_rows(teacher), weights, scale, sums, counted, probs, None, None
-            )
-            grads = [None if x is None else shaped(x, student) for x in found]
-        else:
-            value = torch.empty_like(scale, dtype=dtype)
+        if len(all_parts) > 1:
             grads = [torch.empty_like(student, dtype=dtype) if each else None for each in needed]
-            if teacher_probs is not None and needed[0]:
-                grads[0] = teacher_probs
-            for part, rows in all_parts:
-                if labels is not None:
-                    weights = smoothed.index_select(0, labels[rows])
-                else:
-                    weights = part_of(smoothed, part) if smoothed.ndim == 3 else smoothed[rows]
-                known = [None if x is None else x[rows] for x in (sums, counted)]
-                probs = None if teacher_probs is None else part_of(teacher_probs, part)
-                # The rows of a (B, C) tensor lie where they are written; those of a map are made apart.
-                places = [None if x is None or x.ndim == 3 else x[part] for x in grads]
-                logits = part_of(student, part), part_of(teacher, part)
-                value[rows], *found = compute(*logits, weights, scale[rows], *known, probs, *places)
-                for whole, made in zip(grads, found, strict=True):
-                    if whole is not None and made is not None and whole.ndim == 3:
-                        put_part(whole, part, made)
+        for part in all_parts:
+            here = positions(part)
+            if isinstance(smoothed, SampleWise):
+                weights, _, probs = smoothed(teacher[part])
+                teacher_probs = probs if smoothed.temperature == temperature else None
+            elif labels is not None:
+                weights = as_classes(smoothed.index_select(0, labels[here].flatten()), teacher[part])
+            else:
+                weights = smoothed[part]
+            known = None if counted is None else counted[here]
+            places = [None if x is None else x[part] for x in grads]
+            value[here], *found = _with_gradients(
+                student[part], teacher[part], weights, scale[here], sums[here], known, teacher_probs, *places,
+                dtype=dtype, beta=beta, temperature=temperature, break_asymmetry=break_asymmetry, needed=needed,
+            )  # fmt: skip
+            if len(all_parts) == 1:
+                grads = found
         held = [
             x if each and torch.compiler.is_compiling() else None
             for x, each in zip((student, teacher), needed, strict=True)
@@ -106,13 +92,13 @@ class ClosedForm(torch.autograd.Function):
 
 
 def _with_gradients(
-    student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor | None, counted: Tensor | None,
+    student: Tensor, teacher: Tensor, smoothed: Tensor, scale: Tensor, sums: Tensor, counted: Tensor | None,
     teacher_probs: Tensor | None, to_student: Tensor | None, to_teacher: Tensor | None,
     *, dtype: torch.dtype, beta: float, temperature: float, break_asymmetry: bool, needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Values (b,) of rows, and their gradients (b, C) to student and teacher where needed, in the tensors given for them.
+    """Values (b,) or (b, s), and their gradients to student and teacher where needed, in the tensors given for them.
 
-    Arguments as in ClosedForm.
+    Arguments as in ClosedForm; the classes of (b, C) and (b, C, s) alike are in dimension 1.
     """
     student, teacher, smoothed, scale = (
         student.to(dtype),
@@ -122,23 +108,23 @@ def _with_gradients(
     )
     difference = (
         teacher - student
-    )  # (b, C), d of Eq. 13; exact where the two are alike, so a common offset costs no digit
-    log_probs = F.log_softmax(_tempered(student, temperature), dim=-1)
+    )  # d of Eq. 13; exact where the two are alike, so a common offset costs no digit
+    log_probs = F.log_softmax(_tempered(student, temperature), dim=1)
     if teacher_probs is None:
-        teacher_probs = F.softmax(_tempered(teacher, temperature), dim=-1)
-    log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs)  # (b,), minus the cross-entropy of Eq. 13
-    mean = _mean(smoothed, difference, sums)  # (b,)
+        teacher_probs = F.softmax(_tempered(teacher, temperature), dim=1)
+    log_likelihood = torch.linalg.vecdot(teacher_probs, log_probs, dim=1)  # minus the cross-entropy of Eq. 13
+    mean = _mean(smoothed, difference, sums)
     if _far(mean):
         student, teacher = _without_offsets(student, teacher, mean)
         difference = teacher - student
         mean = _mean(smoothed, difference, sums)
-    difference -= mean.unsqueeze(-1)
+    difference -= mean.unsqueeze(1)
     # 1/4 sum_jk v_j v_k (d_j - d_k)^2 = 1/2 W sum_j v_j (d_j - mean_v d)^2, v = w^gamma, W = sum_j v_j: C operations for Eq. 13's C^2.
-    pull = smoothed * difference  # (b, C), v_j (d_j - mean d): wMSE's gradient up to the row's scale
-    half = torch.linalg.vecdot(pull, difference)  # (b,)
+    pull = smoothed * difference  # v_j (d_j - mean d): wMSE's gradient up to the row's scale
+    half = torch.linalg.vecdot(pull, difference, dim=1)
     # A tensor of its own: torch 2.11's compiler gives zero gradients for a result that is an intermediate changed in place.
     value = torch.addcmul(log_likelihood.mul_(-beta), half, scale, value=0.5)
-    scale = scale.unsqueeze(-1)
+    scale = scale.unsqueeze(1)
     if needed[0]:
         to_student = torch.sub(
             log_probs.exp_(), teacher_probs, out=log_probs if to_student is None else to_student
@@ -152,37 +138,37 @@ def _with_gradients(
         value.masked_fill_(ignored, 0.0)
         for gradient in (to_student, to_teacher):
             if gradient is not None:
-                gradient.masked_fill_(ignored.unsqueeze(-1), 0.0)
+                gradient.masked_fill_(ignored.unsqueeze(1), 0.0)
     return value, to_student, to_teacher
 
 
-def _mean(smoothed: Tensor, difference: Tensor, sums: Tensor | None) -> Tensor:
-    """Of each row's difference (b,) under its weights. sums: the weights', where they are not 1."""
-    mean = torch.linalg.vecdot(smoothed, difference)
-    return mean if sums is None else mean.div_(sums)
+def _mean(smoothed: Tensor, difference: Tensor, sums: Tensor) -> Tensor:
+    """Of each position's difference under its weights, whose sums are given."""
+    return torch.linalg.vecdot(smoothed, difference, dim=1).div_(sums)
 
 
 def _without_offsets(student: Tensor, teacher: Tensor, offsets: Tensor) -> list[Tensor]:
-    """Both, each less its own largest entry in the rows whose offset (b,) costs digits; in whole numbers, so that it is exact.
+    """Both, each less its own largest entry at the positions whose offset costs digits; in whole numbers, so that it is exact.
 
-    Row by row: what becomes of one does not depend on the others it is computed with.
+    One by one: what becomes of one does not depend on the others it is computed with.
     """
-    far = (offsets.abs() > FAR).unsqueeze(-1)
-    largest = [x.detach().amax(-1, keepdim=True).round_() for x in (student, teacher)]
+    far = (offsets.abs() > FAR).unsqueeze(1)
+    largest = [x.detach().amax(1, keepdim=True).round_() for x in (student, teacher)]
     return [x - torch.where(far, most, 0.0) for x, most in zip((student, teacher), largest, strict=True)]
 
 
 def _far(offsets: Tensor) -> bool:
-    """Whether any of the rows' offsets (b,) costs digits: yes where none is looked at, off the CPU or in a graph."""
+    """Whether any of the positions' offsets costs digits: yes where none is looked at, off the CPU or in a graph."""
     if not offsets.is_cpu or torch.compiler.is_compiling():
         return True
-    # The sum of squares is quickly computed and settles it for most batches. A NaN in one row hides no other's offset.
+    # The sum of squares is quickly computed and settles it for most batches. A NaN at one hides no other's offset.
+    offsets = offsets.flatten()
     return not (offsets.dot(offsets).item() <= FAR**2 or offsets.abs().amax().item() <= FAR)
 
 
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
-    """logits / temperature up to a shift of each row: the largest is taken off first, so that the quotient rounds no offset."""
-    return logits if temperature == 1.0 else (logits - logits.detach().amax(-1, keepdim=True)) / temperature
+    """logits / temperature up to a shift at each position: the largest is taken off first, so that the quotient rounds no offset."""
+    return logits if temperature == 1.0 else (logits - logits.detach().amax(1, keepdim=True)) / temperature
 
 
 def first_derivative(grad: Tensor, *logits: Tensor | None) -> Tensor:
@@ -211,7 +197,7 @@ def _(grad: Any, student: Any, teacher: Any) -> Tensor:
 
 
 def expressed_values(
-    student: Tensor, teacher: Tensor, smoothed: Tensor, sums: Tensor | None, scale: Tensor, beta: float, temperature: float,
+    student: Tensor, teacher: Tensor, smoothed: Tensor, sums: Tensor, scale: Tensor, beta: float, temperature: float,
     break_asymmetry: bool,
 ) -> Tensor:  # fmt: skip
     """Values (b,) of rows by operations that autograd and torch.func follow to any order. Arguments as in ClosedForm."""
@@ -220,47 +206,31 @@ def expressed_values(
     likelihood = F.softmax(_tempered(teacher.detach(), temperature), dim=-1)
     entropy = -(likelihood * F.log_softmax(_tempered(student, temperature), dim=-1)).sum(-1)
     difference = teacher - (student if break_asymmetry else student.detach())
-    weighted = (smoothed * difference).sum(-1, keepdim=True)
-    deviation = difference - (weighted if sums is None else weighted / sums.unsqueeze(-1))
+    deviation = difference - (smoothed * difference).sum(-1, keepdim=True) / sums.unsqueeze(-1)
     return beta * entropy + 0.5 * scale * (smoothed * deviation.square()).sum(-1)
 
 
-def sample_wise(
-    teacher: Tensor, gamma: float, temperature: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sample-wise weights of Eq. 12, w = softmax(teacher / temperature): u = w^gamma / W, W = sum_j w_j^gamma (positions,), w.
+@dataclass(frozen=True)
+class SampleWise:
+    """The sample-wise weights of Eq. 12, w = softmax(teacher / temperature), of logits (B, C) or (B, C, S)."""
 
-    u is the softmax of gamma * teacher / temperature, and any entry tells W = w_j^gamma / u_j: the largest does not vanish.
-    teacher, u and w: (B, C) or (B, C, S).
-    """
-    checked_gamma(gamma)
+    gamma: float
+    temperature: float
+    dtype: torch.dtype
 
-    def compute(
-        teacher: Tensor, u: Tensor | None = None, w: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        scaled = _tempered(teacher.to(dtype), temperature)
-        if gamma == 1.0:
-            u = w = torch.softmax(scaled, -1, out=w)
-        else:  # of log w, since gamma times logits with an offset would round it
-            log_w = torch.log_softmax(scaled, -1)
-            w = torch.exp(log_w, out=w)
-            u = torch.softmax(log_w.mul_(gamma), -1, out=u)
-        return u, w.amax(-1).pow_(gamma).div_(u.amax(-1)), w
+    def __call__(self, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """w^gamma, its sums over the classes, and w."""
+        log_w = self._log(teacher)
+        w = log_w.exp()
+        smoothed = w if self.gamma == 1.0 else log_w.mul_(self.gamma).exp_()
+        return smoothed, smoothed.sum(1), w
 
-    if teacher.ndim == 2 and (transformed() or len(parts(teacher)) == 1):
-        return compute(teacher)
-    u, w = (torch.empty_like(teacher, dtype=dtype) for _ in range(2))
-    totals = []
-    for part, _ in parts(teacher):
-        if teacher.ndim == 2:
-            totals.append(compute(teacher[part], u[part], w[part])[1])
-            continue
-        made_u, total, made_w = compute(part_of(teacher, part))
-        if gamma != 1.0:
-            put_part(u, part, made_u)
-        put_part(w, part, made_w)
-        totals.append(total)
-    return w if gamma == 1.0 else u, torch.cat(totals), w
+    def totals(self, teacher: Tensor) -> Tensor:
+        """The sums alone."""
+        return self._log(teacher).mul_(self.gamma).exp_().sum(1)
+
+    def _log(self, teacher: Tensor) -> Tensor:
+        return F.log_softmax(_tempered(teacher.to(self.dtype), self.temperature), dim=1)
 
 
 def common_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

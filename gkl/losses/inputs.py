@@ -171,8 +171,8 @@ def checked_weights(weights: Tensor, logits: Tensor) -> None:
 
 
 def checked_probabilities(weights: Tensor, counted: Tensor | None = None) -> None:
-    """Raises ValueError for rows (b, C) that are no probabilities. counted: (b,), which are looked at."""
-    sums, least = at_least_float32(weights).sum(-1), weights.amin(-1)
+    """Raises ValueError for weights (B, C) or (B, C, S) that are no probabilities. counted: (positions,), which are looked at."""
+    sums, least = at_least_float32(weights).sum(1).flatten(), weights.amin(1).flatten()
     if counted is not None:
         sums, least = torch.where(counted, sums, 1.0), torch.where(counted, least, 0.0)
     (low, high), smallest = (value.item() for value in sums.aminmax()), least.amin().item()

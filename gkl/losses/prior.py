@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gkl.distributed import all_reduce, rank
 from gkl.losses.closed_form import ClassRows, smooth
 from gkl.losses.inputs import (
+    as_rows,
     at_least_float32,
     checked_classes,
     checked_counted,
@@ -28,7 +29,7 @@ from gkl.losses.inputs import (
     positions_of,
     transformed,
 )
-from gkl.losses.parts import part_of, parts
+from gkl.losses.parts import parts, positions
 
 RUNNING = ("sums", "counts")
 
@@ -138,8 +139,11 @@ class ClassPrior(nn.Module):
             self._add(logits, labels, counted)
             return
         logits = logits.flatten(2)
-        for part, rows in parts(logits):  # of a map a little at a time
-            self._add(part_of(logits, part), labels[rows], None if counted is None else counted[rows])
+        shape = len(logits), -1
+        for part in parts(logits):  # of a map a little at a time
+            here = positions(part)
+            known = None if counted is None else counted.view(shape)[here].flatten()
+            self._add(as_rows(logits[part]), labels.view(shape)[here].flatten(), known)
 
     def _add(self, logits: Tensor, labels: Tensor, counted: Tensor | None) -> None:
         dtype = torch.float64 if self.probs.dtype == torch.float64 else torch.float32

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gkl.losses.closed_form import dkl, gkl, ikl, jsd, kl, mean_pair_weight, smooth
-from gkl.losses.gradients import sample_wise
+from gkl.losses.gradients import SampleWise
 
 EXACT = {"rtol": 1e-11, "atol": 1e-13}
 
@@ -397,14 +397,16 @@ def test_a_row_s_bits_do_not_depend_on_another_s_offset() -> None:
         assert beside[1:].equal(alone[1:])
 
 
+@pytest.mark.parametrize("shape", [(7, 11), (2, 11, 5)])
 @pytest.mark.parametrize("gamma", [0.0, 0.4, 1.0])
-def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gkl.losses.parts.CACHED", 30)
-    logits = 5 * torch.randn(7, 11, dtype=torch.float64)
-    shares, total, probs = sample_wise(logits, gamma, 3.0, torch.float64)
-    torch.testing.assert_close(probs, (logits / 3.0).softmax(-1))
-    torch.testing.assert_close(shares * total[:, None], probs**gamma)
-    torch.testing.assert_close(shares.sum(-1), torch.ones(7, dtype=torch.float64))
+def test_sample_wise_weights_are_the_softmax_s_power(gamma: float, shape: tuple[int, ...]) -> None:
+    logits = 5 * torch.randn(shape, dtype=torch.float64)
+    weigh = SampleWise(gamma, 3.0, torch.float64)
+    smoothed, sums, probs = weigh(logits)
+    torch.testing.assert_close(probs, (logits / 3.0).softmax(1))
+    torch.testing.assert_close(smoothed, probs**gamma)
+    torch.testing.assert_close(sums, smoothed.sum(1))
+    assert weigh.totals(logits).equal(sums)
 
 
 @pytest.mark.parametrize(("scope", "most"), [("student", 1), ("both", 2)])
@@ -481,10 +483,10 @@ def test_a_temperature_rounds_no_offset(temperature: float) -> None:
     found = []
     for dtype in (torch.float32, torch.float64):
         student, teacher = (x.to(dtype).requires_grad_() for x in logits)
-        shares, total, _ = sample_wise(teacher.detach(), 0.4, temperature, dtype)
+        smoothed, total, _ = SampleWise(0.4, temperature, dtype)(teacher.detach())
         value = gkl(student, teacher, None, alpha=0.0, beta=1.0, gamma=0.4, temperature=temperature)
         (cross,) = torch.autograd.grad(value, student)
-        found.append([shares, total, cross])
+        found.append([smoothed, total, cross])
     probs = sum((x.double() / temperature).softmax(-1).norm() for x in logits) / (64 * temperature)
     for single, double, size in zip(*found, (found[1][0].norm(), found[1][1].norm(), probs), strict=True):
         assert (single.double() - double).norm() <= 2e-7 * size  # of p - q: of p and q
