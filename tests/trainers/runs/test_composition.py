@@ -138,6 +138,8 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
         ("at/c100_basic_gkl", "at_5000"),
         ("at/c100_basic_kl", "at_5000"),
         ("kd/lt_gkl/resnext101_resnet18", "lt_50"),
+        ("kd/lt_gkl/resnext101_resnet18", "lt_cifar10"),
+        ("ssl/fixmatch_gkl", "ssl_1024"),
         ("kd/c100_gkl/resnet56_resnet20", "kd_5000"),
     ],
 )
