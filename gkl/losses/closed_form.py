@@ -36,6 +36,8 @@ from gkl.losses.inputs import (
     checked_labels,
     checked_logits,
     checked_not_below_zero,
+    checked_one_number,
+    checked_pair_weight,
     checked_probabilities,
     checked_settings,
     checked_weights,
@@ -72,6 +74,7 @@ def kl(
 
     student_logits, teacher_logits, counted, result: as `gkl_loss`.
     """
+    checked_one_number(temperature=temperature)
     checked_above_zero(temperature=temperature)
     student, teacher = _logits(student_logits, teacher_logits, counted)
     log_student = F.log_softmax(student / temperature, dim=-1)
@@ -206,13 +209,14 @@ def gkl_loss(
     above 0, weights that are no probabilities, labels or counted of another shape or dtype, and settings that require a gradient.
     """
     checked_logits(student_logits, teacher_logits)
-    checked_gamma(gamma)
+    numbers = {
+        "alpha": alpha, "beta": beta, "gamma": gamma, "temperature": temperature, "weights_temperature": weights_temperature,
+    }  # fmt: skip
+    checked_one_number(**numbers)
+    checked_settings(**numbers, pair_weight=pair_weight)
+    gamma = checked_gamma(gamma)
     checked_above_zero(temperature=temperature, weights_temperature=weights_temperature)
     checked_not_below_zero(alpha=alpha, beta=beta)
-    checked_settings(
-        alpha=alpha, beta=beta, gamma=gamma, temperature=temperature, weights_temperature=weights_temperature,
-        pair_weight=pair_weight,
-    )  # fmt: skip
     mask, weights = _checked_weighing(student_logits, weights, counted, validate)
     expressed = create_graph or transformed()
     student, teacher = (x if x.ndim == 2 else x.flatten(2) for x in (student_logits, teacher_logits))
@@ -229,7 +233,7 @@ def gkl_loss(
             gamma,
             temperature,
             weights_temperature,
-            _masked(pair_weight, mask),
+            _masked(pair_weight, mask, student_logits.numel() // student_logits.shape[1]),
             break_asymmetry,
         )
         if fused:
@@ -284,12 +288,17 @@ def _checked_weighing(
     return mask, weights
 
 
-def _masked(pair_weight: PairWeight, mask: Tensor | None) -> PairWeight:
-    """The pair weight as it is of what counts: a number, a tensor, or what gives one of all W^2 (positions,)."""
-    if isinstance(pair_weight, Tensor) and pair_weight.ndim:
-        return pair_weight.flatten()
-    if mask is None or not (pair_weight is None or callable(pair_weight)):
-        return pair_weight
+def _masked(pair_weight: PairWeight, mask: Tensor | None, positions: int) -> PairWeight:
+    """The pair weight as it is of what counts: a number, a tensor, or what gives one of all W^2 (positions,). Raises ValueError."""
+    if pair_weight is not None and not callable(pair_weight):
+        checked_above_zero(pair_weight=pair_weight)
+        return checked_pair_weight(pair_weight, positions)
+    if mask is None:
+        if pair_weight is None:
+            return None
+        return lambda squares: torch.as_tensor(
+            checked_pair_weight(pair_weight(squares), positions), device=squares.device
+        )
     if pair_weight is None:
         return lambda squares: torch.where(mask, squares, 0.0).sum() / mask.sum().clamp(min=1)
     return lambda squares: _one_number(pair_weight(squares[mask]))

@@ -5,6 +5,7 @@ Logits are (B, C), or (B, C, *) with the classes in dimension 1, as `torch.nn.fu
 """
 
 import math
+from numbers import Real
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -33,23 +34,27 @@ def as_rows(logits: Tensor) -> Tensor:
     return logits if logits.ndim == 2 else logits.movedim(1, -1).flatten(0, -2).contiguous()
 
 
+def checked_kind(name: str, logits: Tensor) -> None:
+    """Raises ValueError for no tensor, and for one whose numbers are no logits."""
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"{name} logits must be a tensor, got {type(logits).__name__}; pass the logits of what the network returns"
+        )
+    if not logits.is_floating_point():
+        raise ValueError(
+            f"{name} logits must be of a floating dtype, got {logits.dtype}; pass what the network returns, before argmax"
+        )
+
+
 def checked_logits(student: Tensor, teacher: Tensor) -> None:
     """Raises ValueError where they are not two tensors of one shape (B, C, *) with C >= 2."""
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if not isinstance(logits, Tensor):
-            raise ValueError(
-                f"{name} logits must be a tensor, got {type(logits).__name__}; pass the logits of what the network returns"
-            )
+    checked_kind("student", student)
+    checked_kind("teacher", teacher)
     if student.shape != teacher.shape or student.ndim < 2 or student.shape[1] < 2 or not student.numel():
         raise ValueError(
             "student and teacher logits must both be (B, C) with C >= 2, or (B, C, H, W) with the classes in dimension 1, got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}; (B, T, C) flattens to (B, C): logits.flatten(0, 1)"
         )
-    for name, logits in (("student", student), ("teacher", teacher)):
-        if not logits.is_floating_point():
-            raise ValueError(
-                f"{name} logits must be of a floating dtype, got {logits.dtype}; pass what the network returns, before argmax"
-            )
 
 
 def told_apart(logits: Tensor, labels: Tensor | None, counted: Tensor | None) -> None:
@@ -128,6 +133,20 @@ def checked_settings(**settings: object) -> None:
             )
 
 
+def checked_one_number(**settings: object) -> None:
+    """Raises ValueError for a setting that is neither a number nor a tensor of one: several would be spread over rows or classes."""
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and (value.ndim > 1 or value.numel() != 1):
+            remedy = (
+                "; to weigh each example, multiply what reduction='none' gives"
+                if name in ("alpha", "beta")
+                else ""
+            )
+            raise ValueError(f"{name} must be one number, got a tensor {tuple(value.shape)}{remedy}")
+        if not isinstance(value, Tensor | int | float) and not isinstance(value, Real):
+            raise ValueError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def checked_above_zero(**temperatures: float | Tensor) -> None:
     """Raises ValueError for a temperature that is none; one in a tensor is looked at on a CPU alone, where nothing waits for it."""
     for name, value in temperatures.items():
@@ -150,10 +169,23 @@ def _is_looked_at(value: float | Tensor) -> bool:
     )
 
 
-def checked_gamma(gamma: float) -> None:
-    """Raises ValueError outside [0, 1]."""
+def checked_gamma(gamma: float) -> float:
+    """gamma, as it is now of a tensor. Raises ValueError outside [0, 1]."""
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
+    return float(gamma) if isinstance(gamma, Tensor) else gamma
+
+
+def checked_pair_weight(pair_weight: float | Tensor, positions: int) -> float | Tensor:
+    """One number, or one for each position, (positions,). Raises ValueError."""
+    if isinstance(pair_weight, Tensor) and pair_weight.numel() == positions:
+        return pair_weight.flatten() if pair_weight.ndim else pair_weight
+    if isinstance(pair_weight, Tensor) and pair_weight.numel() != 1:
+        raise ValueError(
+            f"pair_weight must be one number or one for each of the {positions} examples, got {tuple(pair_weight.shape)}"
+        )
+    checked_one_number(pair_weight=pair_weight)
+    return pair_weight
 
 
 def checked_weights(weights: Tensor, logits: Tensor) -> None:

@@ -24,6 +24,7 @@ from gkl.losses.inputs import (
     at_least_float32,
     checked_classes,
     checked_counted,
+    checked_kind,
     checked_labels,
     checked_range,
     positions_of,
@@ -32,6 +33,7 @@ from gkl.losses.inputs import (
 from gkl.losses.parts import parts, positions
 
 RUNNING = ("sums", "counts")
+KEPT = 8  # gammas whose tables are kept: one that is ramped has another in each step
 
 
 class Smoothed(NamedTuple):
@@ -63,15 +65,18 @@ class ClassPrior(nn.Module):
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
         """num_classes: C >= 2. temperature: tau > 0, softens each prediction before it is averaged."""
         super().__init__()
+        if not hasattr(num_classes, "__index__"):
+            raise ValueError(f"num_classes must be an integer, got {num_classes!r}")
         if num_classes < 2 or not 0.0 < temperature < math.inf:
             raise ValueError(
                 f"a class prior needs at least 2 classes and a temperature above 0, got {num_classes} and {temperature}"
             )
         self.temperature = temperature
-        self.register_buffer("probs", torch.full((num_classes, num_classes), 1.0 / num_classes))
-        # Double sums: adding in another order, as several processes do, then changes no digit of the float32 mean.
-        self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
-        self.counts = torch.zeros(num_classes, dtype=torch.float64)
+        with torch.inference_mode(False):  # they are written in place, wherever the prior was made
+            self.register_buffer("probs", torch.full((num_classes, num_classes), 1.0 / num_classes))
+            # Double sums: adding in another order, as several processes do, then changes no digit of the float32 mean.
+            self.sums = torch.zeros(num_classes, num_classes, dtype=torch.float64)
+            self.counts = torch.zeros(num_classes, dtype=torch.float64)
         # Renewed in place, as the buffers are: a captured CUDA graph goes on reading these very tensors.
         self._smoothed: dict[float, Smoothed] = {}
 
@@ -100,6 +105,7 @@ class ClassPrior(nn.Module):
 
     def table(self, gamma: float) -> tuple[Tensor, Tensor]:
         """probs ** gamma (C, C) and its rows' sums (C,), kept until probs changes, whoever changes it."""
+        gamma = float(gamma)  # a tensor may hold another number the next time
         kept = self._smoothed.get(gamma)
         if kept is None or kept.source is not self.probs or kept.version != _version(self.probs):
             kept = self._smooth(gamma)
@@ -122,6 +128,7 @@ class ClassPrior(nn.Module):
                 "the class prior's sums cannot be changed under torch.func or forward-mode differentiation: call update outside "
                 "of it, or have a GKLLoss in eval mode"
             )
+        checked_kind("the class prior's", logits)
         shape = positions_of(logits)
         if isinstance(labels, Tensor) and labels.ndim:
             shape = labels.shape
@@ -241,8 +248,10 @@ class ClassPrior(nn.Module):
                 totals = kept.totals.copy_(totals)
                 if table is not self.probs and kept.table is not kept.source:
                     table = kept.table.copy_(table)
-        self._smoothed[gamma] = kept = Smoothed(table, totals, self.probs, _version(self.probs))
-        return kept
+        made = Smoothed(table, totals, self.probs, _version(self.probs))
+        if kept or len(self._smoothed) < KEPT:
+            self._smoothed[gamma] = made
+        return made
 
     def _looked_up(self, table: Tensor, labels: Tensor) -> Tensor:
         """Entries of a table for labels (b,)."""

@@ -416,6 +416,10 @@ def test_logits_that_are_none_are_refused(dtype: torch.dtype) -> None:
         for pair, who in (((logits.to(dtype), logits), "student"), ((logits, logits.to(dtype)), "teacher")):
             with pytest.raises(ValueError, match=f"{who} logits must be of a floating dtype, got {dtype}"):
                 loss(*pair)
+    with pytest.raises(
+        ValueError, match=f"the class prior's logits must be of a floating dtype, got {dtype}"
+    ):
+        ClassPrior(5).update(logits.to(dtype), torch.arange(4))
 
 
 @pytest.mark.parametrize("value", [-5.0, float("nan"), float("inf"), torch.tensor(-1.0)])
@@ -428,6 +432,45 @@ def test_factors_that_would_be_climbed_are_refused(name: str, value: Any) -> Non
     with pytest.raises(ValueError, match=told):
         dkl(logits, logits, **{name: value})
     assert gkl_loss(logits, logits, None, **SETTINGS | {name: 0}).isfinite()
+
+
+@pytest.mark.parametrize("several", [torch.ones(3), torch.ones(3, 1), torch.ones(1, 1), "1", None, [1.0]])
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma", "temperature", "weights_temperature"])
+def test_a_setting_is_one_number(name: str, several: Any) -> None:
+    """A column of alphas once gave (B, B) values, and a row of betas another gradient where B was C."""
+    logits = torch.randn(3, 3)
+    what = "one number, got a tensor" if isinstance(several, torch.Tensor) else "a number, got"
+    with pytest.raises(ValueError, match=f"^{name} must be {what}"):
+        gkl_loss(logits, logits, None, **SETTINGS | {name: several})
+    if name == "temperature":
+        with pytest.raises(ValueError, match=f"temperature must be {what}"):
+            kl(logits, logits, temperature=several)
+
+
+@pytest.mark.parametrize(
+    ("divisor", "message"),
+    [
+        (0.0, "a finite number above 0, got 0.0"),
+        (-1.0, "a finite number above 0, got -1.0"),
+        (torch.tensor(float("nan")), "a finite number above 0, got nan"),
+        (torch.ones(3), r"one number or one for each of the 4 examples, got \(3,\)"),
+        (lambda squares: torch.ones(4, 4), r"one number or one for each of the 4 examples, got \(4, 4\)"),
+        (lambda squares: None, "a number, got NoneType"),
+    ],
+)
+def test_a_divisor_that_is_none_is_refused(divisor: Any, message: str) -> None:
+    student, teacher = torch.randn(2, 4, 5)
+    with pytest.raises(ValueError, match=f"pair_weight must be {message}"):
+        gkl_loss(student, teacher, None, **SETTINGS, pair_weight=divisor)
+
+
+def test_a_column_of_divisors_is_one_for_each_example() -> None:
+    student, teacher = torch.randn(2, 4, 5)
+    own, column = (
+        gkl_loss(student, teacher, None, **SETTINGS, pair_weight=give)
+        for give in (lambda squares: squares, lambda squares: squares[:, None])
+    )
+    assert own.equal(column)
 
 
 @pytest.mark.parametrize(
@@ -446,3 +489,5 @@ def test_what_is_no_tensor_is_one_line(logits: Any) -> None:
         ValueError, match=r"weights must be a tensor .*, got ClassPrior; pass prior\[labels\]"
     ):
         gkl_loss(plain, plain, ClassPrior(3), **SETTINGS)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"the class prior's logits must be a tensor, got {kind}"):
+        ClassPrior(3).update(logits, torch.zeros(2, dtype=torch.int64))

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gkl.losses.closed_form import gkl, kl
+from gkl.losses.closed_form import gkl, gkl_loss, kl
 from gkl.losses.objectives import GKL, KL
-from gkl.losses.prior import ClassPrior
+from gkl.losses.prior import KEPT, ClassPrior
 from tests.gkl.losses.test_closed_form import algorithm1, logits
 
 
@@ -108,12 +108,45 @@ def test_a_step_reads_nothing_back_from_its_device(
         (lambda p: p.update(torch.zeros(1, 3), torch.tensor([-1])), "got -1..-1"),
         (lambda p: p.update(torch.zeros(2, 3), torch.tensor([0])), r"logits \(1, 3\), got \(2, 3\)"),
         (lambda p: ClassPrior(1), "at least 2 classes"),
+        (lambda p: ClassPrior(3.0), "num_classes must be an integer, got 3.0"),
         (lambda p: ClassPrior(3, temperature=0.0), "temperature above 0"),
     ],
 )
 def test_prior_errors(call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(ClassPrior(3))
+
+
+def test_a_gamma_in_a_tensor_is_read_each_time() -> None:
+    """Its table was once kept under the tensor, whatever number it came to hold, and another for each new tensor."""
+    prior, gamma, labels = ClassPrior(4), torch.tensor(0.5), torch.arange(4)
+    student, teacher = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    prior.update(teacher, labels)
+    prior.renew()
+    for now in (0.5, 1.0, 0.25):
+        gamma.fill_(now)
+        wanted, found = (
+            gkl_loss(student, teacher, prior.at(labels), alpha=1.0, beta=1.0, gamma=g) for g in (now, gamma)
+        )
+        assert found.equal(wanted)
+        assert prior.rows(labels, gamma).equal(prior.rows(labels, now))
+
+
+def test_a_gamma_that_is_ramped_keeps_no_table_a_step() -> None:
+    prior = ClassPrior(4)
+    prior.probs.copy_(torch.randn(4, 4).softmax(1))
+    for gamma in torch.linspace(0, 1, 100).tolist():
+        torch.testing.assert_close(prior.table(gamma)[0], prior.probs**gamma)
+    assert len(prior._smoothed) == KEPT
+
+
+def test_a_prior_made_in_inference_mode_is_trained_with() -> None:
+    with torch.inference_mode():
+        prior = ClassPrior(3)
+    prior.update(torch.randn(3, 3), torch.arange(3))
+    prior.renew()
+    student = torch.randn(3, 3, requires_grad=True)
+    gkl_loss(student, torch.randn(3, 3), prior.at(torch.arange(3)), alpha=1.0, beta=1.0, gamma=0.4).backward()
 
 
 # --- objectives -------------------------------------------------------------------------------------------------------
