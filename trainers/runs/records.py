@@ -161,10 +161,20 @@ def stamp(path: Path) -> tuple[int, ...]:
 @lru_cache(4096)
 def _is_whole(path: Path, check: Callable[[Any], None], stat: tuple[int, ...]) -> bool:
     try:
-        _read(path, check)
+        found = _read(path, check)
+        if check is validate:
+            _check_place(path, found)
     except ValueError:
         return False
     return True
+
+
+def _check_place(path: Path, record: Record) -> None:
+    """Raises ValueError for a record that was copied to where another run's is looked for."""
+    if path.parts[-2:] != (record["config_hash"], f"seed{record['seed']}.json"):
+        raise ValueError(
+            f"record {path} is of seed {record['seed']} of {record['config_hash']}, and lies where another run's would; move it away"
+        )
 
 
 def read_record(path: Path) -> Record:
@@ -204,9 +214,11 @@ class Records(list[Record]):
 def read_records(root: Path) -> Records:
     """All records below root, each with its `path` relative to root.
 
-    A run's assessments lie in `assessments` by name, their metrics among its own.
+    A run's assessments lie in `assessments` by name, their metrics among its own. Of a run's copies one counts, that which lies least
+    deep; of others that say something else a line tells.
     """
     records = Records()
+    taken: dict[tuple[Any, ...], Path] = {}
 
     def read(path: Path, reader: Callable[[Path], Record]) -> Iterator[Record]:
         try:
@@ -214,14 +226,29 @@ def read_records(root: Path) -> Records:
         except (ValueError, RunError) as error:
             records.damaged.append(f"{error}; it counts as missing")
 
-    for path in sorted(root.rglob("seed*.json")):
+    def run_of(record: Record) -> tuple[Any, ...]:
+        return tuple(record[key] for key in ("experiment", "scale", "config_hash", "seed"))
+
+    def placed(path: Path) -> Record:
+        record = read_record(path)
+        _check_place(path, record)
+        if (
+            first := taken.setdefault(run_of(record), path)
+        ) != path and first.read_bytes() != path.read_bytes():
+            raise ValueError(f"record {path} is another one of the run of {first}; move one of them away")
+        return record
+
+    for path in sorted(root.rglob("seed*.json"), key=lambda found: (len(found.parts), found)):
         if not re.fullmatch(r"seed\d+", path.stem):
             continue
-        for record in read(path, read_record):
+        for record in read(path, placed):
+            if taken[run_of(record)] != path:
+                continue
             beside = sorted(path.parent.glob(f"{path.stem}.*.json"))
             found = [assessment for p in beside for assessment in read(p, read_assessment)]
             mine = {a["assessment"]: a for a in found if a["checkpoint"] == record["checkpoint"]["sha256"]}
             for assessment in mine.values():
                 record["metrics"] = {**record["metrics"], **assessment["metrics"]}
             records.append({**record, "assessments": mine, "path": str(path.relative_to(root))})
+    records.sort(key=lambda record: Path(record["path"]))
     return records

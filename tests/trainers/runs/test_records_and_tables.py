@@ -4,6 +4,7 @@ import copy
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,34 @@ def test_a_damaged_record_is_named_counts_as_missing_and_is_kept(damage: str, tm
     assert is_whole(path) and path.read_text() == whole and read_records(tmp_path).damaged == []
     assert path.with_name("seed0.json.damaged").read_bytes() == harmed
     assert path.with_suffix(".jsonl").read_text() == '{"epoch": 2}\n'
+
+
+def test_a_copy_of_a_record_counts_once(tmp_path: Path) -> None:
+    """A backup beside the records once made two seeds of one, of spread 0."""
+    path = write_record(tmp_path, record(30.0))
+    shutil.copytree(tmp_path / "at", tmp_path / "Backup" / "at")
+    (found,) = read_records(tmp_path)
+    assert found["path"] == str(path.relative_to(tmp_path)) and read_records(tmp_path).damaged == []
+    copy = tmp_path / "Backup" / path.relative_to(tmp_path)
+    copy.write_text(path.read_text().replace("30.0", "31.0"))
+    found = read_records(tmp_path)
+    assert [r["metrics"]["aa"] for r in found] == [30.0]
+    assert re.fullmatch(
+        r"record .*Backup.* is another one of the run of .*; it counts as missing", found.damaged[0]
+    )
+
+
+@pytest.mark.parametrize("place", ["seed1.json", "../0123456789ab/seed0.json", "../copy/seed0.json"])
+def test_a_record_in_another_run_s_place_is_none(place: str, tmp_path: Path) -> None:
+    path = write_record(tmp_path, record(30.0))
+    other = (path.parent / place).resolve()
+    other.parent.mkdir(exist_ok=True)
+    shutil.copy(path, other)
+    found = read_records(tmp_path)
+    assert len(found) == 1 and not is_whole(other) and is_whole(path)
+    assert re.fullmatch(
+        r"record .* is of seed 0 of .*, and lies where another run's would.*", found.damaged[0]
+    )
 
 
 def test_measurements_of_one_training_go_one_after_the_other() -> None:
