@@ -38,6 +38,7 @@ MEASURED_WITH = {  # of other sections, what is read in a run's measurement alon
     "data": ("tests", "long_side", "asked"),  # of CLIP, segmentation, LLaVA
     "method": ("mirrored", "longest_answer"),
 }
+FREE = ("options", "timm_options")  # of a network: what these names mean there is its own affair
 EXCLUDED_ANYWHERE = ("root", "mirror", "download", "folder", "outputs", "record", "cache", "checkpoint")
 PLACES = {"lists": "data/ImageNet_LT"}  # places that once counted: as the usual one, wherever they are
 CONTENTS = ("content", "lists_content")  # what is known of data once they are there
@@ -48,7 +49,11 @@ def without_excluded(config: Mapping[str, Any]) -> dict[str, Any]:
 
     def clean(node: Any) -> Any:
         if isinstance(node, Mapping):
-            kept = {key: clean(value) for key, value in node.items() if key not in EXCLUDED_ANYWHERE}
+            kept = {
+                key: value if key in FREE else clean(value)
+                for key, value in node.items()
+                if key not in EXCLUDED_ANYWHERE
+            }
             return kept | {key: place for key, place in PLACES.items() if key in kept}
         return [clean(value) for value in node] if isinstance(node, list) else node
 
@@ -121,7 +126,7 @@ def asked(overrides: list[str]) -> list[str]:
         key = key.lstrip("+~")
         if key.split(".")[0].split("@")[0] in EXCLUDED:
             continue
-        if key.split(".")[-1] not in (*EXCLUDED_ANYWHERE, *PLACES):
+        if key.split(".")[-1] not in (*EXCLUDED_ANYWHERE, *PLACES) or {*key.split(".")} & {*FREE}:
             kept.append(override)
         elif value not in ("null", "true", "false"):  # data.download=false is no place
             kept.append(f"{key}=PATH")

@@ -121,6 +121,16 @@ def test_the_hash_is_of_what_is_computed_and_not_where_or_how() -> None:
     assert "root" not in without_excluded(data)["data"] and "paths" not in without_excluded(data)
 
 
+@pytest.mark.parametrize("word", ["checkpoint", "cache", "root", "folder"])
+def test_an_option_of_an_own_network_counts_whatever_its_name(word: str, tmp_path: Path) -> None:
+    """Two widths called so were once one run, and the second got the first one's numbers."""
+    (tmp_path / "net.py").write_text("def Net(num_classes, **options): ...")
+    network = (f"model={tmp_path / 'net.py'}:Net", f"paths.outputs={tmp_path}")
+    four, eight = (config(*network, f"model.options={{{word}: {width}}}") for width in (4, 8))
+    assert config_hash(four) != config_hash(eight) and training_hash(four) != training_hash(eight)
+    assert asked([f"model.options.{word}=4"]) == [f"model.options.{word}=4"]
+
+
 @pytest.mark.parametrize(
     ("experiment", "measured", "trained"),
     [
