@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from timm.models import load_pretrained, resolve_pretrained_cfg
 from timm.models import register_model as timm_register_model
@@ -22,6 +23,11 @@ class Taps(NamedTuple):
     preact_features: list[Tensor]
     pooled: Tensor
     logits: Tensor
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a network takes its pictures in: the dtype of its first weights that are real numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 class Classifier(nn.Module):

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from gkl.models.batch_norm import eval_mode
 from gkl.models.beginning import begun
-from gkl.models.classifier import TappedClassifier
+from gkl.models.classifier import TappedClassifier, dtype_of
 from gkl.models.normalise import Normalisation, normaliser
 from gkl.models.timm_network import TimmNetwork, keyed_drop_path
 from gkl.own import maker
@@ -80,9 +81,10 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> 
     """
     if not isinstance(model, TimmNetwork):
         return
+    _check_made(model)
     tried = copy.deepcopy(model)
     weights = next(tried.parameters(), torch.zeros(()))
-    x = torch.linspace(0.0, 1.0, 12 * image_size**2, device=weights.device).to(weights.dtype)
+    x = torch.linspace(0.0, 1.0, 12 * image_size**2, device=weights.device).to(dtype_of(tried))
     x = x.view(
         4, 3, image_size, image_size
     )  # of every shade, of which a threshold or a clamp would change some
@@ -95,9 +97,13 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> 
             answers.append(tried.train()(x))
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        remedy = (
+            f"choose data.image_size, or for timm's that have it model.timm_options={{img_size:{image_size}}}"
+        )
+        if "channels" in why:
+            remedy = "pictures are RGB, (B, 3, H, W), and a network of grey ones makes them grey itself: x.mean(1, keepdim=True)"
         raise ValueError(
-            f"{what} cannot take pictures of {image_size}x{image_size} ({why}); choose data.image_size, or for timm's that have it "
-            f"model.timm_options={{img_size:{image_size}}}"
+            f"{what} cannot take pictures of {image_size}x{image_size} ({why}); {remedy}"
         ) from error
     if not torch.equal(x, before):
         raise ValueError(
@@ -129,6 +135,16 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> 
     if attacked and not _has_gradient(tried, x):
         raise ValueError(
             f"{what} has no gradient to its pictures, which the attack climbs; leave out no_grad and detach in its forward"
+        )
+
+
+def _check_made(model: Any) -> None:
+    """Raises ValueError for layers that have no weights until they see a picture."""
+    lazy = [name for name, p in model.model.named_parameters() if isinstance(p, UninitializedParameter)]
+    if lazy:
+        raise ValueError(
+            f"{type(model.model).__name__} has no weights yet for {lazy[0]} and others; give lazy layers their sizes, or end its __init__ "
+            "with self(torch.zeros(2, 3, H, W))"
         )
 
 

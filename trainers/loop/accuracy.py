@@ -22,6 +22,7 @@ from gkl.evaluation import (
 )
 from gkl.evaluation.chosen import chosen
 from gkl.models.batch_norm import eval_mode
+from gkl.models.classifier import dtype_of
 from trainers.errors import LostProcess, RunError
 from trainers.loop.console import Console
 
@@ -56,7 +57,7 @@ def correct_flags(
 ) -> Tensor:
     """Which test images are classified correctly, (N,) bool on the CPU of every process; each is looked at once, by one."""
     mine = torch.arange(len(data.test_labels)).tensor_split(world_size())[rank()]
-    dtype = next(model.parameters()).dtype
+    dtype = dtype_of(model)
     flags = torch.zeros(len(data.test_labels), device=device)
     correct = []
     with eval_mode(model), torch.no_grad():

@@ -76,6 +76,24 @@ class Probabilities(Net):
     def forward(self, x):
         return super().forward(x).softmax(-1)
 
+class Lazy(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.fc = nn.LazyLinear(num_classes)
+
+class Grey(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.frozen = nn.Conv2d(1, 4, 3, padding=1)
+
+class Complex(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.turned = nn.Parameter(torch.randn(3, 1, 1, dtype=torch.complex64))
+
+    def forward(self, x):
+        return super().forward((self.turned * x).abs())
+
 class Blind(Net):
     def forward(self, x):
         with torch.no_grad():
@@ -106,7 +124,7 @@ def made(net: Path, name: str, **options: object) -> OwnNetwork:
 
 def test_a_class_and_a_function_make_a_network(net: Path) -> None:
     x = torch.rand(2, 3, 8, 8)
-    for name in ("Net", "wide"):
+    for name in ("Net", "wide", "Complex"):
         model = made(net, name)
         check_answers(model, 8)
         assert model(x).shape == (2, 7) and torch.equal(model.forward_taps(x).logits, model(x))
@@ -133,6 +151,11 @@ def test_a_class_and_a_function_make_a_network(net: Path) -> None:
         (
             "Probabilities",
             "Probabilities returns probabilities; a network returns its logits: leave out the softmax",
+        ),
+        ("Lazy", "Lazy has no weights yet for fc.weight and others; give lazy layers their sizes"),
+        (
+            "Grey",
+            r"Grey cannot take pictures .*; pictures are RGB, .* makes them grey itself: x.mean\(1, keepdim=True\)",
         ),
         ("Fixed", r"Fixed cannot take pictures of 8x8 \(wants 224\); choose data.image_size"),
     ],
