@@ -26,6 +26,11 @@ def sample_keys(seed: int, epoch: int, index: Tensor, stream: str) -> Tensor:
     return _mix(_mix(index.to(torch.int64) * _GOLDEN + name) + name)
 
 
+def draw_seed(*of: int) -> int:
+    """A seed for torch's own generator that follows from whole numbers: seed, epoch, step, process."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, of)).encode()).digest()[:8], "little") >> 1
+
+
 def uniform(keys: Tensor, count: int) -> Tensor:
     """(B, count) float32 in [0, 1), 24 random bits each."""
     return (_bits(keys, count) >> 40 & 0xFFFFFF).to(torch.float32) * 2.0**-24

@@ -19,9 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
-from gkl.distributed import Shard, all_reduce_, broadcast_, first_said
+from gkl.distributed import Shard, all_reduce_, broadcast_, first_said, rank
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import set_group_size
+from gkl.rng import draw_seed
 from trainers.errors import NotBegun, RunError
 from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
@@ -59,6 +60,10 @@ class Training:
                 f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
             )
         method.bind(self)
+        if not any(p.requires_grad for p in method.trained_module().parameters()):
+            raise ValueError(
+                "the network has no weights to train; leave some unfrozen (requires_grad), or measure it as it is: scripts/evaluate.py"
+            )
         self.optimizer = setup.optimizer(method.trained_module())
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.fuse_optimizer()
@@ -83,6 +88,8 @@ class Training:
         if self.setup.schedule_every == "step":
             (first, last), steps = self.method.span(epoch), self.steps_in(epoch)
             self._set_rates(self.setup.schedule((epoch - first) * steps + step, (last - first + 1) * steps))
+        # For what draws from torch's own generator, dropout: the same after a restart, other numbers on each process.
+        torch.manual_seed(draw_seed(self.seed, epoch, step, rank()))
         graphs, started = compiled_graphs(), time.monotonic()
         inputs = self.method.inputs(self.batch(epoch, step), epoch, step)
         if self.replayed is None:

@@ -54,6 +54,7 @@ class AdversarialTraining(RobustMethod):
         self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """One update; every loss is this process's share of the mean over the global batch of all views."""
+        self.draw_paths(keys)
         x = self.see(images, view, draws)  # (b, 3, H, W)
         x_adv = self.views.adversarial(x, y, keys)
         self.model.train()

@@ -56,6 +56,7 @@ class DAJAT(RobustMethod):
         self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """One update; losses are this process's shares of means over the global batch."""
+        self.draw_paths(keys)
         views = self.see(images, view, draws)  # (V, b, 3, H, W)
         batch = self.samples
 

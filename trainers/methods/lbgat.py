@@ -52,6 +52,7 @@ class LBGAT(RobustMethod):
         self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """One update of both networks; losses are this process's shares of means over the global batch."""
+        self.draw_paths(keys)
         x = self.see(images, view, draws)  # (b, 3, H, W)
         x_adv = self.views.adversarial(x, y, keys)
         self.model.train()

@@ -23,6 +23,7 @@ class PGDTraining(RobustMethod):
         self, images: Tensor, draws: Tensor, y: Tensor, view: Tensor, keys: Tensor
     ) -> dict[str, Tensor]:
         """One update; the loss is this process's share of the mean over the global batch."""
+        self.draw_paths(keys)
         x = self.see(images, view, draws)  # (b, 3, H, W)
         x_adv = self.adversarial(x, y, keys)
         self.model.train()

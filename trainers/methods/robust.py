@@ -20,6 +20,7 @@ from gkl.distributed import rank
 from gkl.losses.objectives import Objective
 from gkl.losses.prior import ClassPrior
 from gkl.models.batch_norm import eval_mode, frozen_parameters, frozen_statistics
+from gkl.models.timm_network import set_sample_keys
 from gkl.optim.selection import MostRobust
 from gkl.rng import sample_keys
 from trainers.loop.accuracy import autoattack, clean_accuracy, pgd_accuracy
@@ -78,6 +79,11 @@ class RobustMethod(Method):
         """The keys (b,) of pictures' random starts in an epoch, on the device; + view for a view's."""
         keys = sample_keys(self.training.seed, epoch, index, "attack_start")
         return keys.to(self.device, non_blocking=True)
+
+    def draw_paths(self, keys: Tensor) -> None:
+        """Stochastic depth in every network follows from the pictures' keys (b,) in this update, the same in each forward of it."""
+        for network in self.networks():
+            set_sample_keys(network, ~keys)  # other numbers than the attack's start draws
 
     def perturb(self, x: Tensor, loss_fn: Callable[[Tensor], Tensor], keys: Tensor) -> Tensor:
         """x moved within the epoch's budget so that loss_fn(logits) rises; the network in the attack's mode. keys: its start's."""

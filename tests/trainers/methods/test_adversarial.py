@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.data.digits import digits
+from gkl.models import create
 from gkl.rng import normal, sample_keys, uniform
 from tests.system.test_fidelity import TinyNet, algorithm1
 from trainers.loop.training import Training
@@ -605,3 +606,48 @@ def test_a_method_refuses_what_it_does_not_take() -> None:
                 model=instantiate(config["model"], num_classes=10),
                 device=torch.device("cpu"),
             )
+
+
+@pytest.mark.parametrize("row", ["c100_basic_gkl", "c100_dajat", "c100_lbgat", "c10_rice"])
+def test_stochastic_depth_drops_paths_of_its_own_pictures(row: str) -> None:
+    """It once dropped none in adversarial training, whatever its rate."""
+
+    def after_a_step(rate: float) -> Tensor:
+        torch.manual_seed(0)
+        model = create("resnet10t", 10, timm_options={"drop_path_rate": rate})
+        _, task = task_of(f"at/{row}", "model=resnet10t", model=model)
+        task.start_epoch(1)
+        task.train_step(1, 0)
+        return torch.cat([p.detach().flatten() for p in task.model.parameters()])
+
+    assert after_a_step(0.5).equal(after_a_step(0.5)) and not after_a_step(0.5).equal(after_a_step(0.0))
+
+
+class Dropping(TinyNet):
+    """Draws from torch's own generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_dropout_is_the_same_after_a_restart() -> None:
+    def make() -> Training:
+        task = task_of("at/c100_basic_gkl", model=Dropping())[1]
+        task.start_epoch(1)
+        return task
+
+    whole = make()
+    for step in range(3):
+        if step == 2:
+            state = copy.deepcopy(whole.state_dict())
+        whole.train_step(1, step)
+    again = make()
+    again.load_state_dict(state)
+    again.train_step(1, 2)
+    for name, tensor in whole.model.state_dict().items():
+        assert again.model.state_dict()[name].equal(tensor), name
+
+
+def test_a_network_without_weights_to_train_is_one_line() -> None:
+    with pytest.raises(ValueError, match="the network has no weights to train; leave some unfrozen"):
+        task_of("at/c100_basic_gkl", model=TinyNet().requires_grad_(False))
