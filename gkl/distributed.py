@@ -42,6 +42,10 @@ class Shard:
         """Items of a batch-norm group, where a batch has `items`."""
         return math.ceil(items / self.groups)
 
+    def reaches_all(self, items: int) -> bool:
+        """Whether every process has some of so many items."""
+        return math.ceil(items / self.group_size(items)) > (world_size() - 1) * (self.groups // world_size())
+
     def mine(self, items: int) -> Tensor:
         """Numbers of this process's items."""
         held = self.groups // world_size()

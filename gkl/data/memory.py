@@ -127,6 +127,10 @@ class MemoryBatches:
             raise ValueError(
                 f"generated pictures need generated_share in (0, 1) and the other way round, got {generated_share}"
             )
+        if generated is not None and not int(batch_size * generated_share):
+            raise ValueError(
+                f"generated_share={generated_share:g} of a batch of {batch_size} is no picture; choose at least {1 / batch_size:.3g}"
+            )
         self.augment, self.device, self.shard, self.views_together = augment, device, shard, views_together
         self.batch_size, self.seed = batch_size, seed
         self.generated, self.generated_share = generated, generated_share

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
-from gkl.distributed import Shard, all_reduce_, broadcast_, first_said, rank
+from gkl.distributed import Shard, all_reduce_, broadcast_, first_said, rank, world_size
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import set_group_size
 from gkl.rng import draw_seed
@@ -58,6 +58,12 @@ class Training:
         if self.batches.steps_per_epoch < 1:
             raise ValueError(
                 f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
+            )
+        last = self.batches.items(self.batches.steps_per_epoch - 1)
+        if not self.shard.reaches_all(last):
+            raise ValueError(
+                f"the last batch of an epoch has {last} pictures, of which not every one of devices={world_size()} would have some; choose "
+                "another batch_size, fewer devices or drop_last=true"
             )
         method.bind(self)
         if not any(p.requires_grad for p in method.trained_module().parameters()):

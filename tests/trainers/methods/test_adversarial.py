@@ -5,6 +5,7 @@ nothing else of gkl computes anything in it. GKL-AT and its KL baseline have the
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.data.digits import digits
+from gkl.distributed import Shard
 from gkl.models import create
 from gkl.rng import normal, sample_keys, uniform
 from tests.system.test_fidelity import TinyNet, algorithm1
@@ -588,6 +590,7 @@ def test_a_method_refuses_what_it_does_not_take() -> None:
             "takes no loss; leave it out",
         ),
         ("at/c100_dm", "generated_share=0.0", "generated_share in"),
+        ("at/c100_dm", "generated_share=0.001", "generated_share=0.001 of a batch of .* is no picture"),
         ("at/c100_dm", "held_out=0.0", "selection.images=held_out needs held_out"),
         ("at/c100_dajat", "augment.views=[crop_flip]", "at least one strong view"),
         ("at/c100_lbgat", "augment.views=[crop_flip,autoaugment]", "LBGAT trains on one view"),
@@ -651,3 +654,16 @@ def test_dropout_is_the_same_after_a_restart() -> None:
 def test_a_network_without_weights_to_train_is_one_line() -> None:
     with pytest.raises(ValueError, match="the network has no weights to train; leave some unfrozen"):
         task_of("at/c100_basic_gkl", model=TinyNet().requires_grad_(False))
+
+
+def test_every_process_has_some_of_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run once ended within its epoch, where one of two had none of one picture."""
+    monkeypatch.setattr("gkl.distributed.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="the last batch of an epoch has 1 pictures, .* drop_last=true"):
+        task_of("at/c100_basic_gkl", "batch_size=1436", "bn_groups=2", "drop_last=false")
+    for groups, items in itertools.product((2, 4, 8), range(1, 20)):
+        each = []
+        for process in (0, 1):
+            monkeypatch.setattr("gkl.distributed.rank", lambda process=process: process)
+            each.append(len(Shard(groups).mine(items)))
+        assert Shard(groups).reaches_all(items) == all(each), (groups, items)
