@@ -184,8 +184,11 @@ def _own_networks(overrides: Sequence[str], outputs: str | None) -> list[str]:
     return words
 
 
-def _set(overrides: Sequence[str]) -> list[str]:
-    """Overrides with those of a configs/setting file in the place of its name; what is given beside it takes the place of its own."""
+def _set(entry: str, overrides: Sequence[str]) -> list[str]:
+    """Overrides with those of a configs/setting file in the place of its name; what is given beside it takes the place of its own.
+
+    What it says of a section that an experiment does not have, as a network trained alone has no teacher, is not said there.
+    """
     names = [override.partition("=")[2] for override in overrides if override.startswith("setting=")]
     if not names:
         return list(overrides)
@@ -193,7 +196,16 @@ def _set(overrides: Sequence[str]) -> list[str]:
         raise ConfigError(unknown("setting", ",".join(names), choices("setting")))
     given = {override.partition("=")[0] for override in overrides}
     found: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "setting" / f"{names[0]}.yaml"))
-    own = [override for override in found if override.partition("=")[0] not in given]
+    bare = compose(
+        entry, [o for o in overrides if o.partition("=")[0] in ("experiment", "scale", "protocol")]
+    )
+
+    def said(override: str) -> bool:
+        key = override.partition("=")[0]
+        section, _, inner = key.partition(".")
+        return key not in given and (not inner or bare.get(section) is not None)
+
+    own = [override for override in found if said(override)]
     return [word for o in overrides for word in (own if o.startswith("setting=") else [o])]
 
 
@@ -213,7 +225,9 @@ def compose(entry: str, overrides: Sequence[str]) -> dict[str, Any]:
     Adds `experiment`, its whole name, and `scale`. Raises ConfigError.
     """
     folders = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("GKL_")))
-    overrides = [re.sub(r"^([\w.@]+\.)?checkpoint\.key=", r"\1checkpoint_key=", o) for o in _set(overrides)]
+    overrides = [
+        re.sub(r"^([\w.@]+\.)?checkpoint\.key=", r"\1checkpoint_key=", o) for o in _set(entry, overrides)
+    ]
     try:
         words = tuple(word for o in overrides for word in _words(o))
     except ValueError as error:  # of a person's own network

@@ -153,6 +153,14 @@ def test_a_setting_is_that_of_the_committed_runs(experiment: str, setting: str) 
     assert any(differences(made, config).keys() <= {"data.content"} for made in runs)
 
 
+def test_a_network_alone_takes_a_setting_without_its_teacher() -> None:
+    words = ["scale=small", "setting=lt_cifar10", "data.root=/nowhere"]
+    alone = compose("train", ["experiment=kd/lt_vanilla/imagenet_resnet_18", *words])
+    taught = compose("train", ["experiment=kd/lt_kl/resnext101_resnet18", *words])
+    assert alone["model"] == taught["model"] and alone["data"] == taught["data"]
+    assert "teacher" not in alone and taught["teacher"]["network"]["name"] == "resnet_20"
+
+
 def test_what_is_given_beside_a_setting_takes_the_place_of_its_own() -> None:
     words = [
         "experiment=at/c100_basic_gkl",
