@@ -88,7 +88,9 @@ def _in_table(path: Path) -> Iterator[tuple[str, os.stat_result]]:
 def _of_files(path: Path, files: Mapping[str, os.stat_result], kept: Path | None) -> str:
     state = hashlib.sha256()
     for name, at in files.items():
-        state.update(in_bytes(f"{name}\0{at.st_size}\0{at.st_mtime_ns}\0{at.st_ino}\0{at.st_dev}\n"))
+        # The time of its last change, too, which nobody sets back: cp -p and rsync --inplace leave size, time and inode.
+        times = f"{at.st_mtime_ns}\0{at.st_ctime_ns}"
+        state.update(in_bytes(f"{name}\0{at.st_size}\0{times}\0{at.st_ino}\0{at.st_dev}\n"))
     note = kept / state.hexdigest()[:32] if kept else None
     if note is not None and note.is_file() and len(text := note.read_text(encoding="utf-8").strip()) == 16:
         return text

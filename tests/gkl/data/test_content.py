@@ -53,6 +53,18 @@ def test_content_is_of_files_wherever_they_lie(tmp_path: Path) -> None:
     assert content(copy) != found
 
 
+def test_a_picture_overwritten_in_place_at_its_old_time_is_another(tmp_path: Path) -> None:
+    """Its folder's note was once believed, and a run of other pictures was done already."""
+    folder, kept = pictures(tmp_path / "one"), tmp_path / "digests"
+    before = content(folder, kept)
+    path = next(p for p in folder.rglob("*") if p.is_file())
+    found, held = path.stat(), path.read_bytes()
+    with open(path, "r+b") as file:
+        file.write(bytes([held[0] ^ 1]))
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+    assert path.stat().st_ino == found.st_ino and content(folder, kept) == content(folder) != before
+
+
 def test_a_note_of_unchanged_files_is_used_and_of_changed_ones_is_not(tmp_path: Path) -> None:
     folder, kept = pictures(tmp_path / "one"), tmp_path / "digests"
     found = content(folder, kept)
