@@ -26,6 +26,7 @@ from gkl.atomic import atomically
 from gkl.data.dense import DenseData
 from gkl.evaluation.chosen import chosen
 from gkl.models import load_checkpoint
+from gkl.models.checkpoint_files import some
 from gkl.models.normalise import Normalise, described
 from gkl.models.own import check_answers
 from trainers.command import run_main
@@ -81,6 +82,10 @@ def main(arguments: list[str]) -> int:
         )
         clean = clean_accuracy(model, data, device)
         console.say(f"clean accuracy {clean:.2f} % of {len(data.test_labels)} images of {data.name}")
+        if clean < 50.0 / data.num_classes:  # fewer than a guess gets: it knows the pictures by other names
+            console.say(
+                f"warning: that is less than guessing; its classes may stand in another order than here, {some(data.class_names)}"
+            )
         try:
             metrics, details = autoattack(
                 model, data, config["evaluation"], folder=folder, device=device, console=console

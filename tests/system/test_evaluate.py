@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gkl.data.digits import digits
 from gkl.models import create
 from tests.system.test_commands import Command, command  # noqa: F401  (a fixture)
 from trainers.runs.compose import compose
@@ -131,3 +132,37 @@ def test_few_labels_are_tested_on_all_and_maps_are_refused(command: Command, the
     code, _, err = command("evaluate", *given, "data=digits_mosaics")
     assert code == 2 and err.count("\n") == 1, err
     assert "has a label for each pixel, which AutoAttack does not take; choose data of one label" in err
+
+
+LINEAR = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.fc = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.fc(x.mean(1).flatten(1))
+"""
+
+
+def test_classes_in_another_order_are_told(command: Command, tmp_path: Path) -> None:  # noqa: F811
+    data = digits()
+    x = data.train_images.double().mean(1).flatten(1) / 255
+    design = torch.cat([x, torch.ones(len(x), 1)], 1)
+    fitted = torch.linalg.lstsq(
+        design, torch.nn.functional.one_hot(data.train_labels).double(), driver="gelsd"
+    )
+    weights = fitted.solution.T.float()
+    (tmp_path / "net.py").write_text(LINEAR)
+    for turned, told in ((0, False), (1, True)):
+        mine = weights.roll(turned, 0).contiguous()
+        torch.save({"fc.weight": mine[:, :64].clone(), "fc.bias": mine[:, 64].clone()}, tmp_path / "w.pt")
+        code, _, err = command(
+            "evaluate", f"checkpoint={tmp_path / 'w.pt'}", f"model={tmp_path / 'net.py'}:Net", *QUICK
+        )
+        assert code == 0, err
+        assert (
+            "less than guessing; its classes may stand in another order than here, 0, 1, 2, 3" in err
+        ) == told
