@@ -31,6 +31,13 @@ SETTINGS = re.compile(
     r"(pathlib|numpy|omegaconf|yacs|ml_collections|torchmetrics|pytorch_lightning|lightning|lightning_fabric)\.[\w.]+|"
     r"typing\.Any|functools\.partial|torch\.(optim|nn\.modules\.loss)\.[\w.]+)$"  # as Lightning's hyper-parameters hold them
 )
+# What other tools write, by how it begins, and how its weights come here.
+OTHERS = {
+    b"\x93NUMPY": "one array of numpy's; save all of a network's by name",
+    b"\x89HDF": "an HDF5 file; save its arrays as tensors by name",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+}
+BY_NAME = "torch.save({name: torch.from_numpy(array), ...}, 'weights.pt')"
 DICTS = re.compile(r"\.\w*Dict$")
 
 
@@ -58,10 +65,13 @@ def read(path: Path) -> Any:
     Raises ValueError for a damaged file, and for one that holds other Python objects.
     """
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
         with open(path, "rb") as file:
-            if file.read(4) == b"PK\x03\x04" and (damaged := archive_damage(file)):
+            start = file.read(9)
+            if (
+                path.suffix == ".safetensors" or start[5:] == b"\0\0\0{"
+            ):  # the length of its header, whatever it is called
+                return load_file(path)
+            if start.startswith(b"PK\x03\x04") and (damaged := archive_damage(file)):
                 raise ValueError(damaged)
         return _unpickled(path)
     except OSError:
@@ -77,10 +87,55 @@ def read(path: Path) -> Any:
             raise ValueError(
                 f"{path} is a TorchScript archive, whose code is not run here; save its weights: torch.save(torch.jit.load(path).state_dict(), ...)"
             ) from error
+        if other := _of_others(path):
+            raise ValueError(f"{path} is {other}") from error
         why = _no_pickle(path) if "weights_only" in why else why  # torch's advice is to load it unsafely
         raise ValueError(
             f"{path} is damaged or no checkpoint ({one_line(why)}); copy or download it again"
         ) from error
+
+
+def _of_others(path: Path) -> str | None:
+    """What a whole file of another tool's is, and what to do; None where it is none of them."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if names and all(name.endswith(".npy") for name in names):
+            return f"an archive of numpy's; save its arrays as tensors by name: {BY_NAME}"
+        if any(name.endswith("archive_format") for name in names):
+            return "a program of torch.export; save its weights: torch.save(torch.export.load(path).state_dict, ...)"
+    return next(
+        (
+            f"{what}: {BY_NAME}" if "save" in what else what
+            for s, what in OTHERS.items()
+            if start.startswith(s)
+        ),
+        None,
+    )
+
+
+def named_statistics(content: Any) -> dict[str, list[float]] | None:
+    """A mean and std of channels that a file's settings name (Lightning's hyper-parameters), None where there are none or several."""
+    found: list[dict[str, list[float]]] = []
+
+    def numbers(value: Any) -> list[float] | None:
+        value = value.flatten().tolist() if isinstance(value, Tensor) else value
+        three = isinstance(value, list | tuple) and len(value) == 3
+        return [float(v) for v in value] if three and all(isinstance(v, int | float) for v in value) else None
+
+    def look(node: Any, depth: int) -> None:
+        if not isinstance(node, Mapping) or not depth or _is_state_dict(node):
+            return
+        mean, std = numbers(node.get("mean")), numbers(node.get("std"))
+        if mean and std:
+            found.append({"mean": mean, "std": std})
+        for child in node.values():
+            look(child, depth - 1)
+
+    look(content, 4)
+    return found[0] if found and all(pair == found[0] for pair in found) else None
 
 
 def _no_pickle(path: Path) -> str:
@@ -205,6 +260,20 @@ def _under(
             return state, key, tuple(name for name in found if name != key)
     known = f"it holds {some(tuple(found))}" if found else "its tensors lie under no key"
     raise ValueError(f"{path} holds no state dict under checkpoint_key={key}; {known}")
+
+
+def unusable(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with the contents of tensors whose shapes fit: the first that a network cannot compute with."""
+    for name, tensor in state.items():
+        found = f"{name} is {tensor.dtype}".replace("torch.", "")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            return f"{name} is a {'meta' if tensor.is_meta else tensor.layout} tensor without plain numbers; save dense ones"
+        if own[name].is_floating_point() and not tensor.is_floating_point():
+            return f"{found} and the model's {own[name].dtype}, so that its scale is lost; save weights that are no quantised ones"
+        counts = tensor.is_floating_point() and bool(own[name].isfinite().all())
+        if counts and not bool(tensor.float().isfinite().all()):
+            return f"{name} holds NaN or infinite numbers: the training that saved it had failed; take an earlier file"
+    return None
 
 
 def some(names: tuple[str, ...]) -> str:

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from gkl.lines import one_line
-from gkl.models.checkpoint_files import WRAPPING, read, some, state_dict
+from gkl.models.checkpoint_files import WRAPPING, named_statistics, read, some, state_dict, unusable
 from gkl.models.clip import Clip
-from gkl.models.normalise import Normalise, Statistics, described, same
+from gkl.models.normalise import MEANS, Normalise, Statistics, described, normalises_by, same, twice_before
 from gkl.models.timm_network import TimmNetwork
 
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
 # timm's BEiT hold a table that is computed anew.
 UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
-# Statistics of a normalising layer before the network: RobustBench's, the robustness library's, and what else people call them.
-MEANS = {"mean": "std", "mu": "sigma", "new_mean": "new_std", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}  # fmt: skip
 # What a training keeps beside its network and no forward pass reads; counters of any name are told by their type.
 BESIDE = re.compile(
     r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"
@@ -48,6 +46,7 @@ class LoadReport:
         str, ...
     ] = ()  # the head's, which the model keeps as they were: the file has another number of classes
     normalised: str | None = None  # what became of the normalisation that the file holds
+    named: str | None = None  # a normalisation that its settings name and the model has not
 
     @property
     def fits(self) -> bool:
@@ -72,7 +71,7 @@ class LoadReport:
             "of the head made anew, for another number of classes": self.anew,
         }
         parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
-        return "; ".join([*parts, self.normalised] if self.normalised else parts)
+        return "; ".join([*parts, *filter(None, (self.normalised, self.named))])
 
 
 class CheckpointMismatch(ValueError):
@@ -97,7 +96,8 @@ def load_checkpoint(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pt, .pth or .safetensors file")
-    tensors, wrapper, others = state_dict(read(path), path, key)
+    content = read(path)
+    tensors, wrapper, others = state_dict(content, path, key)
     # In files it has timm's names, or OpenCLIP's.
     network: Any = model.model if isinstance(model, TimmNetwork | Clip) else model
     own = network.state_dict()
@@ -120,10 +120,21 @@ def load_checkpoint(
             else _diagnosis(report, own)
         )
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
-    if wrong := _unusable(state, own):
+    if wrong := unusable(state, own):
         raise CheckpointMismatch(f"{path}: {wrong}: {report}", report)
     if statistics:
+        if all(twice_before(place, left) for place in (prefix, *copies)):
+            raise CheckpointMismatch(
+                f"{path} normalises its pictures twice, one layer after the other; save the inner network alone and give "
+                "model.normalisation what both come to",
+                report,
+            )
         _normalise_by(statistics, model, path, report)
+    elif (named := named_statistics(content)) and not normalises_by(model, named):
+        report = replace(
+            report,
+            named=f"its settings name {described(named)}, by which nothing is normalised here: model.normalisation says by what",
+        )
     network.load_state_dict(state, strict=False)
     return report
 
@@ -248,27 +259,13 @@ def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: 
     if type(layer) is nn.Identity:
         device = next(model.parameters()).device
         model.normalise = Normalise(statistics).to(device)
-    elif not (isinstance(layer, Normalise) and same(layer.statistics(), statistics)):
+    elif not normalises_by(model, statistics):
         has = "as " + described(layer.statistics()) if isinstance(layer, Normalise) else "nothing"
         raise CheckpointMismatch(
             f"{path} normalises its pictures by {described(statistics)}, and the {type(model).__name__} here {has}; "
             "leave model.normalisation out, or give the file's",
             report,
         )
-
-
-def _unusable(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with the contents of tensors whose shapes fit: the first that a network cannot compute with."""
-    for name, tensor in state.items():
-        found = f"{name} is {tensor.dtype}".replace("torch.", "")
-        if tensor.is_meta or tensor.layout != torch.strided:
-            return f"{name} is a {'meta' if tensor.is_meta else tensor.layout} tensor without plain numbers; save dense ones"
-        if own[name].is_floating_point() and not tensor.is_floating_point():
-            return f"{found} and the model's {own[name].dtype}, so that its scale is lost; save weights that are no quantised ones"
-        counts = tensor.is_floating_point() and bool(own[name].isfinite().all())
-        if counts and not bool(tensor.float().isfinite().all()):
-            return f"{name} holds NaN or infinite numbers: the training that saved it had failed; take an earlier file"
-    return None
 
 
 def _classes_of(

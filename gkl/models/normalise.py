@@ -1,6 +1,6 @@
 """Shift and scale of the input channels, inside a network: what goes in is always a picture in [0, 1]."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ STATISTICS = {  # mean and standard deviation of the training pictures' channels
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 
+
+# Statistics of a normalising layer in a file: RobustBench's, the robustness library's, and what else people call them.
+MEANS = {"mean": "std", "mu": "sigma", "new_mean": "new_std", "_mean": "_std", "image_mean": "image_std", "pixel_mean": "pixel_std"}  # fmt: skip
 
 Statistics = Mapping[
     str, Sequence[float]
@@ -84,6 +87,22 @@ def mean_and_std(normalisation: str | Statistics) -> tuple[tuple[float, ...], tu
             f"normalisation needs mean in [0, 1] and std in (0, 1], got {mean} and {std}; pictures are in [0, 1], divide by 255"
         )
     return mean, std
+
+
+def twice_before(place: str, names: Iterable[str]) -> bool:
+    """Whether two layers that lie one within the other normalise what goes to the network whose tensors' names begin with `place`.
+
+    names: of the tensors beside the network. Two names of one layer, side by side, are one.
+    """
+    stems = {name.rpartition(".")[0] for name in names if name.rpartition(".")[2] in MEANS}
+    around = {stem if place.startswith(f"{stem}.") else f"{stem.rpartition('.')[0]}/" for stem in stems}
+    return sum(place.startswith(at.rstrip("/") + ("." if at.rstrip("/") else "")) for at in around) > 1
+
+
+def normalises_by(model: nn.Module, statistics: Statistics) -> bool:
+    """Whether a network begins with such a layer."""
+    layer = getattr(model, "normalise", None)
+    return isinstance(layer, Normalise) and same(layer.statistics(), statistics)
 
 
 def same(one: Statistics, other: Statistics) -> bool:

@@ -683,6 +683,59 @@ def test_files_that_are_no_checkpoints_are_called_what_they_are(
     assert "weights_only" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "write", "told"),
+    [
+        ("w.npz", lambda p: np.savez(p, weight=np.zeros(3)), r"w.npz is an archive of numpy's; save .*torch.from_numpy"),
+        ("w.npy", lambda p: np.save(p, np.zeros(3)), r"w.npy is one array of numpy's; save all .*torch.from_numpy"),
+        ("w.pt.gz", lambda p: p.write_bytes(b"\x1f\x8b\x08\x00 rest"), r"w.pt.gz is packed by gzip; unpack it"),
+        (
+            "w.pt2",
+            lambda p: torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),)), p),
+            r"w.pt2 is a program of torch.export; save its weights",
+        ),
+    ],
+)  # fmt: skip
+def test_other_tools_files_are_whole_and_told_how_they_come_here(
+    name: str, write: Callable[[Path], object], told: str, tmp_path: Path
+) -> None:
+    """They were called damaged, to be downloaded again."""
+    write(tmp_path / name)
+    with pytest.raises(ValueError, match=told) as refused:
+        read(tmp_path / name)
+    assert "damaged" not in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_safetensors_are_read_whatever_they_are_called(tmp_path: Path) -> None:
+    state = create("wrn_10_1", 10).state_dict()
+    save_file(state, tmp_path / "pytorch_model.bin")
+    assert load_checkpoint(create("wrn_10_1", 10), tmp_path / "pytorch_model.bin").fits
+
+
+def test_two_layers_that_normalise_are_not_taken_for_one(tmp_path: Path) -> None:
+    """Of one statistics, they were once one layer; the robustness library's two names of one layer still are."""
+    state = create("wrn_10_1", 10).state_dict()
+    pair = {"mean": MEAN, "std": STD}
+    layers = {f"{at}.{name}": value for at in ("0", "1.0") for name, value in pair.items()}
+    path = save({f"1.1.{name}": value for name, value in state.items()} | layers, tmp_path)
+    with pytest.raises(CheckpointMismatch, match="normalises its pictures twice, one layer after the other"):
+        load_checkpoint(create("wrn_10_1", 10), path)
+    path = save(robustness(state), tmp_path)
+    assert load_checkpoint(create("wrn_10_1", 10), path).normalised
+
+
+@pytest.mark.parametrize("place", ["hyper_parameters", "config", "mean and std beside the weights"])
+def test_a_normalisation_among_the_settings_is_told(place: str, tmp_path: Path) -> None:
+    pair = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    beside: dict[str, Any] = (
+        {place: pair} if " " not in place else {n: torch.tensor(v) for n, v in pair.items()}
+    )
+    path = save({"state_dict": create("wrn_10_1", 10).state_dict(), **beside}, tmp_path)
+    told = "its settings name mean (0.5, 0.5, 0.5) and std (0.25, 0.25, 0.25), by which nothing is normalised here"
+    assert told in str(load_checkpoint(create("wrn_10_1", 10), path))
+    assert told not in str(load_checkpoint(create("wrn_10_1", 10, normalisation=pair), path))
+
+
 def test_a_torchscript_archive_is_told_how_its_weights_are_saved(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "f.pt")  # type: ignore[no-untyped-call]
     with pytest.raises(
