@@ -86,12 +86,9 @@ def main(arguments: list[str]) -> int:
             console.say(
                 f"warning: that is less than guessing; its classes may stand in another order than here, {some(data.class_names)}"
             )
-        try:
-            metrics, details = autoattack(
-                model, data, config["evaluation"], folder=folder, device=device, console=console
-            )
-        except ValueError as error:  # constant, or too few classes
-            raise ConfigError(str(error)) from error
+        metrics, details = autoattack(
+            model, data, config["evaluation"], folder=folder, device=device, console=console
+        )
         if first:
             found = {"checkpoint": path.name, "data": data.name, "clean": clean, **metrics, **details}
             if published:

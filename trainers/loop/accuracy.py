@@ -102,6 +102,17 @@ def told_as_lost() -> Iterator[None]:
         raise LostProcess(str(error)) from error
 
 
+@contextmanager
+def told_as_unmeasured() -> Iterator[None]:
+    """Inside, a network that an attack refuses is a RunError."""
+    try:
+        yield
+    except ValueError as error:
+        raise RunError(
+            f"AutoAttack cannot measure these weights: {error}. Where a training came to them, lower its learning rate or loss weights"
+        ) from error
+
+
 def attack_name(settings: Mapping[str, Any]) -> str:
     """What the number of a configs/evaluation file is called in metrics: `aa`, AutoAttack, or `screen`, which is less."""
     return "aa" if settings["version"] == "standard" else "screen"
@@ -143,10 +154,13 @@ def autoattack_result(
     device: torch.device,
     console: Console,
 ) -> AutoAttackResult:
-    """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared."""
+    """The attack named by a configs/evaluation file, on every process; finished batches are kept in folder and shared.
+
+    Raises RunError for weights that no attack says anything of, which a training may have come to.
+    """
     numbers = chosen(data, settings["images"])
     name = DESCRIBED[attack_name(settings)]
-    with eval_mode(model), told_as_lost():
+    with eval_mode(model), told_as_lost(), told_as_unmeasured():
         return evaluate(
             model,
             chosen_images(data, numbers),

@@ -8,6 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from gkl.distributed import Shard
 from gkl.models import create
 from gkl.rng import normal, sample_keys, uniform
 from tests.system.test_fidelity import TinyNet, algorithm1
+from trainers.errors import RunError
+from trainers.loop.console import Console
 from trainers.loop.training import Training
 from trainers.runs.compose import compose
 from trainers.runs.settings import build, check
@@ -667,3 +670,20 @@ def test_every_process_has_some_of_the_last_batch(monkeypatch: pytest.MonkeyPatc
             monkeypatch.setattr("gkl.distributed.rank", lambda process=process: process)
             each.append(len(Shard(groups).mine(items)))
         assert Shard(groups).reaches_all(items) == all(each), (groups, items)
+
+
+def test_weights_that_a_training_made_constant_are_one_line(tmp_path: Path) -> None:
+    """It once ended in a traceback, the training over."""
+    config, task = task_of("at/c100_basic_gkl", "evaluation=screen", "evaluation.images=8")
+    with torch.no_grad():
+        for parameter in task.model.parameters():
+            parameter.zero_()
+    with pytest.raises(
+        RunError, match=r"cannot measure these weights: the network gives every .*lower its learning"
+    ):
+        task.method.evaluate(
+            headline="last",
+            settings=config["evaluation"],
+            folder=tmp_path,
+            console=Console("a run", enabled=False),
+        )
