@@ -183,6 +183,14 @@ def cells(
     overrides: Sequence[str] = (),
 ) -> list[Cell]:
     """Every run the chosen rows and columns need, each once, teachers first. Raises ConfigError for an unknown row or column."""
+    for word in overrides:
+        if (key := word.partition("=")[0].lstrip("+~")) in ("seed", "experiment"):
+            instead = (
+                "seeds=[0,1] (SEEDS=0,1)"
+                if key == "seed"
+                else "rows=[...] (ROWS=...), whose experiments these are"
+            )
+            raise ConfigError(f"{word} would stand for every run of {table['name']}; choose by {instead}")
     runnable = {row["id"]: row for row in table["rows"] if experiments(table, row)}
     for kind, chosen, known in (("row", rows, runnable), ("column", columns, table.get("columns", {}))):
         for name in chosen or ():

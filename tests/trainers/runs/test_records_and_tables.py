@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from markdown import markdown as markdown_to_html
 
-from trainers.errors import RunError
+from trainers.errors import ConfigError, RunError
 from trainers.reports.render import render, sections
 from trainers.reports.tables import (
     build,
@@ -611,6 +611,13 @@ def test_a_plan_lists_each_run_once_and_knows_what_is_done(tmp_path: Path) -> No
     for cell in cells(table, scale="paper", protocol="official"):
         check(cell.config, 1)
     assert config_hash(usual(plan[0].config)) == record(30.0)["config_hash"]
+
+
+@pytest.mark.parametrize("word", ["seed=1", "+seed=1", "experiment=at/c10_basic_kl"])
+def test_a_seed_or_experiment_for_all_runs_is_refused(word: str) -> None:
+    """The seed was passed over, and the row's place given to another experiment's run."""
+    with pytest.raises(ConfigError, match=r"would stand for every run of table03; choose by (seeds|rows)="):
+        cells(load_table("3"), scale="smoke", protocol="official", rows=["gkl_basic"], overrides=[word])
 
 
 def test_costs_are_counted() -> None:
