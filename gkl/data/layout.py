@@ -4,6 +4,7 @@ train, test = train_and_test(open_store(Path("pictures")))
 train["cat"]            # ["train/cat/1.jpg", ...]
 """
 
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,10 @@ def train_and_test(store: Store) -> tuple[ByClass, ByClass]:
         return {name: [] for name in test}, test
     if set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
+        hint = ""
+        if len({unicodedata.normalize("NFC", name) for name in odd}) < len(odd):
+            hint = "; two look alike and are written otherwise in Unicode (NFC, and NFD as on a Mac): give one the other's name"
         raise ValueError(
-            f"{store.path}: train and {test_split} must have the same classes; only one of them has {one_line(', '.join(odd[:5]))}"
+            f"{store.path}: train and {test_split} must have the same classes; only one of them has {one_line(', '.join(odd[:5]))}{hint}"
         )
     return train, test

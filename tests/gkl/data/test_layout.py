@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import tarfile
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -405,3 +406,12 @@ def test_labels_that_are_no_classes_are_refused() -> None:
     pictures, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1])
     with pytest.raises(ValueError, match=r"x train labels must lie in 0\.\.1, got -1\.\.1"):
         ImageData("x", 2, pictures, torch.tensor([-1, 1]), pictures, labels, ("a", "b"))
+
+
+def test_classes_that_look_alike_are_told_apart(tmp_path: Path) -> None:
+    for part, form in (("train", "NFC"), ("test", "NFD")):
+        folder = tmp_path / part / unicodedata.normalize(form, "caf\u00e9")
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "0.png")
+    with pytest.raises(ValueError, match=r"must have the same classes; .*two look alike .*\(NFC, and NFD"):
+        image_folder(str(tmp_path), image_size=4)
