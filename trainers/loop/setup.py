@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gkl.data.batches import Dataset
+from gkl.data.batches import Batches, Dataset
+from gkl.distributed import Shard, world_size
 from gkl.optim.averaging import Average
 from trainers.loop.compute import Precision
 
@@ -67,3 +68,17 @@ class Setup:
         if self.workers != "auto":
             return self.workers
         return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def check_batches(batches: Batches, batch_size: int, shard: Shard) -> None:
+    """Raises ValueError where an epoch has no batch, or its last one leaves a process without pictures."""
+    if batches.steps_per_epoch < 1:
+        raise ValueError(
+            f"{len(batches.labels)} training pictures are no batch of {batch_size} with drop_last; choose a smaller batch_size"
+        )
+    last = batches.items(batches.steps_per_epoch - 1)
+    if not shard.reaches_all(last):
+        raise ValueError(
+            f"the last batch of an epoch has {last} pictures, of which not every one of devices={world_size()} would have some; choose "
+            "another batch_size, fewer devices or drop_last=true"
+        )

@@ -19,14 +19,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gkl.data.augment import to_float
 from gkl.data.batches import Batches
 from gkl.data.stores import PictureError
-from gkl.distributed import Shard, all_reduce_, broadcast_, first_said, rank, world_size
+from gkl.distributed import Shard, all_reduce_, broadcast_, first_said, rank
 from gkl.graphs import Replayed
 from gkl.models.batch_norm import set_group_size
 from gkl.rng import draw_seed
 from trainers.errors import NotBegun, RunError
 from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
-from trainers.loop.setup import Setup
+from trainers.loop.setup import Setup, check_batches
 
 FUSED = (
     torch.optim.SGD,
@@ -55,16 +55,7 @@ class Training:
             generated=setup.generated(self.data) if setup.generated else None, generated_share=setup.generated_share,
             held_out=setup.held_out, held_out_by_class=setup.held_out_by_class,
         )  # fmt: skip
-        if self.batches.steps_per_epoch < 1:
-            raise ValueError(
-                f"{len(self.batches.labels)} training pictures are no batch of {setup.batch_size} with drop_last; choose a smaller batch_size"
-            )
-        last = self.batches.items(self.batches.steps_per_epoch - 1)
-        if not self.shard.reaches_all(last):
-            raise ValueError(
-                f"the last batch of an epoch has {last} pictures, of which not every one of devices={world_size()} would have some; choose "
-                "another batch_size, fewer devices or drop_last=true"
-            )
+        check_batches(self.batches, setup.batch_size, self.shard)
         method.bind(self)
         if not any(p.requires_grad for p in method.trained_module().parameters()):
             raise ValueError(
