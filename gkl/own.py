@@ -6,7 +6,8 @@ make = maker(name, folder)              # the class or function Net of that file
 
 A file is run only from the folder that `keep` puts it in, and only for a person who named it: `keep` notes its content in that person's
 own folder, so that a folder of runs that came from elsewhere, frozen configurations and kept files and all, runs nothing. A package's
-entry point (group `gkl.models`) is run only while the package is what it was. Neither may import further files that are not installed.
+entry point (group `gkl.models`) is run only while the package is what it was, the settings beside its code included. Neither may import
+or, while it makes a network, read further files that are not installed: two such files under one name would be one run.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -142,8 +144,12 @@ def _guarded(make: Callable[..., Any], name: str, package: str = "") -> Callable
 @contextmanager
 def _imports_installed(name: str, package: str = "") -> Iterator[None]:
     """Inside, what is imported is installed, or of the package, or this repository's own. Raises ValueError naming another file."""
-    before = set(sys.modules)
-    yield
+    before, opened = set(sys.modules), list[str]()
+    token = _OPENED.set(opened)
+    try:
+        yield
+    finally:
+        _OPENED.reset(token)
     known = ("gkl", "trainers", *([package] if package else []))
     new = sorted(set(sys.modules) - before)
     beside = {}
@@ -159,6 +165,43 @@ def _imports_installed(name: str, package: str = "") -> Iterator[None]:
             f"the network {name} imports {next(iter(beside.values()))}, and a run would not be known by its content; put all of it into "
             "one file, or into a package with an entry point gkl.models"
         )
+    home = importlib.util.find_spec(package) if package else None
+    own_folders = [Path(place).resolve() for place in (home and home.submodule_search_locations) or ()]
+    for file in opened:
+        path = Path(file).resolve()
+        inside = any(path.is_relative_to(folder) for folder in own_folders)
+        if not inside and path.is_file() and not _is_installed(path) and not _is_passing(path):
+            for module in (m for m in new if m.startswith(KEPT) or m.partition(".")[0] == package):
+                del sys.modules[module]  # the next try reads it again
+            raise ValueError(
+                f"the network {name} reads {file}, and a run would not be known by its content; give what it says as model.options=..., "
+                "weights as model.checkpoint=..., or put it into a package with an entry point gkl.models"
+            )
+
+
+_OPENED: ContextVar[list[str] | None] = ContextVar("opened", default=None)  # while a network is made
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    """Audit hook: what is opened to be read, code apart."""
+    if event == "open" and (opened := _OPENED.get()) is not None:
+        file, mode = arguments[0], arguments[1] or "r"
+        if isinstance(file, str | bytes) and not {*mode} & {*"wax"}:
+            path = os.fsdecode(file)
+            if not path.endswith((".py", ".pyc")):
+                opened.append(path)
+
+
+sys.addaudithook(_note_opened)
+
+
+def _is_passing(file: Path) -> bool:
+    """Whether a system's file, a tool's settings at home, or in a cache of downloads (torch.hub, Hugging Face), known by their names."""
+    caches = [os.environ[key] for key in ("TORCH_HOME", "HF_HOME", "XDG_CACHE_HOME") if os.environ.get(key)]
+    places = [Path("/proc"), Path("/sys"), Path("/dev"), Path("/etc"), Path("/usr"), *map(Path, caches)]
+    home = Path.home().resolve()
+    hidden = file.is_relative_to(home) and file.relative_to(home).parts[0].startswith(".")
+    return hidden or any(file.is_relative_to(place.resolve()) for place in places)
 
 
 def _is_installed(file: Path) -> bool:
@@ -175,14 +218,29 @@ def _entry_point(name: str) -> EntryPoint | None:
 
 
 def _package_digest(found: EntryPoint) -> str:
-    """Of the source of the package, which is not imported for it."""
+    """Of all that lies in the package, settings beside the code too; it is not imported for it."""
     spec = importlib.util.find_spec(found.module.partition(".")[0])
     if spec is None:
         raise ValueError(
             f"the package of the network {found.name}, {found.module}, is not there; install it again"
         )
     roots = [Path(place) for place in spec.submodule_search_locations or ()]
-    files = [(str(f.relative_to(root)), f) for root in roots for f in sorted(root.rglob("*.py"))]
+    files = [
+        (str(f.relative_to(root)), f)
+        for root in roots
+        for f in sorted(root.rglob("*"))
+        if _is_content(f, root)
+    ]
     files = files or [("", Path(str(spec.origin)))]  # a module of one file
-    contents = [(name, file.read_bytes()) for name, file in files]
-    return _digest(b"".join(f"{name}\0{len(content)}\0".encode() + content for name, content in contents))
+    digest = hashlib.sha256()
+    for name, file in files:
+        content = file.read_bytes()
+        digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _is_content(file: Path, root: Path) -> bool:
+    """Whether a file that a package may read: no bytecode, nothing hidden."""
+    parts = file.relative_to(root).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return not hidden and file.suffix != ".pyc" and file.is_file()

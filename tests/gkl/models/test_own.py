@@ -278,6 +278,60 @@ def test_a_package_s_network_by_its_entry_point(tmp_path: Path, monkeypatch: pyt
     assert installed("their_net") != name
     with pytest.raises(ValueError, match="the package of their_net has changed since"):
         own(name, 7, str(tmp_path))
+    name = installed("their_net")
+    for hidden in (".DS_Store", "__pycache__/nets.cpython-311.pyc", ".ipynb_checkpoints/nets.py"):
+        (package / hidden).parent.mkdir(exist_ok=True)
+        (package / hidden).write_bytes(b"1")
+    assert installed("their_net") == name
+    (package / "width.json").write_text("4")  # which its code may read
+    assert installed("their_net") != name
+
+
+def test_a_package_s_network_reads_what_lies_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, info = tmp_path / "site" / "reading_nets", tmp_path / "site" / "reading_nets-1.0.dist-info"
+    package.mkdir(parents=True)
+    info.mkdir()
+    (package / "__init__.py").write_text("from pathlib import Path\nfrom torch import nn\n" + READING)
+    (package / "width.txt").write_text("4")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: reading-nets\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gkl.models]\nreading = reading_nets:Reading\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    name = installed("reading")
+    assert name is not None
+    assert own(name, 7, str(tmp_path)).num_classes == 7
+
+
+@pytest.mark.parametrize("when", ["making", "importing"])
+def test_a_file_s_network_reads_no_other_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """A run would not be known by it: with another width.txt it would be done already."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "width.txt").write_text("4")
+    reading = READING.replace("Path(__file__).with_name('width.txt')", "Path('width.txt')")
+    if when == "importing":
+        line = "width = int(Path('width.txt').read_text())\n"
+        reading = line + reading.replace(f"        {line}", "")
+    (tmp_path / "net.py").write_text(f"from pathlib import Path\nfrom torch import nn\n{reading}")
+    keep(tmp_path / "net.py", tmp_path)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="the network Reading reads width.txt, .* as model.options="
+        ) as told:
+            own(named(tmp_path / "net.py", "Reading"), 7, str(tmp_path))
+        assert "\n" not in str(told.value)
+
+
+READING = """
+class Reading(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        width = int(Path(__file__).with_name('width.txt').read_text())
+        self.conv, self.fc = nn.Conv2d(3, width, 3), nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).mean((2, 3)))
+"""
 
 
 def test_weights_are_perturbed_that_are_trained_and_used(net: Path) -> None:
