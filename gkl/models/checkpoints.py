@@ -18,6 +18,7 @@ from gkl.lines import one_line
 from gkl.models.checkpoint_files import WRAPPING, named_statistics, read, some, state_dict, unusable
 from gkl.models.clip import Clip
 from gkl.models.normalise import MEANS, Normalise, Statistics, described, normalises_by, same, twice_before
+from gkl.models.reparametrised import folded
 from gkl.models.timm_network import TimmNetwork
 
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
@@ -46,6 +47,7 @@ class LoadReport:
         str, ...
     ] = ()  # the head's, which the model keeps as they were: the file has another number of classes
     normalised: str | None = None  # what became of the normalisation that the file holds
+    computed: tuple[str, ...] = ()  # weights that the file holds as what they come of: pruned, normalised
     named: str | None = None  # a normalisation that its settings name and the model has not
 
     @property
@@ -69,6 +71,7 @@ class LoadReport:
             "unused and left out": self.unused,
             "of the training and left out": self.beside,
             "of the head made anew, for another number of classes": self.anew,
+            "computed from a mask, or from direction and length": self.computed,
         }
         parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
         return "; ".join([*parts, *filter(None, (self.normalised, self.named))])
@@ -101,13 +104,16 @@ def load_checkpoint(
     # In files it has timm's names, or OpenCLIP's.
     network: Any = model.model if isinstance(model, TimmNetwork | Clip) else model
     own = network.state_dict()
+    computed: tuple[str, ...] = ()
+    if not folded(own)[1]:  # else the network computes its own so
+        tensors, computed = folded(tensors)
     given = _by_own_name(tensors, own, path)
     prefix, *copies = _prefixes(given, own, path, wrapper)
     state = {name: given[prefix + name] for name in own if prefix + name in given}
     taken = {place + name for place in (prefix, *copies) for name in state}
     left = {key: tensor for key, tensor in given.items() if key not in taken}
     report, statistics = _report(state, own, left, prefix)
-    report = replace(report, wrapper=wrapper, others=others)
+    report = replace(report, wrapper=wrapper, others=others, computed=computed)
     classes = _classes_of(report, state, own, getattr(model, "num_classes", None))
     if any_classes and classes is not None:
         anew = tuple(name for name in state if state[name].shape != own[name].shape)

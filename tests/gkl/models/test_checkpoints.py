@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import gkl.models
 from gkl.losses import ClassPrior
@@ -742,3 +743,39 @@ def test_a_torchscript_archive_is_told_how_its_weights_are_saved(tmp_path: Path)
         ValueError, match=r"f\.pt is a TorchScript archive.*torch\.jit\.load\(path\)\.state_dict"
     ):
         read(tmp_path / "f.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("prefix", ["", "module.", "model.net."])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        lambda m: prune.l1_unstructured(m, "weight", 0.5),
+        torch.nn.utils.weight_norm,
+        functools.partial(torch.nn.utils.weight_norm, dim=None),  # type: ignore[arg-type]
+        torch.nn.utils.parametrizations.weight_norm,
+        functools.partial(torch.nn.utils.parametrizations.weight_norm, dim=1),
+        torch.nn.utils.spectral_norm,
+        torch.nn.utils.parametrizations.spectral_norm,
+    ],
+)
+def test_weights_that_are_computed_become_what_they_are(
+    tmp_path: Path, computed: Callable[[nn.Module], Any], prefix: str
+) -> None:
+    """As torch's own modules have them in eval mode; what is no such weight stays an error."""
+    torch.manual_seed(0)
+    saved = create("wrn_10_1", num_classes=7).eval()
+    for module in list(saved.modules()):
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            computed(module)
+    x = torch.rand(2, 3, 32, 32)
+    saved.train()(x)  # power iterations and running statistics
+    expected = saved.eval()(x)
+    state = {prefix + name: tensor for name, tensor in saved.state_dict().items()}
+    model = create("wrn_10_1", num_classes=7).eval()
+    report = load_checkpoint(model, save(state, tmp_path))
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert len(report.computed) == 10 and "10 computed from a mask, or from direction" in str(report)
+    del state[next(name for name in state if name.endswith(("_mask", "_v", "original1")))]
+    with pytest.raises(CheckpointMismatch):
+        load_checkpoint(model, save(state, tmp_path))
