@@ -5,7 +5,7 @@ data = ade20k("ADEChallengeData2016")       # or the zip archive of it
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from gkl.atomic import atomically
 from gkl.data.content import check_content, in_bytes
 from gkl.data.decoding import Unfit, opened
 from gkl.data.dense import IGNORED, DenseData
@@ -51,17 +52,17 @@ class FilePages:
             "label map", name, partial(decoded, size=size, classes=self.classes, coding=self.coding)
         )
 
-    def check(self) -> None:
-        """Look at each. Raises PictureError naming the first that cannot be."""
+    def check(self) -> list[int]:
+        """Look at each; the classes that they hold. Raises PictureError naming the first that cannot be."""
 
-        def one(number: int) -> None:
+        def one(number: int) -> "np.ndarray[Any, Any]":
             picture, marked = (name.decode(errors="surrogateescape") for name in self.names[number])
             size = self.store.made("picture", picture, size_of)  # of the header alone
-            self.labels(marked, size)
+            return np.bincount(self.labels(marked, size).ravel(), minlength=256)
 
         with ThreadPoolExecutor() as pool:
-            for _ in pool.map(one, range(len(self))):
-                pass
+            there: Any = sum(pool.map(one, range(len(self))), np.zeros(256, np.int64))
+        return [int(label) for label in np.flatnonzero(there) if label != IGNORED]
 
     def digest(self) -> bytes:
         """Of the names; what the files hold is `content`."""
@@ -96,6 +97,11 @@ def decoded(data: bytes, size: tuple[int, int], classes: int, coding: Coding) ->
             f"0 (none) to {classes}" if coding == "from_one" else f"0 to {classes - 1} and {IGNORED} (none)"
         )
         other = "from_zero" if coding == "from_one" else "from_one"
+        if coding == "from_one" and odd == [255] and set(there.tolist()) <= {0, 255}:
+            raise ValueError(
+                f"holds 255, and labels are {wanted}; save a mask of 0 and 255 as 1 and 2, or as 0 and 1 with data.coding=from_zero; where "
+                "255 is none and 0 a class, set data.coding=from_zero"
+            )
         meant = set(there.tolist()) <= (
             {*range(classes), IGNORED} if coding == "from_one" else {*range(classes + 1)}
         )
@@ -149,15 +155,37 @@ def ade20k(
     remedy = "set data.root=... to ADEChallengeData2016, the folder or the archive"
     store = open_store(Path(root), "ADE20K", remedy)
     parts = [FilePages(store, pairs(store, part, remedy), classes, coding) for part in PARTS]
-    note = Path(cache) / f"labels-{content}-{classes}-{coding}" if cache and content else None
-    if note is None or not note.is_file():
-        for part in parts:
-            part.check()
+    note = Path(cache) / f"classes-{content}-{classes}-{coding}" if cache and content else None
+    if note is not None and note.is_file():
+        present = [int(label) for label in note.read_text().split()]
+    else:
+        present, _ = (part.check() for part in parts)
+        if len(present) < 2:
+            held = f"class {present[0]} alone" if present else "no class at all"
+            known = "255 is none" if coding == "from_zero" else "0 is none, and class 0 is written 1"
+            raise ValueError(
+                f"{root}: all label maps in annotations/training/ together hold {held}, and there is nothing to learn; with "
+                f"data.coding={coding} {known}: a mask of 0 and 255 is to be saved as 0 and 1 with data.coding=from_zero"
+            )
         if note is not None:
-            note.parent.mkdir(parents=True, exist_ok=True)
-            note.touch()
+            with atomically(note) as temporary:
+                temporary.write_text(" ".join(map(str, present)))
     names = tuple(_names(store, classes))
-    return DenseData("ade20k", names, parts[0], parts[1], image_size, long_side)
+    return DenseData(
+        "ade20k", names, parts[0], parts[1], image_size, long_side, noticed=_absent(present, classes)
+    )
+
+
+def _absent(present: Sequence[int], classes: int) -> str | None:
+    """A line on classes that no training picture has."""
+    absent = sorted(set(range(classes)) - set(present))
+    if not absent:
+        return None
+    some = ", ".join(map(str, absent[:5])) + (", ..." if absent[5:] else "")
+    return (
+        f"no training picture has {len(absent)} of data.classes={classes}, counted from 0 ({some}); each counts in the mean IoU, with 0 "
+        "where nothing is it: set data.classes to how many there are"
+    )
 
 
 def _names(store: Store, classes: int) -> Iterable[str]:

@@ -77,6 +77,7 @@ class DenseData:
     test: Pages
     image_size: int
     long_side: int
+    noticed: str | None = None  # a line on what may be wrong with it
 
     in_memory: ClassVar[bool] = False
     shots: ClassVar[None] = None

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from gkl.data.ade20k import ade20k
 from gkl.data.content import content
 from gkl.data.generated import generated, open_shards, prepared
 from gkl.data.memory import ImageData
@@ -227,6 +229,28 @@ def test_figures() -> None:
     assert not is_sealed(made.replace(b"....", b"..,."), "key", "png")
 
 
+def test_which_classes_label_maps_hold(tmp_path: Path) -> None:
+    """Noted by their content, the number of classes and the coding."""
+
+    def told(high: int, **settings: Any) -> str | None:
+        for part in ("training", "validation"):
+            for folder, pixels in (
+                ("images", np.zeros((8, 8, 3), np.uint8)),
+                ("annotations", np.tile(np.uint8([1, high]), (8, 4))),
+            ):
+                (tmp_path / "scenes" / folder / part).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(tmp_path / "scenes" / folder / part / "0.png")
+        root = tmp_path / "scenes"
+        return ade20k(str(root), content=content(root), cache=str(tmp_path / "kept"), **settings).noticed
+
+    first = told(3, classes=4)
+    assert first is not None and "2 of data.classes=4, counted from 0 (1, 3)" in first
+    assert told(3, classes=4) == first
+    assert "(1, 2)" in str(told(4, classes=4)) and "(0, 2)" in str(told(3, classes=4, coding="from_zero"))
+    assert "3 of data.classes=5" in str(told(3, classes=5)) and told(3, classes=4) == first
+    assert told(2, classes=2) is None
+
+
 def test_what_a_process_remembers_of_records(tmp_path: Path) -> None:
     path = write_record(tmp_path, record(30.0))
     assert is_whole(path)
@@ -253,7 +277,7 @@ def test_every_module_that_keeps_something_is_looked_at_here() -> None:
     assert found == {
         "gkl/evaluation/kept.py", "trainers/methods/teacher_logits.py", "gkl/data/content.py", "gkl/data/generated.py", "gkl/data/preparing.py",
         "trainers/reports/figures.py", "trainers/runs/records.py", "trainers/runs/paths.py", "trainers/loop/folder.py",
-        "gkl/data/stores.py",
+        "gkl/data/stores.py", "gkl/data/ade20k.py",
         "gkl/data/cifar.py", "gkl/models/published.py",   # downloads, checked by the digests that their publishers give
         "gkl/own.py",                    # a person's own network, by its content
         "gkl/data/digit_questions.py", "gkl/data/shape_questions.py",

@@ -60,6 +60,8 @@ def run(config: dict[str, Any]) -> None:
         dist.barrier()  # none may write the record before all have looked for it
     with one_process_a_node_first():
         data = instantiate(config["data"])
+        if noticed := getattr(data, "noticed", None):
+            console.warn(noticed)
         if config.get("evaluation") and data.num_classes < FEWEST_CLASSES:
             raise ConfigError(
                 f"{data.name} has {data.num_classes} classes, and AutoAttack's targeted DLR loss needs at least {FEWEST_CLASSES}: "

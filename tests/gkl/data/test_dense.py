@@ -237,6 +237,52 @@ def test_what_is_wrong_with_it_is_one_line_at_the_start(
     assert "\n" not in str(caught.value) and str(root) in str(caught.value)
 
 
+def masks(root: Path, *values: int) -> Path:
+    """Of two values each, in the pictures of `write`."""
+    drawn = np.full((36, 24), values[0], np.uint8)
+    drawn[4:20, 4:20] = values[-1]
+    whole = np.full((30, 40), values[0], np.uint8)
+    whole[10:] = values[-1]
+    return write(
+        root,
+        {
+            f"annotations/{part}/ADE_{part[:5]}_{n:08d}.png": drawn if n else whole
+            for part in ("training", "validation")
+            for n in range(2)
+        },
+    )
+
+
+def test_masks_of_0_and_255_are_no_two_classes(tmp_path: Path) -> None:
+    """With 255 for none they are one class, which is predicted right everywhere."""
+    root, cache = masks(tmp_path / "a", 0, 255), tmp_path / "kept"
+    with pytest.raises(
+        ValueError, match="holds 255, .*; save a mask of 0 and 255 as 1 and 2, or as 0 and 1 with"
+    ):
+        ade20k(str(root), classes=2)
+    for _ in range(2):  # nothing is noted of it
+        with pytest.raises(
+            ValueError, match="together hold class 0 alone, .* is to be saved as 0 and 1"
+        ) as told:
+            ade20k(str(root), classes=2, coding="from_zero", content=content(root), cache=str(cache))
+        assert "\n" not in str(told.value) and str(root) in str(told.value)
+    with pytest.raises(ValueError, match="together hold no class at all"):
+        ade20k(str(masks(tmp_path / "b", 0, 0)), classes=2)
+    assert ade20k(str(masks(tmp_path / "c", 0, 1)), classes=2, coding="from_zero").noticed is None
+    assert ade20k(str(masks(tmp_path / "d", 1, 2)), classes=2).noticed is None
+
+
+def test_classes_that_no_picture_has_are_told_each_time(tmp_path: Path) -> None:
+    root, cache = masks(tmp_path / "a", 1, 3), tmp_path / "kept"
+    for _ in range(2):
+        data = ade20k(str(root), classes=12, content=content(root), cache=str(cache))
+        assert data.noticed is not None
+        assert (
+            "has 10 of data.classes=12, counted from 0 (1, 3, 4, 5, 6, ...); each counts in the mean IoU"
+            in data.noticed
+        )
+
+
 def test_nothing_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(
         FileNotFoundError, match=r"no ADE20K at .*; set data\.root=\.\.\. to ADEChallengeData2016"
