@@ -7,8 +7,11 @@ for epoch in ...:
     criterion.renew()                # epoch e uses what epoch e - 1 has seen
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from gkl.losses.closed_form import gkl_loss
 from gkl.losses.inputs import checked_labels, positions_of
@@ -18,8 +21,8 @@ from gkl.losses.prior import ClassPrior
 class GKLLoss(nn.Module):
     """`gkl_loss` with class-wise weights, and the prior they come from: a submodule, so it moves and is saved with this one.
 
-    In training mode each call adds the teacher's predictions to the prior's sums; `eval()` leaves them as they are, and so does
-    the second forward of an activation checkpoint.
+    In training mode each call adds the teacher's predictions to the prior's sums. `eval()` leaves them as they are, and so do a call
+    without gradients (a validation whose criterion nobody put into eval mode) and the second forward of an activation checkpoint.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class GKLLoss(nn.Module):
             counted=counted,
             create_graph=self.create_graph,
         )
-        if self.training and (torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1):
+        if self.training and _counts():
             self.prior.update(teacher_logits, labels, counted)
         return loss
 
@@ -77,3 +80,18 @@ class GKLLoss(nn.Module):
     def extra_repr(self) -> str:
         """The weights, in `print(module)`."""
         return f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"
+
+
+def _counts() -> bool:
+    """Whether a call is the one of its step that counts: with gradients, and of an activation checkpoint's two the first that has them."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    if torch._C._current_graph_task_id() == -1:
+        return torch.is_grad_enabled()
+    # Inside a backward pass: a reentrant checkpoint's first forward had none, another's had them.
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is CheckpointFunction.backward.__code__:
+            return torch.is_grad_enabled()
+    return False

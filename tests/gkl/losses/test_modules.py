@@ -285,6 +285,19 @@ def test_a_validation_in_inference_mode_may_come_before_the_training() -> None:
     torch.testing.assert_close(model.prior.rows(torch.arange(5), 0.4), model.prior.probs**0.4)
 
 
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_validation_whose_criterion_is_left_in_training_mode_is_not_counted(without: Any) -> None:
+    """As loops have it: model.eval(), and the criterion beside it."""
+    model = Model().train()
+    model(*batch()).backward()
+    before = [number.clone() for number in numbers(model.prior)]
+    with without():
+        loss = model(*batch())
+    assert loss.isfinite()
+    for mine, theirs in zip(numbers(model.prior), before, strict=True):
+        assert mine.equal(theirs)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_an_activation_checkpoint_counts_a_batch_once(reentrant: bool) -> None:
     plain, checked = Model(), Model()
