@@ -35,7 +35,7 @@ from trainers.loop.accuracy import autoattack, clean_accuracy
 from trainers.loop.console import Console
 from trainers.runs.compose import choices, compose
 from trainers.runs.processes import device_of, process_group
-from trainers.runs.settings import check_sections
+from trainers.runs.settings import check_sections, doubtful_radii
 from trainers.runs.targets import CONFIGS, instantiate, unknown
 
 
@@ -86,6 +86,8 @@ def main(arguments: list[str]) -> int:
             console.say(
                 f"warning: that is less than guessing; its classes may stand in another order than here, {some(data.class_names)}"
             )
+        for line in doubtful_radii(config):
+            console.warn(line)
         metrics, details = autoattack(
             model, data, config["evaluation"], folder=folder, device=device, console=console
         )

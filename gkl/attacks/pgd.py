@@ -116,6 +116,19 @@ def check_radius(norm: str, epsilon: float, numbers: int | None = None, name: st
         raise ValueError(f"{name} must be above 0{most} in {norm}, got {epsilon:g}{hint}")
 
 
+def doubtful(norm: str, epsilon: float, name: str = "epsilon") -> str | None:
+    """A line on a radius that is the other norm's: it gives a number, and most likely of another question."""
+    levels = 255.0 * epsilon
+    if norm == "l2" and abs(levels - round(levels)) < 1e-6 and 1 <= round(levels) <= 16:
+        return (
+            f"{name} is {levels:.0f}/255 in l2, a radius of linf: in l2 it moves a picture hardly at all, and published are 0.5 on CIFAR "
+            f"and 3 on ImageNet; set {name}=0.5, or norm=linf"
+        )
+    if norm == "linf" and epsilon >= 0.5:
+        return f"{name} is {epsilon:g} in linf, within which every picture may become the same grey; set {name} to 8/255, 0.03137, or norm=l2"
+    return None
+
+
 class Budget(TypedDict):
     """What an epoch's attack may do: epsilon and step_size in pixel units."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkl.attacks.pgd import doubtful
 from gkl.data.augment import to_float
 from gkl.data.files import ImageFiles
 from gkl.data.memory import ImageData
@@ -134,7 +135,7 @@ def autoattack(
         "after": result.after,
         "epsilon": settings["epsilon"],
         "norm": settings["norm"],
-        "warnings": result.warnings,
+        "warnings": [*filter(None, [doubtful(settings["norm"], settings["epsilon"])]), *result.warnings],
         "versions": result.versions,
     }
     return {attack_name(settings): result.robust}, details

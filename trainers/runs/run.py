@@ -27,7 +27,7 @@ from trainers.runs.identity import asked, assessed_with, config_hash, difference
 from trainers.runs.paths import record_path, run_folder
 from trainers.runs.processes import check_shared, device_of, one_process_a_node_first
 from trainers.runs.provenance import code_state, provenance
-from trainers.runs.settings import build, check, check_radii
+from trainers.runs.settings import build, check, check_radii, doubtful_radii
 from trainers.runs.targets import instantiate
 from trainers.runs.wandb_mirror import Mirror
 
@@ -62,6 +62,8 @@ def run(config: dict[str, Any]) -> None:
         data = instantiate(config["data"])
         if noticed := getattr(data, "noticed", None):
             console.warn(noticed)
+        for line in doubtful_radii(config):
+            console.warn(line)
         if config.get("evaluation") and data.num_classes < FEWEST_CLASSES:
             raise ConfigError(
                 f"{data.name} has {data.num_classes} classes, and AutoAttack's targeted DLR loss needs at least {FEWEST_CLASSES}: "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gkl.attacks.pgd import Norm, check_radius
+from gkl.attacks.pgd import Norm, check_radius, doubtful
 from gkl.evaluation.autoattack import Version
 from gkl.evaluation.chosen import Chosen
 from gkl.models.normalise import mean_and_std
@@ -144,6 +144,13 @@ def check_radii(config: Mapping[str, Any], numbers: int | None = None) -> None:
             check_radius(norm, epsilon, numbers, name)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def doubtful_radii(config: Mapping[str, Any]) -> list[str]:
+    """A line on each attack whose radius is most likely meant in another norm."""
+    attacks = {key: config[key] for key in ("attack", "evaluation") if "epsilon" in (config.get(key) or {})}
+    lines = (doubtful(node["norm"], node["epsilon"], f"{key}.epsilon") for key, node in attacks.items())
+    return [line for line in lines if line]
 
 
 def _check_networks(node: Any, where: str = "") -> None:

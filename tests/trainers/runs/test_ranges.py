@@ -9,7 +9,7 @@ import pytest
 from trainers.errors import ConfigError
 from trainers.runs.compose import choices, completed_by, compose
 from trainers.runs.ranges import RANGES, check_ranges, numbers
-from trainers.runs.settings import SECTIONS, SETTINGS, check, check_radii, check_sections
+from trainers.runs.settings import SECTIONS, SETTINGS, check, check_radii, check_sections, doubtful_radii
 from trainers.runs.targets import addresses, fits, mistyped, parameters_of
 from trainers.runs.teacher import prerequisites
 
@@ -191,3 +191,24 @@ def test_what_a_setting_takes_is_said_in_words() -> None:
         == "x must be all or a list of lists of whole numbers, got [null, true, 'a']"
     )
     assert mistyped("x", bool | Literal["auto"], 2) == "x must be true, false or auto, got 2"
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilon", "told"),
+    [
+        ("l2", 8 / 255, "evaluation.epsilon is 8/255 in l2, a radius of linf"),
+        ("l2", 4 / 255, "is 4/255 in l2"),
+        ("linf", 0.5, "every picture may become the same grey"),
+        ("l2", 0.5, None),
+        ("l2", 36 / 255, None),
+        ("l2", 0.125, None),
+        ("linf", 8 / 255, None),
+        ("linf", 0.3, None),
+    ],
+)
+def test_a_radius_of_the_other_norm_is_told(norm: str, epsilon: float, told: str | None) -> None:
+    """Whoever sets norm=l2 alone keeps linf's radius, and gets a number near the clean one."""
+    config = {"evaluation": {"norm": norm, "epsilon": epsilon}, "attack": None}
+    lines = doubtful_radii(config)
+    assert len(lines) == (told is not None)
+    assert told is None or (told in lines[0] and "\n" not in lines[0])
