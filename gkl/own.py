@@ -18,7 +18,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache, wraps
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,7 @@ def _guarded(make: Callable[..., Any], name: str, package: str = "") -> Callable
 @contextmanager
 def _imports_installed(name: str, package: str = "") -> Iterator[None]:
     """Inside, what is imported is installed, or of the package, or this repository's own. Raises ValueError naming another file."""
+    _listen()
     before, opened = set(sys.modules), list[str]()
     token = _OPENED.set(opened)
     try:
@@ -192,7 +193,10 @@ def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
                 opened.append(path)
 
 
-sys.addaudithook(_note_opened)
+@cache
+def _listen() -> None:
+    """Once, and only where there is a person's network: each event of Python's comes by a hook."""
+    sys.addaudithook(_note_opened)
 
 
 def _is_passing(file: Path) -> bool:
