@@ -8,6 +8,7 @@ for epoch in ...:
 """
 
 import sys
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,11 @@ class GKLLoss(nn.Module):
 
     In training mode each call adds the teacher's predictions to the prior's sums. `eval()` leaves them as they are, and so do a call
     without gradients (a validation whose criterion nobody put into eval mode) and the second forward of an activation checkpoint.
+    The steps of an attack that maximises this loss do add theirs: put it into eval mode for the attack.
     """
+
+    # Whether the teacher of this epoch's last counted call had no gradient; None before the first.
+    _fixed: bool | None = None
 
     def __init__(
         self,
@@ -70,12 +75,27 @@ class GKLLoss(nn.Module):
             create_graph=self.create_graph,
         )
         if self.training and _counts():
+            self._warn_of_attacks(teacher_logits)
             self.prior.update(teacher_logits, labels, counted)
         return loss
 
     def renew(self) -> None:
         """End of an epoch: what it has seen becomes the prior."""
+        self._fixed = None
         self.prior.renew()
+
+    def _warn_of_attacks(self, teacher_logits: Tensor) -> None:
+        """Where one epoch's teacher has a gradient in some calls and none in others, the latter are likely an attack's."""
+        if torch.compiler.is_compiling():
+            return
+        fixed = not teacher_logits.requires_grad
+        if self._fixed is not None and self._fixed != fixed:
+            warnings.warn(
+                "GKLLoss in training mode was called with a teacher that has a gradient and with one that has none, and both count in the "
+                "class prior; where an attack maximises this loss, call eval() on it before the attack and train() after it",
+                stacklevel=5,
+            )
+        self._fixed = fixed
 
     def extra_repr(self) -> str:
         """The weights, in `print(module)`."""

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,41 @@ def test_a_validation_whose_criterion_is_left_in_training_mode_is_not_counted(wi
     assert loss.isfinite()
     for mine, theirs in zip(numbers(model.prior), before, strict=True):
         assert mine.equal(theirs)
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_an_attack_with_the_training_s_criterion_is_told_and_in_eval_mode_not_counted(by_hand: bool) -> None:
+    """As TRADES' loop has one criterion for both."""
+    model = Model()
+    x, _, y = batch()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model.held.train(not by_hand)
+            with torch.no_grad():
+                reference = model.net(x)
+            moved = x.clone().requires_grad_()
+            torch.autograd.grad(model.held(model.net(moved), reference, y), moved)
+            model.held.train()
+            model(x, moved.detach(), y).backward()
+            model.held.renew()
+    assert [str(w.message) for w in told if "eval()" not in str(w.message)] == []
+    assert len(told) == (0 if by_hand else 2)
+    model(*batch())
+    assert model.prior.counts.sum() == len(y)
+
+
+def test_a_teacher_of_one_kind_is_told_nothing() -> None:
+    """A fixed one in distillation, one that is trained in adversarial training, and one after the other by epochs."""
+    model = Model()
+    x, moved, y = batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for fixed in (True, False):
+            for _ in range(2):
+                clean = model.net(x)
+                model.held(model.net(moved), clean.detach() if fixed else clean, y).backward()
+            model.held.renew()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
