@@ -20,8 +20,8 @@ from gkl.lines import one_line
 
 # Under which keys the network lies, the first that is there; averages (timm's state_dict_ema, torchvision's model_ema) are asked for.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
-# What DataParallel and DDP, AveragedModel and torch.compile put before the names of what they wrap.
-WRAPPING = re.compile(r"(?<![^.])(module|_orig_mod)\.")
+# What DataParallel and DDP, AveragedModel, torch.compile, activation checkpoints and FSDP put before the names of what they wrap.
+WRAPPING = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Python objects that people save beside weights: settings, numbers of numpy's, paths. None is made; a placeholder stands for each.
 SETTINGS = re.compile(
     r"^(argparse\.Namespace|types\.SimpleNamespace|(__builtin__|builtins)\.(object|list|dict|set|frozenset|tuple|int|float|complex|"

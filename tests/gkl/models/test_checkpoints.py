@@ -353,6 +353,12 @@ def compiled_inside(state: dict[str, Tensor]) -> dict[str, Any]:
     return {f"net._orig_mod.module.{k}".replace("layer.", "layer._orig_mod."): v for k, v in state.items()}
 
 
+def parameters_of_wrapped(state: dict[str, Tensor]) -> dict[str, Any]:
+    """named_parameters() and named_buffers(), which an average kept by hand is made of: their names, unlike state_dict()'s, have these."""
+    wrapped = {k.replace("layer.", "layer._checkpoint_wrapped_module."): v for k, v in state.items()}
+    return under("_fsdp_wrapped_module.", wrapped)
+
+
 AS_SAVED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], bool]] = {
     "sequential": (sequential, True),
     "buffers": (buffers, True),
@@ -361,6 +367,7 @@ AS_SAVED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Any]], bool]] 
     "averaged": (averaged, False),
     "averaged in a module": (lambda s: under("ema.", averaged(s)), False),
     "compiled inside": (compiled_inside, False),
+    "parameters of wrapped modules": (parameters_of_wrapped, False),
     **{f"{p}*": (lambda s, p=p: under(p, s), False) for p in ("net.", "backbone.", "encoder.net.0.", "module.model.1.")},
 }  # fmt: skip
 
