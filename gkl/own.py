@@ -186,8 +186,9 @@ _OPENED: ContextVar[list[str] | None] = ContextVar("opened", default=None)  # wh
 def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
     """Audit hook: what is opened to be read, code apart."""
     if event == "open" and (opened := _OPENED.get()) is not None:
-        file, mode = arguments[0], arguments[1] or "r"
-        if isinstance(file, str | bytes) and not {*mode} & {*"wax"}:
+        file, mode, flags = arguments  # mode is None where os.open says how by flags
+        writes = flags & (os.O_WRONLY | os.O_RDWR) if mode is None else {*mode} & {*"wax"}
+        if isinstance(file, str | bytes) and not writes:
             path = os.fsdecode(file)
             if not path.endswith((".py", ".pyc")):
                 opened.append(path)
