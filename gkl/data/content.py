@@ -41,6 +41,17 @@ def in_bytes(name: str) -> bytes:
     return name.encode(errors="surrogateescape")
 
 
+def backslashed(archive: zipfile.ZipFile) -> bool:
+    """Whether backslashes part its folders, as older .NET and PowerShell write them: there is no slash then in any name."""
+    return not any("/" in name for name in archive.namelist())
+
+
+def members(archive: zipfile.ZipFile) -> list[tuple[str, zipfile.ZipInfo]]:
+    """What lies in an archive, folders too, each with its name, whose folders are parted by slashes and which end with one."""
+    parted = backslashed(archive)
+    return [(i.filename.replace("\\", "/") if parted else i.filename, i) for i in archive.infolist()]
+
+
 def content(root: str | Path, kept: Path | None = None) -> str | None:
     """16 hexadecimal digits, None where there is nothing at root. Raises ValueError or OSError for files that cannot be read.
 
@@ -56,10 +67,8 @@ def content(root: str | Path, kept: Path | None = None) -> str | None:
         return _of_files(path.parent, dict(sorted(_in_table(path))), kept)
     try:
         with zipfile.ZipFile(path) as archive:
-            members = {
-                i.filename: (i.file_size, i.CRC) for i in archive.infolist() if not i.filename.endswith("/")
-            }
-            return _digest({n: found for n, found in members.items() if not hidden(n)})
+            files = {n: (i.file_size, i.CRC) for n, i in members(archive) if not n.endswith("/")}
+            return _digest({n: found for n, found in files.items() if not hidden(n)})
     except Exception:  # zipfile's own and others', of files that are no whole archives
         return _digest({path.name: (path.stat().st_size, _crc(path))})
 

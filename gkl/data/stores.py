@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from gkl.atomic import atomically
-from gkl.data.content import CHUNK, hidden, walk
+from gkl.data.content import CHUNK, backslashed, hidden, members, walk
 from gkl.data.decoding import PICTURES, UNREAD, Decoder, decode, is_picture
 from gkl.lines import one_line
 
@@ -147,20 +147,21 @@ class Zip(Store):
         self._opened: tuple[int, zipfile.ZipFile] | None = None
         self._state = _state(path)
         try:
-            members = self._archive().infolist()
+            found = members(self._archive())
+            self._backslashed = backslashed(self._archive())
         except Exception as error:  # zipfile's own and others', of bytes that anybody may have written
             raise ValueError(f"{path} is damaged ({one_line(error)}); fetch or pack it again") from error
-        folders = [i.filename for i in members if i.filename.endswith("/")]  # is_dir needs a name
-        files = (i.filename for i in members if not i.filename.endswith("/"))
+        folders = [name for name, _ in found if name.endswith("/")]  # is_dir needs a name
+        files = (name for name, _ in found if not name.endswith("/"))
         self.listed(files, [name.rstrip("/") for name in folders])
-        self._check(members)
+        self._check(found)
 
-    def _check(self, members: Sequence[zipfile.ZipInfo]) -> None:
+    def _check(self, found: Sequence[tuple[str, zipfile.ZipInfo]]) -> None:
         """Raises ValueError for pictures that cannot be unpacked."""
         pictures = set(self.names)
         for what, shut in (
-            ("encrypted", [i.filename for i in members if i.flag_bits & 1]),
-            ("packed in an unknown way", [i.filename for i in members if i.compress_type not in PACKED]),
+            ("encrypted", [name for name, i in found if i.flag_bits & 1]),
+            ("packed in an unknown way", [name for name, i in found if i.compress_type not in PACKED]),
         ):
             if shut := [name for name in shut if name in pictures]:
                 raise ValueError(
@@ -170,16 +171,20 @@ class Zip(Store):
 
     def read(self, name: str) -> bytes:
         """A file's bytes."""
+        name = self._stored(name)
         fitting(self._archive().getinfo(name).file_size)
         return self._archive().read(name)
 
     def start(self, name: str) -> bytes:
         """How a file begins."""
         try:
-            with self._archive().open(name) as file:
+            with self._archive().open(self._stored(name)) as file:
                 return file.read(12)
         except Exception:  # encrypted or damaged: no picture that could be had
             return b""
+
+    def _stored(self, name: str) -> str:
+        return name.replace("/", "\\") if self._backslashed else name
 
     def _archive(self) -> zipfile.ZipFile:
         if self._opened is None or self._opened[0] != os.getpid():

@@ -52,6 +52,18 @@ def zipped(root: Path, archive: Path) -> Path:
     return Path(shutil.make_archive(str(archive), "zip", root.parent, root.name))
 
 
+def backslashed(root: Path, archive: Path) -> Path:
+    """As .NET before 4.6.1 and PowerShell's Compress-Archive write it."""
+    with zipfile.ZipFile(archive, "w") as packed:
+        for file in sorted(root.rglob("*")):
+            entry = zipfile.ZipInfo()
+            entry.create_system, entry.filename = 0, "\\".join(file.relative_to(root.parent).parts)
+            if file.is_dir():
+                entry.filename += "\\"
+            packed.writestr(entry, b"" if file.is_dir() else file.read_bytes())
+    return archive
+
+
 def sharded(root: Path, target: Path, **change: bytes) -> Path:
     """A shard for each part, labels by the order of classes. change: contents of further members by name, in the shard train.tar."""
     target.mkdir()
@@ -86,6 +98,17 @@ LEFT_BEHIND = (
     "val/.hidden/0.png", "__MACOSX/train/cat/._0.png", "__MACOSX/pictures/val/dog/._0.png", "train/dog/@eaDir/0.png/THUMB.jpg",
     ".git/train/cow/0.png",
 )  # fmt: skip
+
+
+def test_an_archive_whose_folders_are_parted_by_backslashes_is_the_folder(root: Path, tmp_path: Path) -> None:
+    put(root / "train/cat/.DS_Store")
+    at = backslashed(root, tmp_path / "windows.zip")
+    for data in (image_folder(str(at), 8), image_files(str(at), 8, 8)):
+        assert data.class_names == ("cat", "dog") and shades(data) == [[0, 1, 100, 101], [0, 100]]
+    assert content(at) == content(root)
+    (root / "train/cow").mkdir()
+    with pytest.raises(ValueError, match="cow"):
+        image_folder(str(backslashed(root, tmp_path / "empty.zip")), 8)
 
 
 @pytest.mark.parametrize("form", ["folder", "zip"])
