@@ -19,7 +19,7 @@ from gkl.models.checkpoint_files import WRAPPING, named_statistics, read, some, 
 from gkl.models.clip import Clip
 from gkl.models.normalise import MEANS, Normalise, Statistics, described, normalises_by, same, twice_before
 from gkl.models.reparametrised import folded
-from gkl.models.timm_network import TimmNetwork
+from gkl.models.timm_network import TimmNetwork, of_another_size
 
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
 # timm's BEiT hold a table that is computed anew.
@@ -296,4 +296,5 @@ def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
             else ""
         )
         return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
-    return "being of another architecture, depth or width, or incomplete"
+    sized = "" if report.missing or report.unexpected else of_another_size(report.mismatched)
+    return sized or "being of another architecture, depth or width, or incomplete"

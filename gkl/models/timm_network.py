@@ -1,5 +1,7 @@
 """timm's own networks where this package's are expected: pictures in [0, 1] go in, logits are seen of them and no more."""
 
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import DropPath
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 from gkl.models.classifier import TappedClassifier, Taps
 from gkl.models.normalise import Normalisation, normaliser
 from gkl.rng import uniform
+
+POSITIONS = re.compile(r"(^|[._])(pos|position|rel_pos|relative_position)_(embed|embedding|bias)")
 
 
 class TimmNetwork(TappedClassifier):
@@ -79,3 +83,13 @@ def set_sample_keys(model: nn.Module, keys: Tensor) -> None:
     for module in model.modules():
         if isinstance(module, KeyedDropPath):
             module.keys = keys
+
+
+def of_another_size(mismatched: Sequence[str]) -> str:
+    """What to do where a file's positions are those of pictures of another size, empty otherwise. mismatched: of a LoadReport."""
+    if not any(POSITIONS.search(told.partition(":")[0]) for told in mismatched):
+        return ""
+    return (
+        "having positions of pictures of another size; give the size that it was trained with, "
+        "'model.timm_options={img_size:224}' data.image_size=224 say, or resample them before (timm.layers.resample_abs_pos_embed)"
+    )

@@ -591,6 +591,18 @@ def test_a_training_that_begins_from_a_normalised_file_must_say_so(tmp_path: Pat
     assert "46 of the model's 46" in create("wrn_10_1", 10, own, checkpoint=str(path)).__dict__["begun"]
 
 
+@pytest.mark.parametrize("classes", [10, 4])
+def test_positions_of_another_picture_size_are_told_with_what_to_do(classes: int, tmp_path: Path) -> None:
+    small = {"depth": 1, "embed_dim": 12, "num_heads": 1, "patch_size": 8}
+    network = create("vit_tiny_patch16_224", classes, timm_options={**small, "img_size": 64})
+    path = save(network.state_dict(), tmp_path)
+    with pytest.raises(
+        ValueError, match=r"another size; give .*model.timm_options=.*data.image_size=.*pos_embed: \(1, 65"
+    ) as told:
+        create("vit_tiny_patch16_224", 10, timm_options={**small, "img_size": 32}, checkpoint=str(path))
+    assert "another architecture" not in str(told.value)
+
+
 @pytest.mark.parametrize("option", [{"pretrained": True}, {"checkpoint_path": "f.pt"}])
 def test_weights_that_a_run_is_not_known_by_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(
