@@ -274,7 +274,8 @@ def _tar_index(root: Path, shards: Sequence[Path]) -> dict[str, Any]:
         for key, (name, start, size) in found.items():
             if key not in classes:
                 raise ValueError(
-                    f"{one_line(shard)}: picture {one_line(name)} has no {one_line(key)}.cls beside it with its class"
+                    f"{one_line(shard)}: picture {one_line(name)} has no {one_line(key)}.cls beside it with its class; archives of class "
+                    "folders are to be unpacked"
                 )
             names.append(str(shard.relative_to(root).with_suffix("") / name))
             labels.append(classes[key])

@@ -297,4 +297,5 @@ def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
         )
         return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
     sized = "" if report.missing or report.unexpected else of_another_size(report.mismatched)
-    return sized or "being of another architecture, depth or width, or incomplete"
+    remedy = "choose its model=..., or a file that builds it, head and all: model=net.py:Net"
+    return sized or f"being of another architecture, depth or width, or incomplete ({remedy})"
