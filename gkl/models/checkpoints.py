@@ -43,9 +43,7 @@ class LoadReport:
     others: tuple[str, ...] = ()  # keys of the file's other state dicts
     prefix: str = ""  # what the network's names begin with in the file
     beside: tuple[str, ...] = ()  # counters and metrics that a training keeps beside its network
-    anew: tuple[
-        str, ...
-    ] = ()  # the head's, which the model keeps as they were: the file has another number of classes
+    anew: tuple[str, ...] = ()  # the head's, kept as they were: the file has another number of classes
     normalised: str | None = None  # what became of the normalisation that the file holds
     computed: tuple[str, ...] = ()  # weights that the file holds as what they come of: pruned, normalised
     named: str | None = None  # a normalisation that its settings name and the model has not
@@ -296,6 +294,6 @@ def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
             else ""
         )
         return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
-    sized = "" if report.missing or report.unexpected else of_another_size(report.mismatched)
-    remedy = "choose its model=..., or a file that builds it, head and all: model=net.py:Net"
-    return sized or f"being of another architecture, depth or width, or incomplete ({remedy})"
+    if not (report.missing or report.unexpected) and (sized := of_another_size(report.mismatched)):
+        return sized
+    return "being of another architecture, depth or width, or incomplete (choose its model=..., or a file that builds it, model=net.py:Net)"

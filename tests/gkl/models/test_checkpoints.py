@@ -181,7 +181,7 @@ def changed(state: dict[str, Tensor], **new: Tensor | None) -> dict[str, Tensor]
         (lambda s: changed(s, mean=torch.zeros(3)), "1 not in the model .mean"),
         (  # a head of Sequential(Dropout, Linear)
             lambda s: {key.replace("fc.", "fc.1."): value for key, value in s.items()},
-            r"or a file that builds it, head and all: model=net\.py:Net.*not in the model .fc\.1\.weight",
+            r"or a file that builds it, model=net\.py:Net.*not in the model .fc\.1\.weight",
         ),
         (
             lambda s: changed(s, fc__weight=torch.zeros(10, 65)),
