@@ -4,10 +4,9 @@ report = load_checkpoint(model, "model.pt")  # or an error that names what does 
 print(report)  # 212 of the model's 212 tensors matched; found under 'state_dict'; ...
 """
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from gkl.lines import one_line
-from gkl.models.checkpoint_files import WRAPPING, named_statistics, read, some, state_dict, unusable
+from gkl.models.checkpoint_files import WRAPPING, named_statistics, read, state_dict, unusable
 from gkl.models.clip import Clip
-from gkl.models.normalise import MEANS, Normalise, Statistics, described, normalises_by, same, twice_before
-from gkl.models.reparametrised import folded
-from gkl.models.timm_network import TimmNetwork, of_another_size
-
-# TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
-# timm's BEiT hold a table that is computed anew.
-UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
-# What a training keeps beside its network and no forward pass reads; counters of any name are told by their type.
-BESIDE = re.compile(
-    r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"
+from gkl.models.load_report import (
+    CheckpointMismatch,
+    LoadReport,
+    classes_of,
+    diagnosis,
+    report_of,
+    statistics_among,
 )
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """How the tensors of a file meet those of a model, by name, without the prefixes of wrapping modules."""
-
-    matched: tuple[str, ...]
-    missing: tuple[str, ...]  # in the model alone; batch counters may be, as nothing reads them
-    unexpected: tuple[str, ...]  # in the file alone
-    mismatched: tuple[str, ...]  # "name: (its shape) in the file, (its shape) in the model"
-    unused: tuple[str, ...]  # in the file alone and known to be in no forward pass
-    wrapper: str | None = None  # the key under which the state dict was found
-    others: tuple[str, ...] = ()  # keys of the file's other state dicts
-    prefix: str = ""  # what the network's names begin with in the file
-    beside: tuple[str, ...] = ()  # counters and metrics that a training keeps beside its network
-    anew: tuple[str, ...] = ()  # the head's, kept as they were: the file has another number of classes
-    normalised: str | None = None  # what became of the normalisation that the file holds
-    computed: tuple[str, ...] = ()  # weights that the file holds as what they come of: pruned, normalised
-    named: str | None = None  # a normalisation that its settings name and the model has not
-
-    @property
-    def fits(self) -> bool:
-        """Whether the file fills the model, no tensor left over."""
-        unfilled = [name for name in self.missing if not name.endswith(".num_batches_tracked")]
-        return not (unfilled or self.unexpected or self.mismatched)
-
-    def __str__(self) -> str:
-        total = len(self.matched) + len(self.missing) + len(self.mismatched) + len(self.anew)
-        parts = [f"{len(self.matched)} of the model's {total} tensors matched"]
-        found = f"found under {self.wrapper!r}" if self.wrapper else ""
-        if self.others:
-            found += f" and not {' or '.join(map(repr, self.others[:4]))}, which checkpoint_key=... takes"
-        parts += [found] if found else []
-        parts += [f"there as {one_line(self.prefix)}*"] if self.prefix else []
-        lists = {
-            "missing in the file": self.missing,
-            "not in the model": self.unexpected,
-            "of another shape": self.mismatched,
-            "unused and left out": self.unused,
-            "of the training and left out": self.beside,
-            "of the head made anew, for another number of classes": self.anew,
-            "computed from a mask, or from direction and length": self.computed,
-        }
-        parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
-        return "; ".join([*parts, *filter(None, (self.normalised, self.named))])
-
-
-class CheckpointMismatch(ValueError):
-    """A file's weights are not this model's. `report` has every name; the message the first few."""
-
-    def __init__(self, message: str, report: LoadReport) -> None:
-        super().__init__(message)
-        self.report = report
+from gkl.models.normalise import (
+    Normalise,
+    Statistics,
+    described,
+    normalises_by,
+    same,
+    statistics_within,
+    twice_before,
+)
+from gkl.models.reparametrised import folded
+from gkl.models.timm_network import TimmNetwork
 
 
 def load_checkpoint(
@@ -90,6 +44,7 @@ def load_checkpoint(
 
     key: of the state dict in the file, see gkl.models.checkpoint_files.state_dict. A normalisation that the file holds becomes the
     model's where that has none. any_classes: of a file with another number of classes, all but the head. The model changes only if the file fills all of it.
+    A normalisation that the network's own tensors hold and the file does not stays.
     Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code, no state dict, or several networks;
     CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation, and for such as a
     network cannot compute with: NaN, quantised, without numbers.
@@ -101,18 +56,27 @@ def load_checkpoint(
     tensors, wrapper, others = state_dict(content, path, key)
     # In files it has timm's names, or OpenCLIP's.
     network: Any = model.model if isinstance(model, TimmNetwork | Clip) else model
-    own = network.state_dict()
     computed: tuple[str, ...] = ()
-    if not folded(own)[1]:  # else the network computes its own so
+    if not folded(network.state_dict())[1]:  # else the network computes its own so
         tensors, computed = folded(tensors)
+    network = _held(network, tensors, path)
+    own = network.state_dict()
     given = _by_own_name(tensors, own, path)
     prefix, *copies = _prefixes(given, own, path, wrapper)
+    by, its = statistics_among(own)
+    if kept := by and [name for name in its if prefix + name not in given]:
+        own = {name: tensor for name, tensor in own.items() if name not in kept}
     state = {name: given[prefix + name] for name in own if prefix + name in given}
     taken = {place + name for place in (prefix, *copies) for name in state}
     left = {key: tensor for key, tensor in given.items() if key not in taken}
-    report, statistics = _report(state, own, left, prefix)
+    report, statistics = report_of(state, own, left, prefix)
     report = replace(report, wrapper=wrapper, others=others, computed=computed)
-    classes = _classes_of(report, state, own, getattr(model, "num_classes", None))
+    if kept:
+        report = replace(
+            report,
+            normalised=f"normalised by the network's own {described(by)}, of which the file holds nothing",
+        )
+    classes = classes_of(report, state, own, getattr(model, "num_classes", None))
     if any_classes and classes is not None:
         anew = tuple(name for name in state if state[name].shape != own[name].shape)
         report = replace(report, anew=anew, mismatched=())
@@ -121,7 +85,7 @@ def load_checkpoint(
         what = (
             f"which has {model.num_classes} classes and the file {classes}"
             if classes is not None
-            else _diagnosis(report, own)
+            else diagnosis(report, own)
         )
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
     if wrong := unusable(state, own):
@@ -141,6 +105,28 @@ def load_checkpoint(
         )
     network.load_state_dict(state, strict=False)
     return report
+
+
+def _held(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """What of the network the file holds: it, or the one module within it that holds all its weights, if more of those names are there.
+
+    A normalisation around that module stays as the network made it.
+    """
+
+    def share(module: nn.Module) -> float:
+        own = module.state_dict()
+        met = _met(_by_own_name(tensors, own, path), own)
+        return max(met.values()) / max(len(own), 1)
+
+    levels = [network]
+    while True:
+        own = levels[-1].state_dict()
+        weighted = {name.partition(".")[0] for name in own if name not in statistics_among(own)[1]}
+        inner = getattr(levels[-1], weighted.pop(), None) if len(weighted) == 1 else None
+        if not isinstance(inner, nn.Module):
+            break
+        levels.append(inner)
+    return max(levels, key=share)  # the first of equals
 
 
 def _by_own_name(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -172,13 +158,7 @@ def _prefixes(
 
     Where it is not all there, what most of its names begin with. Raises ValueError for several networks.
     """
-    met: Counter[str] = Counter({"": 0})
-    for key, tensor in given.items():
-        parts = key.split(".")
-        for n in range(len(parts)):
-            name = ".".join(parts[n:])
-            if name in own:
-                met[key.removesuffix(name)] += 2 if tensor.shape == own[name].shape else 1
+    met = _met(given, own)
     needed = [name for name in own if not name.endswith(".num_batches_tracked")]
     whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
     if len(whole) > 1 and ("" in whole or not _alike([[given[p + n] for n in needed] for p in whole])):
@@ -190,110 +170,35 @@ def _prefixes(
     return whole or [max(met, key=lambda prefix: (met[prefix], -len(prefix)))]
 
 
+def _met(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Counter[str]:
+    """How many of the network's names are there by what they begin with in the file; those of its shapes count twice."""
+    met: Counter[str] = Counter({"": 0})
+    for key, tensor in given.items():
+        parts = key.split(".")
+        for n in range(len(parts)):
+            name = ".".join(parts[n:])
+            if name in own:
+                met[key.removesuffix(name)] += 2 if tensor.shape == own[name].shape else 1
+    return met
+
+
 def _alike(copies: Sequence[Sequence[Tensor]]) -> bool:
     """Whether they are one network, which modules of the file share (an attack and what it attacks)."""
     return all(torch.equal(a, b) for other in copies[1:] for a, b in zip(copies[0], other, strict=True))
 
 
-def _report(
-    state: Mapping[str, Tensor], own: Mapping[str, Tensor], left: Mapping[str, Tensor], prefix: str
-) -> tuple[LoadReport, Statistics | None]:
-    """How the network `state`, in the file named `prefix`*, and what is left there meet the model; and the file's normalisation."""
-    statistics, told = _statistics(left)
-    parts = {name.partition(".")[0] for name in own}
-    unused = [key for key in left if UNUSED.search(key.removeprefix(prefix))]
-    priors = _priors(left)
-    beside = [
-        k
-        for k, t in left.items()
-        if k in priors or (k not in told and _beside(k.removeprefix(prefix), t, parts))
-    ]
-    wrong = [name for name, tensor in state.items() if tensor.shape != own[name].shape]
-    return LoadReport(
-        matched=tuple(name for name in state if name not in wrong),
-        missing=tuple(name for name in own if name not in state),
-        unexpected=tuple(key for key in left if key not in (*unused, *beside, *told)),
-        mismatched=tuple(
-            f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the model"
-            for name in wrong
-        ),
-        unused=tuple(key.removeprefix(prefix) for key in unused),
-        prefix=prefix,
-        beside=tuple(beside),
-        normalised=f"normalised by the file's {described(statistics)}" if statistics else None,
-    ), statistics
-
-
-def _statistics(left: Mapping[str, Tensor]) -> tuple[Statistics | None, tuple[str, ...]]:
-    """Mean and standard deviation of the three channels among a file's tensors, None for none or several; and their names."""
-    found: dict[str, Statistics] = {}
-    for key, tensor in left.items():
-        stem, _, name = key.rpartition(".")
-        spread = left.get(f"{stem}.{MEANS.get(name)}".lstrip("."))
-        if spread is not None and tensor.numel() == spread.numel() in (1, 3) and tensor.is_floating_point():
-            mean, std = (t.flatten().tolist() * (3 // t.numel()) for t in (tensor, spread))
-            pair = {"mean": mean, "std": std}
-            found |= {key: pair, f"{stem}.{MEANS[name]}".lstrip("."): pair}
-    several = [pair for pair in found.values() if not same(pair, next(iter(found.values())))]
-    return (None, ()) if several or not found else (next(iter(found.values())), tuple(found))
-
-
-def _priors(left: Mapping[str, Tensor]) -> set[str]:
-    """The names of what a gkl.losses.prior.ClassPrior keeps, wherever in a training's module it lies."""
-    stems = {key.removesuffix("probs") for key in left if key.rpartition(".")[2] == "probs"}
-    found = [[f"{stem}{name}" for name in ("probs", "sums", "counts")] for stem in stems]
-    return {
-        key
-        for keys in found
-        if {*keys} <= {*left} and left[keys[0]].shape == left[keys[1]].shape == left[keys[2]].shape * 2
-        for key in keys
-    }
-
-
-def _beside(name: str, tensor: Tensor, parts: set[str]) -> bool:
-    """Whether a tensor of no layer: a counter or score, or what a loss or metric keeps. parts: the model's own layers."""
-    if name.partition(".")[0] in parts or name.endswith("num_batches_tracked"):
-        return False
-    return not tensor.is_floating_point() or bool(BESIDE.search(name))
-
-
 def _normalise_by(statistics: Statistics, model: nn.Module, path: Path, report: LoadReport) -> None:
     """Have the model normalise as its file does. Raises CheckpointMismatch where it is to normalise otherwise, or cannot."""
     layer = getattr(model, "normalise", None)
-    if type(layer) is nn.Identity:
+    within = statistics_within(model.model) if isinstance(model, TimmNetwork) else ()
+    if type(layer) is nn.Identity and not within:
         device = next(model.parameters()).device
         model.normalise = Normalise(statistics).to(device)
-    elif not normalises_by(model, statistics):
-        has = "as " + described(layer.statistics()) if isinstance(layer, Normalise) else "nothing"
+    elif not normalises_by(model, statistics) and not any(same(has, statistics) for has in within):
+        by = within[0] if within else layer.statistics() if isinstance(layer, Normalise) else None
+        has = f"as {described(by)}" if by else "nothing"
         raise CheckpointMismatch(
             f"{path} normalises its pictures by {described(statistics)}, and the {type(model).__name__} here {has}; "
             "leave model.normalisation out, or give the file's",
             report,
         )
-
-
-def _classes_of(
-    report: LoadReport, state: Mapping[str, Tensor], own: Mapping[str, Tensor], num_classes: int | None
-) -> int | None:
-    """The file's number of classes where that is all that it differs in, else None."""
-    if not report.mismatched or report.missing or report.unexpected:
-        return None
-    wrong = [(t.shape, own[n].shape) for n, t in state.items() if t.shape != own[n].shape]
-    alike = all(a[1:] == b[1:] and b[:1] == (num_classes,) and a[:1] == wrong[0][0][:1] for a, b in wrong)
-    return wrong[0][0][0] if alike and report.matched else None
-
-
-def _diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
-    """What sets the file apart."""
-    if len(report.matched) == len(own):
-        top = sorted({name.partition(".")[0] for name in report.unexpected})
-        key = ".".join(part for part in (report.wrapper, report.prefix[:-1]) if part)
-        alone = (
-            f"; if that is no part of what it computes, checkpoint_key={one_line(key)}"
-            if report.prefix
-            else ""
-        )
-        return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
-    if not (report.missing or report.unexpected) and (sized := of_another_size(report.mismatched)):
-        return sized
-    return "being of another architecture, depth or width, or incomplete (choose its model=..., or a file that builds it, model=net.py:Net)"

@@ -105,6 +105,25 @@ def normalises_by(model: nn.Module, statistics: Statistics) -> bool:
     return isinstance(layer, Normalise) and same(layer.statistics(), statistics)
 
 
+def statistics_within(module: nn.Module) -> tuple[Statistics, ...]:
+    """Mean and standard deviation of each layer in a network that holds such as attributes, buffers or lists; not (0, 1)."""
+
+    def numbers(value: object) -> list[float] | None:
+        if isinstance(value, Tensor):
+            value = value.detach().flatten().tolist()
+            value = value * 3 if len(value) == 1 else value
+        three = isinstance(value, list | tuple) and len(value) == 3
+        return [float(v) for v in value] if three and all(isinstance(v, int | float) for v in value) else None  # type: ignore[attr-defined]
+
+    pairs = [
+        (numbers(getattr(layer, mean, None)), numbers(getattr(layer, std, None)))
+        for layer in module.modules()
+        for mean, std in MEANS.items()
+    ]
+    found = [{"mean": mean, "std": std} for mean, std in pairs if mean and std]
+    return tuple(one for one in found if not same(one, {"mean": [0.0] * 3, "std": [1.0] * 3}))
+
+
 def same(one: Statistics, other: Statistics) -> bool:
     """Whether two normalise alike, up to the digits that people write."""
     return all(

@@ -19,7 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from gkl.models.batch_norm import eval_mode
 from gkl.models.beginning import begun
 from gkl.models.classifier import TappedClassifier, dtype_of
-from gkl.models.normalise import Normalisation, normaliser
+from gkl.models.normalise import Normalisation, described, normaliser, statistics_within
 from gkl.models.timm_network import TimmNetwork, keyed_drop_path
 from gkl.own import maker
 
@@ -30,7 +30,12 @@ class OwnNetwork(TimmNetwork):
     """A person's module behind its normalisation; feature methods find no stages in it."""
 
     def __init__(self, model: nn.Module, num_classes: int, normalisation: Normalisation = None) -> None:
-        """model: (B, 3, H, W) in [0, 1] -> logits (B, num_classes)."""
+        """model: (B, 3, H, W) in [0, 1] -> logits (B, num_classes). Raises ValueError for one that normalises, and would twice."""
+        if normalisation not in (None, "none") and (has := statistics_within(model)):
+            raise ValueError(
+                f"{type(model).__name__} normalises its pictures by {described(has[0])} itself, and model.normalisation would once more; "
+                "leave one of them out"
+            )
         TappedClassifier.__init__(self, num_classes, int(getattr(model, "num_features", 0)))
         self.model: Any = keyed_drop_path(model)
         self.normalise = normaliser(normalisation)

@@ -25,6 +25,7 @@ from gkl.losses import ClassPrior
 from gkl.models import CheckpointMismatch, checkpoint_files, create, load_checkpoint
 from gkl.models.checkpoint_files import archive_damage, read
 from gkl.models.normalise import Normalise
+from gkl.models.own import OwnNetwork
 from gkl.models.wide_resnet import SwishWideResNet, WideResNet
 
 WRAPPED = {
@@ -802,3 +803,61 @@ def test_weights_that_are_computed_become_what_they_are(
     del state[next(name for name in state if name.endswith(("_mask", "_v", "original1")))]
     with pytest.raises(CheckpointMismatch):
         load_checkpoint(model, save(state, tmp_path))
+
+
+class Around(nn.Module):
+    """A network under a name of a person's own, behind what normalises."""
+
+    def __init__(self, network: nn.Module, buffers: bool, mean: torch.Tensor = MEAN) -> None:
+        super().__init__()
+        self.n = network
+        self.mean, self.std = mean.tolist(), STD.tolist()
+        if buffers:
+            del self.mean, self.std
+            self.register_buffer("mean", mean.view(3, 1, 1))
+            self.register_buffer("std", STD.view(3, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, std = (torch.as_tensor(v).view(3, 1, 1) for v in (self.mean, self.std))
+        logits: torch.Tensor = self.n((x - mean) / std)
+        return logits
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "n.", "model.n."])
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_network_that_keeps_its_backbone_under_another_name_takes_the_backbone_s_file(
+    prefix: str, buffers: bool, tmp_path: Path
+) -> None:
+    source, model = trained(WideResNet(10, 1)), OwnNetwork(Around(WideResNet(10, 1), buffers), 10)
+    report = load_checkpoint(model, save(under(prefix, source.state_dict()), tmp_path))
+    assert report.fits and len(report.matched) == len(source.state_dict())
+    assert_equal(model.model.n, source)
+    assert torch.equal(model.model.mean.flatten() if buffers else torch.tensor(model.model.mean), MEAN)
+    assert type(model.normalise) is nn.Identity
+
+
+def test_what_the_network_normalises_by_stays_where_the_file_has_none(tmp_path: Path) -> None:
+    model = OwnNetwork(nn.Sequential(Around(WideResNet(10, 1), True), nn.Linear(10, 10)), 10)
+    state = {n: t for n, t in model.model.state_dict().items() if n not in ("0.mean", "0.std")}
+    report = load_checkpoint(model, save(state, tmp_path))
+    assert report.fits and "by the network's own mean (0.4" in str(report)
+    del state["0.n.conv1.weight"]
+    with pytest.raises(CheckpointMismatch, match=r"1 missing in the file \(0.n.conv1.weight\)"):
+        load_checkpoint(model, save(state, tmp_path))
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_a_file_s_normalisation_is_not_added_to_the_network_s_own(buffers: bool, tmp_path: Path) -> None:
+    path = save(sequential(WideResNet(10, 1).state_dict()), tmp_path)
+    model = OwnNetwork(Around(WideResNet(10, 1), buffers), 10)
+    assert load_checkpoint(model, path).fits
+    assert type(model.normalise) is nn.Identity
+    other = OwnNetwork(Around(WideResNet(10, 1), buffers, MEAN / 2), 10)
+    with pytest.raises(
+        CheckpointMismatch, match=r"normalises its pictures by .*and the OwnNetwork here as mean"
+    ):
+        load_checkpoint(other, path)
+    with pytest.raises(
+        ValueError, match="Around normalises its pictures by .* itself.*leave one of them out"
+    ):
+        OwnNetwork(Around(WideResNet(10, 1), buffers), 10, "cifar10")
