@@ -27,7 +27,8 @@ from gkl.models import (  # noqa: F401  (importing registers their networks with
     wide_resnet,
 )
 from gkl.models.beginning import begun
-from gkl.models.checkpoints import CheckpointMismatch, LoadReport, load_checkpoint
+from gkl.models.checkpoints import load_checkpoint
+from gkl.models.load_report import CheckpointMismatch, LoadReport
 from gkl.models.normalise import Normalisation
 from gkl.models.timm_network import TimmNetwork
 

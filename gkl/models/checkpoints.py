@@ -64,14 +64,15 @@ def load_checkpoint(
     given = _by_own_name(tensors, own, path)
     prefix, *copies = _prefixes(given, own, path, wrapper)
     by, its = statistics_among(own)
-    if kept := by and [name for name in its if prefix + name not in given]:
+    kept = [name for name in its if prefix + name not in given]
+    if by and kept:
         own = {name: tensor for name, tensor in own.items() if name not in kept}
     state = {name: given[prefix + name] for name in own if prefix + name in given}
     taken = {place + name for place in (prefix, *copies) for name in state}
     left = {key: tensor for key, tensor in given.items() if key not in taken}
     report, statistics = report_of(state, own, left, prefix)
     report = replace(report, wrapper=wrapper, others=others, computed=computed)
-    if kept:
+    if by and kept:
         report = replace(
             report,
             normalised=f"normalised by the network's own {described(by)}, of which the file holds nothing",
