@@ -34,9 +34,17 @@ def rank() -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """Which items of a batch are this process's: contiguous batch-norm groups, as DataParallel scatters them over its cards."""
+    """Which items of a batch are this process's: contiguous batch-norm groups, as DataParallel scatters them over its cards.
+
+    Where processes are a multiple of the groups, each has a part of one. Neither being a multiple of the other is not meant.
+    """
 
     groups: int  # parts of the batch that batch norm sees apart
+
+    @property
+    def among(self) -> int:
+        """How many processes share each group; 0 where each has whole ones."""
+        return world_size() // self.groups if world_size() > self.groups else 0
 
     def group_size(self, items: int) -> int:
         """Items of a batch-norm group, where a batch has `items`."""
@@ -44,13 +52,21 @@ class Shard:
 
     def reaches_all(self, items: int) -> bool:
         """Whether every process has some of so many items."""
-        return math.ceil(items / self.group_size(items)) > (world_size() - 1) * (self.groups // world_size())
+        size = self.group_size(items)
+        groups = math.ceil(items / size)
+        if among := self.among:
+            return groups == self.groups and items - (groups - 1) * size >= among
+        return groups > (world_size() - 1) * (self.groups // world_size())
 
     def mine(self, items: int) -> Tensor:
         """Numbers of this process's items."""
+        groups = torch.arange(items).split(self.group_size(items))
+        if among := self.among:
+            group, part = divmod(rank(), among)
+            return groups[group].tensor_split(among)[part] if group < len(groups) else torch.arange(0)
         held = self.groups // world_size()
-        groups = torch.arange(items).split(self.group_size(items))[rank() * held : (rank() + 1) * held]
-        return torch.cat(groups) if groups else torch.arange(0)
+        own = groups[rank() * held : (rank() + 1) * held]
+        return torch.cat(own) if own else torch.arange(0)
 
 
 def all_reduce(tensor: Tensor) -> Tensor:

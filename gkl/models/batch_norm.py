@@ -21,7 +21,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gkl.models.sync_batch_norm import SyncBatchNorm2d
+from gkl.distributed import world_size
+from gkl.models.sync_batch_norm import SyncBatchNorm2d, normalised_across
 
 HAS_TRITON = find_spec("triton") is not None
 Activation = Callable[[Tensor], Tensor]
@@ -35,6 +36,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     """
 
     groups: int = 1
+    across: bool = False  # whether each group is shared by several processes
     group_size: int = 0  # images in a chunk where it is not this batch's own share: see set_group_size
 
     def forward(self, x: Tensor, activation: Activation | None = None) -> Tensor:
@@ -43,6 +45,9 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         One pass over the map where `_fused` says so. Raises ValueError for a chunk of one value a channel, as torch.
         """
         by_batch = self.training or self.running_mean is None
+        if self.across and by_batch and world_size() > 1:
+            y = normalised_across(self, x, self.groups)
+            return y if activation is None else activation(y)
         if _fused(self, x):
             return self._in_one_pass(x, by_batch, activation)
         y = self._chunk_by_chunk(x) if self.groups > 1 and by_batch else super().forward(x)
@@ -124,6 +129,13 @@ def activated(norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
     return activation(norm(x))
 
 
+class GhostBatchNorm1d(GhostBatchNorm2d):
+    """As GhostBatchNorm2d of (B, C) or (B, C, L)."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.BatchNorm1d._check_input_dim(self, input)  # type: ignore[arg-type]
+
+
 class SplitBatchNorm2d(GhostBatchNorm2d):
     """Batch norm with a second set of weights and statistics, used inside `auxiliary_batch_norm`.
 
@@ -154,13 +166,19 @@ class SplitBatchNormAct2d(SplitBatchNorm2d, GhostBatchNormAct2d):
     """As SplitBatchNorm2d of timm's."""
 
 
+class SplitBatchNorm1d(SplitBatchNorm2d, GhostBatchNorm1d):
+    """As SplitBatchNorm2d of (B, C) or (B, C, L)."""
+
+
 # A batch norm's class -> the one that groups it, and the one that splits it.
 GROUPED: dict[type[nn.Module], type[GhostBatchNorm2d]] = {
     nn.BatchNorm2d: GhostBatchNorm2d,
+    nn.BatchNorm1d: GhostBatchNorm1d,
     BatchNormAct2d: GhostBatchNormAct2d,
 }
 SPLIT: dict[type[nn.Module], type[SplitBatchNorm2d]] = {
     GhostBatchNorm2d: SplitBatchNorm2d,
+    GhostBatchNorm1d: SplitBatchNorm1d,
     GhostBatchNormAct2d: SplitBatchNormAct2d,
 }
 
@@ -171,7 +189,9 @@ def split_batch_norm(model: nn.Module) -> nn.Module:
     Raises ValueError for a class of batch norm that cannot have it.
     """
     if unknown := _ungrouped(model):
-        raise ValueError(f"a second set of statistics needs a plain BatchNorm2d or timm's, got {unknown}")
+        raise ValueError(
+            f"a second set of statistics needs a plain BatchNorm1d or 2d or timm's, got {unknown}"
+        )
     ghost_batch_norm(model, 1)
     for module in [m for m in model.modules() if type(m) in SPLIT]:
         module.add_module("auxiliary", copy.deepcopy(module))
@@ -185,7 +205,7 @@ def _ungrouped(model: nn.Module) -> str | None:
     others = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and type(module) not in known
+        if isinstance(module, _BatchNorm) and type(module) not in known
     ]
     return f"{type(others[0][1]).__name__} at {others[0][0]}" if others else None
 
@@ -203,23 +223,24 @@ def auxiliary_batch_norm(model: nn.Module, divert: bool = True) -> Iterator[None
             module.divert = False
 
 
-def ghost_batch_norm(model: nn.Module, groups: int) -> nn.Module:
-    """Make every BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
+def ghost_batch_norm(model: nn.Module, groups: int, across: bool = False) -> nn.Module:
+    """Make every BatchNorm1d and BatchNorm2d normalise its training batch in `groups` chunks; in place, returns the model.
 
-    Parameters, buffers and their names stay, and so does eval mode. groups = 1 is plain batch norm.
-    Raises ValueError for groups < 1, and for groups > 1 of a class of batch norm whose own forward would be lost.
+    Parameters, buffers and their names stay, and so does eval mode. groups = 1 is plain batch norm. across: each chunk is shared by
+    several processes, a multiple of `groups` in all, as gkl.distributed.Shard shares it; they exchange sums at each forward.
+    Raises ValueError for groups < 1, and for groups > 1 or across of a class of batch norm whose own forward would be lost.
     """
     if groups < 1:
         raise ValueError(f"batch norm needs groups >= 1, got {groups}; 1 normalises the whole batch together")
-    if groups > 1 and (unknown := _ungrouped(model)):
+    if (groups > 1 or across) and (unknown := _ungrouped(model)):
         raise ValueError(
-            f"only a plain BatchNorm2d or timm's can be grouped, got {unknown}; set bn_groups=1, which leaves it as it is"
+            f"only a plain BatchNorm1d or 2d or timm's can be grouped, got {unknown}; set bn_groups=1 on one device, which leaves it as it is"
         )
     for module in model.modules():
         if type(module) in GROUPED:
             module.__class__ = GROUPED[type(module)]  # not a copy: parameters, buffers and hooks stay
         if isinstance(module, GhostBatchNorm2d):
-            module.groups = groups
+            module.groups, module.across = groups, across
     return model
 
 

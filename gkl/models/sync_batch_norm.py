@@ -1,12 +1,14 @@
-"""Batch norm over the pictures of all processes: the whole batch, however many share it.
+"""Batch norm over the pictures of several processes: the whole batch, or a part of it, however many share it.
 
 model = synchronised(create("pspnet_18", num_classes=150))
+y = normalised_across(norm, x, groups=1)       # what that does, for any batch norm
 """
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gkl.distributed import all_sum, world_size
+from gkl.distributed import all_sum, rank, world_size
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -19,23 +21,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> the same shape."""
         if world_size() == 1 or not (self.training or self.running_mean is None):
             return super().forward(x)
-        y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        count = y.new_full((1,), y.numel() / y.shape[1])
-        sums = all_sum(torch.cat([y.sum((0, 2, 3)), count]))
-        mean, items = sums[:-1] / sums[-1], sums[-1].detach()
-        centred = y - mean[:, None, None]
-        variance = all_sum(centred.square().sum((0, 2, 3))) / items
-        if self.training and self.track_running_stats:
-            self._follow(mean.detach(), variance.detach() * items / (items - 1))
-        scale = torch.rsqrt(variance + self.eps) * self.weight
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-    def _follow(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        return normalised_across(self, x, groups=1)
 
 
 def synchronised(model: nn.Module) -> nn.Module:
@@ -44,3 +30,36 @@ def synchronised(model: nn.Module) -> nn.Module:
         if type(module) is nn.BatchNorm2d:
             module.__class__ = SyncBatchNorm2d
     return model
+
+
+@torch.compiler.disable
+def normalised_across(norm: _BatchNorm, x: Tensor, groups: int) -> Tensor:
+    """x (B, C, ...) normalised by its group's statistics, of which each of `groups` is shared by as many processes as the others.
+
+    Running statistics follow the first group, on every process. All processes must call it together.
+    """
+    y = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    rest, shape = (0, *range(2, y.dim())), (-1, *[1] * (y.dim() - 2))
+    group = rank() * groups // world_size()
+    mine = (torch.arange(groups, device=y.device) == group).to(y.dtype)[:, None]  # (groups, 1)
+    count = y.new_full((1,), y.numel() / y.shape[1])
+    sums = all_sum(mine * torch.cat([y.sum(rest), count]))
+    means, counts = sums[:, :-1] / sums[:, -1:], sums[:, -1:].detach()
+    centred = y - means[group].view(shape)
+    variances = all_sum(mine * centred.square().sum(rest)) / counts
+    if norm.training and norm.track_running_stats:
+        _follow(norm, means[0].detach(), (variances * counts / (counts - 1))[0].detach())
+    scale = torch.rsqrt(variances[group] + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    out = centred * scale.view(shape)
+    return (out if norm.bias is None else out + norm.bias.view(shape)).to(x.dtype)
+
+
+def _follow(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    """One step of the running statistics; without a momentum they are the average of all batches."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+        weight = 1.0 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        running.add_((new.to(running.dtype) - running) * weight)

@@ -123,7 +123,7 @@ CPU = ["device=cpu", "logger=off"]
         (f"train {GKL} scale=smoke epochs=0", "epochs must be at least 1, got 0"),
         (f"train {GKL} scale=smoke seed=0,1", "names several values; one run takes one value each"),
         (f"train {GKL} scale=smoke devices=3", r"batch_size=128 cannot be shared by 3 processes; choose devices= a divisor"),
-        (f"train {GKL} scale=smoke devices=8", r"bn_groups=4 must be a multiple of devices=8"),
+        (f"train {GKL} scale=smoke batch_size=96 devices=6", r"bn_groups=4 must be a multiple or a divisor of devices=6"),
         (f"train {GKL} scale=smoke evaluate=best", r"unknown evaluate 'best';.* there are: last, swa, ema"),
         (f"train {GKL} scale=smoke model._target_=os.system", r"a configuration builds only what a file of configs/ names"),
         (f"train {GKL} scale=smoke model._target_=gkl.models.creat", r"'gkl\.models\.creat'; a configuration builds only what a file of configs/ names"),

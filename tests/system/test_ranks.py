@@ -79,9 +79,9 @@ def twice(task: Training) -> list[dict[str, Any]]:
     return [within, ended(task)]
 
 
-def worker(folder: str) -> None:
+def worker(folder: str, groups: str) -> None:
     for number, experiment in enumerate(EXPERIMENTS):
-        task = make_task(experiment, Path(folder))
+        task = make_task(experiment, Path(folder), groups)
         states = twice(task)
         if rank() == 0:
             torch.save(states, f"{folder}/{number}.pt")
@@ -107,10 +107,11 @@ def assert_equal(one: Any, other: Any, where: str, **tolerance: float) -> None:
 
 
 @pytest.mark.long  # every method on two processes
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    on_processes(worker, tmp_path, str(tmp_path))
+@pytest.mark.parametrize("groups", ["bn_groups=2", "bn_groups=1"])  # one each, and one that both share
+def test_two_processes_equal_one(groups: str, tmp_path: Path) -> None:
+    on_processes(worker, tmp_path, str(tmp_path), groups)
     for number, experiment in enumerate(EXPERIMENTS):
-        task = make_task(experiment, tmp_path)
+        task = make_task(experiment, tmp_path, groups)
         shared = torch.load(tmp_path / f"{number}.pt", weights_only=True)
         assert_equal(twice(task), shared, experiment, rtol=1e-8, atol=1e-10)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gkl.distributed import Shard
 from gkl.models.batch_norm import ghost_batch_norm
 
 Precision = Literal["float32", "tf32", "bf16", "fp16", "float64"]
@@ -32,7 +33,7 @@ class Compute:
 
     def to_device(self, model: nn.Module) -> nn.Module:
         """A network on the device, its batch norm in groups."""
-        ghost_batch_norm(model, self.bn_groups)
+        ghost_batch_norm(model, self.bn_groups, across=bool(Shard(self.bn_groups).among))
         if self.dtype == torch.float64:  # else as it is: float32, but for sums that are kept in float64
             model = model.to(self.dtype)
         return model.to(self.device).to(memory_format=self.memory_format)

@@ -43,6 +43,9 @@ class Method(ABC):
     views_together: ClassVar[bool] = False  # whether a process gets all views of its samples
     reads_every_label: ClassVar[bool] = True  # of its training pictures
     classifies: ClassVar[bool] = True  # whether its network gives pictures classes, which assessments measure
+    groups_reach_over_devices: ClassVar[bool] = (
+        False  # whether several may share a batch-norm group: no loss of it is of a group's pictures
+    )
     keeps_best: ClassVar[bool] = (
         False  # whether its weights have `best` without being told which epoch that is
     )

@@ -45,6 +45,8 @@ class RobustMethod(Method):
     as the weights called best.
     """
 
+    groups_reach_over_devices = True
+
     attack: PGD
     awp_gamma: float
     awp_start_epoch: int

@@ -190,10 +190,18 @@ def _check_batch(config: Mapping[str, Any], world_size: int) -> None:
         raise ConfigError(
             f"batch_size={batch_size} cannot be shared by {world_size} processes; choose devices= a divisor of it"
         )
-    if groups % world_size or batch_size % groups:
+    method: Any = locate(config["method"]["_target_"])
+    shared = method.groups_reach_over_devices and world_size % groups == 0
+    if (groups % world_size and not shared) or batch_size % groups:
+        either = "a multiple or a divisor" if method.groups_reach_over_devices else "a multiple"
         raise ConfigError(
-            f"bn_groups={groups} must be a multiple of devices={world_size} and divide batch_size={batch_size}: "
-            f"each process normalises whole groups; set bn_groups={world_size} to give each device its own batch norm"
+            f"bn_groups={groups} must be {either} of devices={world_size} and divide batch_size={batch_size}; "
+            f"set bn_groups={world_size} to give each device its own batch norm"
+        )
+    if world_size > groups and config["accumulate"] > 1:
+        raise ConfigError(
+            f"accumulate={config['accumulate']} needs whole batch-norm groups on each device, and bn_groups={groups} are shared by "
+            f"devices={world_size}; leave accumulate out, or set bn_groups={world_size * config['accumulate']}, which is another recipe"
         )
     if groups // world_size % config["accumulate"]:
         raise ConfigError(

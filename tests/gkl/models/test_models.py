@@ -511,9 +511,11 @@ def test_a_batch_norm_of_another_class_cannot_have_a_second_set() -> None:
         pass
 
     assert type(ghost_batch_norm(nn.Sequential(Fused(3)), 1)[0]) is Fused  # as it is
-    with pytest.raises(ValueError, match="needs a plain BatchNorm2d or timm's, got Fused at 0"):
+    with pytest.raises(ValueError, match="needs a plain BatchNorm1d or 2d or timm's, got Fused at 0"):
         split_batch_norm(nn.Sequential(Fused(3)))
-    with pytest.raises(ValueError, match="got Fused at 0; set bn_groups=1, which leaves it as it is"):
+    with pytest.raises(
+        ValueError, match="got Fused at 0; set bn_groups=1 on one device, which leaves it as it is"
+    ):
         ghost_batch_norm(nn.Sequential(Fused(3)), 2)
 
 

@@ -300,7 +300,18 @@ def test_a_departure_is_named() -> None:
         (["experiment=at/c100_basic_gkl", "workers=-1"], r"workers must be in \[0, 512\], got -1"),
         (["experiment=at/c100_basic_gkl", "workers=some"], "workers must be .*, got 'some'"),
         (["experiment=at/c100_basic_gkl", "devices=3"], "batch_size=128 cannot be shared by 3 processes"),
-        (["experiment=at/c100_basic_gkl", "devices=8"], "bn_groups=4 must be a multiple of devices=8"),
+        (
+            ["experiment=at/c100_basic_gkl", "devices=6", "batch_size=12"],
+            "bn_groups=4 must be a multiple or a divisor of devices=6 and divide",
+        ),
+        (
+            ["experiment=kd/c100_vanilla/resnet_20", "devices=2"],
+            "bn_groups=1 must be a multiple of devices=2 and divide",
+        ),
+        (
+            ["experiment=at/c100_basic_gkl", "devices=8", "accumulate=2"],
+            "accumulate=2 needs whole .* bn_groups=4 are shared by devices=8; .* or set bn_groups=16, which is another recipe",
+        ),
         (["experiment=at/c100_basic_gkl", "+loss.delta=1"], "takes no loss.delta"),
         (
             ["experiment=at/c100_basic_gkl", "loss._target_=os.system"],
