@@ -56,15 +56,15 @@ def digits_files(
     if not path.is_dir():
         _write_digits(path)
     store = open_store(path)
-    train, test = train_and_test(store)
-    names = sorted(train)
+    found = train_and_test(store)
+    names = sorted(found.train)
     kept = [train_per_class] * len(names)
     shots = None
     if largest is not None:
         kept, shots = long_tail(len(names), largest, smallest or 1), (100, 20)
     parts = (
-        first_of_classes(store, names, train, kept),
-        first_of_classes(store, names, test, [None] * len(names)),
+        first_of_classes(store, names, found.train, kept),
+        first_of_classes(store, names, found.test, [None] * len(names)),
     )
     name = "digits" if shots is None else "digits_lt"
     return ImageFiles(name, tuple(names), *parts, image_size, resize or image_size, decoder, shots)

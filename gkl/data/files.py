@@ -67,6 +67,7 @@ class ImageFiles:
     decoder: Decoder
     shots: tuple[int, int] | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    noticed: str | None = None  # a line on what may be wrong with it
 
     in_memory: ClassVar[bool] = False
 

@@ -1,6 +1,7 @@
 """Any pictures laid out by class, in a folder, a zip archive or WebDataset shards: decoded into memory, or left in their files."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,11 +33,12 @@ def image_folder(
     """
     check_content(root, content)
     store = open_store(Path(root))
-    names, parts = _labelled(store)
+    names, parts, noticed = _labelled(store)
     train, test = (_by_class(names, part) for part in parts)
-    return in_memory(
+    data = in_memory(
         name or store.path.stem, names, train, test, store, image_size, train_per_class, test_per_class
     )
+    return replace(data, noticed=noticed)
 
 
 def image_files(
@@ -68,7 +70,7 @@ def image_files(
         )
     check_content(root, content)
     store = open_store(Path(root))
-    names, parts = _labelled(store)
+    names, parts, noticed = _labelled(store)
     tail = None if largest is None else long_tail(len(names), largest, smallest or 1)
     kept = (tail or [train_per_class] * len(names), [test_per_class] * len(names))
     train, test = (split(store, _first(part, limits)) for part, limits in zip(parts, kept, strict=True))
@@ -80,11 +82,13 @@ def image_files(
                     f"{store.path}: class {one_line(c)} needs {needed} training pictures, got {there}; ask for fewer (data.largest)"
                 )
     shots = None if tail is None else (many, few)
-    return ImageFiles(name or store.path.stem, names, train, test, image_size, resize, decoder, shots)
+    return ImageFiles(
+        name or store.path.stem, names, train, test, image_size, resize, decoder, shots, noticed=noticed
+    )
 
 
-def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]]]:
-    """Class names, and the training and test files with their labels."""
+def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]], str | None]:
+    """Class names, the training and test files with their labels, and a line on what is left out."""
     if isinstance(store, Shards):
         shards = {word: _shards_of(store, word) for word in ("train", "val")}
         if both := sorted(shards["train"] & shards["val"]):
@@ -104,10 +108,11 @@ def _labelled(store: Store) -> tuple[tuple[str, ...], list[list[tuple[str, int]]
                 f"{store.path}: {len(bare):,} of {classes:,} classes have no training picture, the first is {bare[0]}; number classes "
                 "from 0 on, without gaps"
             )
-        return tuple(map(str, range(classes))), parts
-    train, test = train_and_test(store)
-    names = tuple(sorted(test))
-    return names, [[(f, k) for k, c in enumerate(names) for f in part[c]] for part in (train, test)]
+        return tuple(map(str, range(classes))), parts, None
+    found = train_and_test(store)
+    names = tuple(sorted(found.test))
+    parts = [[(f, k) for k, c in enumerate(names) for f in part[c]] for part in (found.train, found.test)]
+    return names, parts, found.noticed
 
 
 def _by_class(names: Sequence[str], files: Sequence[tuple[str, int]]) -> ByClass:

@@ -1,7 +1,7 @@
 """Pictures laid out by class: train/<class>/<picture> and test/<class>/<picture> (or val/). What would be left out is refused.
 
-train, test = train_and_test(open_store(Path("pictures")))
-train["cat"]            # ["train/cat/1.jpg", ...]
+parts = train_and_test(open_store(Path("pictures")))
+parts.train["cat"]      # ["train/cat/1.jpg", ...]
 """
 
 import unicodedata
@@ -82,27 +82,50 @@ def _sorting(split: str) -> str:
     return f"{line} (ImageNet's validation pictures: run valprep.sh of github.com/soumith/imagenetloader.torch in {split}/)"
 
 
-def train_and_test(store: Store) -> tuple[ByClass, ByClass]:
-    """The files of train/<class>/ and test/<class>/ (or val/) by class; where there is no train/, for an evaluation, none to train with.
+@dataclass(frozen=True)
+class Parts:
+    """Files by class to train and to test with, and a line on what lies beside them and is left out."""
 
-    Raises ValueError where they are not so laid out.
+    train: ByClass
+    test: ByClass
+    noticed: str | None = None
+
+
+def train_and_test(store: Store) -> Parts:
+    """The files of train/<class>/ and test/<class>/ by class; where there is no train/, for an evaluation, none to train with.
+
+    val/ is tested with where there is no test/<class>/, or one of other classes than train/, as pictures without labels are. Raises
+    ValueError where they are not so laid out.
     """
     splits = classes_of(store, SPLITS)
-    test_split = "test" if splits["test"] else "val"
-    train, test = splits["train"], splits[test_split]
-    if not test:
+    train, there = splits["train"], [split for split in ("test", "val") if splits[split]]
+    if not there:
         found = "none to test with" if train else f"{len(store.names)} pictures elsewhere"
         raise ValueError(
             f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {found}"
         )
-    if not train:
-        return {name: [] for name in test}, test
-    if set(train) != set(test):
+    tested = next((split for split in there if set(splits[split]) == set(train)), there[0])
+    test, other = splits[tested], "val" if tested == "test" else "test"
+    if train and set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
-        hint = ""
+        hint = f"sort {tested}/ into train's classes, or take out what is no class"
         if len({unicodedata.normalize("NFC", name) for name in odd}) < len(odd):
-            hint = "; two look alike and are written otherwise in Unicode (NFC, and NFD as on a Mac): give one the other's name"
+            hint = "two look alike and are written otherwise in Unicode (NFC, and NFD as on a Mac): give one the other's name"
+        sides = [
+            f"only {split}/ has {one_line(', '.join(alone[:4]))}{f' and {len(alone) - 4} more' if len(alone) > 4 else ''}"
+            for split, alone in (
+                ("train", sorted(set(train) - set(test))),
+                (tested, sorted(set(test) - set(train))),
+            )
+            if alone
+        ]
         raise ValueError(
-            f"{store.path}: train and {test_split} must have the same classes; only one of them has {one_line(', '.join(odd[:5]))}{hint}"
+            f"{store.path}: train and {tested} must have the same classes; {'; '.join(sides)}; {hint}"
         )
-    return train, test
+    left = len(by_split((name for name in store.names if f"{other}/" in name), [other])[other].all())
+    noticed = (
+        f"{store.path} is tested with {tested}/; the {left:,} pictures of {other}/ are left out"
+        if left
+        else None
+    )
+    return Parts(train or {name: [] for name in test}, test, noticed)

@@ -9,7 +9,7 @@ Pictures in folders or in a zip archive of folders are decoded once.
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -42,6 +42,7 @@ class ImageData:
     test_images: Tensor
     test_labels: Tensor
     class_names: tuple[str, ...]
+    noticed: str | None = field(default=None, kw_only=True)  # a line on what may be wrong with it
 
     def __post_init__(self) -> None:
         for part, images, labels in (

@@ -209,7 +209,10 @@ def test_image_folder_errors(tmp_path: Path) -> None:
         image_folder(str(tmp_path), image_size=8)
     write_pictures(tmp_path / "pictures")
     (tmp_path / "pictures/test/dog").rename(tmp_path / "pictures/test/wolf")
-    with pytest.raises(ValueError, match="same classes; only one of them has dog, wolf"):
+    with pytest.raises(
+        ValueError,
+        match="same classes; only train/ has dog; only test/ has wolf; sort test/ into train's classes",
+    ):
         image_folder(str(tmp_path / "pictures"), image_size=8)
     (tmp_path / "pictures/test/wolf").rename(tmp_path / "pictures/test/dog")
     (tmp_path / "pictures/train/cat/1.png").write_bytes(b"\x89PNG cut short")

@@ -212,7 +212,32 @@ def test_a_flat_val_of_imagenet_gets_the_line_that_says_how_to_sort_it(root: Pat
 
 def test_imagenet_s_own_test_pictures_stay_aside(root: Path) -> None:
     put(root / "test/ILSVRC2012_test_00000000.JPEG", picture(0, "JPEG"))
-    assert len(image_files(str(root), 8, 8).test_labels) == 2
+    data = image_files(str(root), 8, 8)
+    assert len(data.test_labels) == 2
+    assert data.noticed == f"{root} is tested with val/; the 1 pictures of test/ are left out"
+
+
+@pytest.mark.parametrize("load", [lambda root: image_folder(root, 8), lambda root: image_files(root, 8, 8)])
+def test_of_test_and_val_one_is_taken_and_the_other_named(
+    load: Callable[[str], ImageData | ImageFiles], root: Path
+) -> None:
+    """As Tiny-ImageNet has it with a sorted val/, and a split of three parts."""
+    assert load(str(root)).noticed is None
+    for number in range(3):
+        put(root / f"test/images/{number}.png", picture(7))
+    data = load(str(root))
+    assert data.num_classes == 2 and list(shades(data)) == [[0, 1, 100, 101], [0, 100]]
+    assert data.noticed == f"{root} is tested with val/; the 3 pictures of test/ are left out"
+    shutil.rmtree(root / "test")
+    for number, name in enumerate(("cat", "dog")):
+        put(root / f"test/{name}/0.png", picture(50 + number))
+    data = load(str(root))
+    assert list(shades(data)) == [[0, 1, 100, 101], [50, 51]]
+    assert data.noticed == f"{root} is tested with test/; the 2 pictures of val/ are left out"
+    (root / "test/dog").rename(root / "test/wolf")
+    (root / "val/dog").rename(root / "val/fox")
+    with pytest.raises(ValueError, match="only train/ has dog; only test/ has wolf; sort test/ into train's"):
+        load(str(root))
 
 
 @pytest.mark.parametrize("form", ["folder", "zip", "shards"])
