@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from torch import nn
 
 from gkl.atomic import atomically
 from gkl.data.dense import DenseData
 from gkl.evaluation.chosen import chosen
 from gkl.models import load_checkpoint
 from gkl.models.checkpoint_files import some
-from gkl.models.normalise import Normalise, described
+from gkl.models.normalise import taken
 from gkl.models.own import check_answers
 from trainers.command import run_main
 from trainers.errors import ConfigError
@@ -59,6 +58,8 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(
                 f"{data.name} has a label for each pixel, which AutoAttack does not take; choose data of one label a picture: data=..."
             )
+        if noticed := getattr(data, "noticed", None):
+            console.warn(noticed)
         model = instantiate(config["model"], num_classes=data.num_classes)
         try:
             chosen(data, config["evaluation"]["images"])  # that they are there
@@ -71,7 +72,7 @@ def main(arguments: list[str]) -> int:
             report = load_checkpoint(model, path, None if key is None else str(key))
             console.say(str(report))
             if not report.normalised:
-                console.say(f"pictures go in {taken(getattr(model, 'normalise', None))}")
+                console.say(taken(model, "model"))
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.to(device).eval()
@@ -97,15 +98,6 @@ def main(arguments: list[str]) -> int:
                 found["published"] = {name: published[name] for name in ("clean", "aa")}
             print(json.dumps(found, indent=1))
     return 0
-
-
-def taken(layer: nn.Module | None) -> str:
-    """How a network takes pictures, in words: few files say how theirs was trained, and a wrong guess is a wrong number."""
-    if isinstance(layer, Normalise):
-        return f"normalised by {described(layer.statistics())}"
-    if type(layer) is nn.Identity:
-        return "as they are, in [0, 1]; where its training normalised them, set model.normalisation=cifar10 (or imagenet, ...)"
-    return "as they are, in [0, 1]"
 
 
 def with_published(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from gkl.models.checkpoints import load_checkpoint
-from gkl.models.normalise import Normalise
+from gkl.models.normalise import Normalise, taken
 
 
 def begun(
@@ -39,5 +39,6 @@ def begun(
             f"{path} normalises its pictures, and a training that begins from it must say so, as its weights will not: "
             f"model.normalisation={{{shown}}}"
         )
-    model.__dict__["begun"] = f"begins from {path.name}: {report}"
+    how = "" if report.normalised else f"; {taken(model, 'model')}"
+    model.__dict__["begun"] = f"begins from {path.name}: {report}{how}"
     return model

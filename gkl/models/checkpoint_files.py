@@ -256,8 +256,9 @@ def _under(
     if _is_state_dict(node):
         start = "".join(f"{part}." for part in rest)
         bare = {WRAPPING.sub("", name): tensor for name, tensor in node.items()} if rest else node
-        if state := {name.removeprefix(start): t for name, t in bare.items() if name.startswith(start)}:
-            return state, key, tuple(name for name in found if name != key)
+        for names, begin in ((bare, start), (node, start), (bare, WRAPPING.sub("", start))):
+            if state := {name.removeprefix(begin): t for name, t in names.items() if name.startswith(begin)}:
+                return state, key, tuple(name for name in found if name != key)
     known = f"it holds {some(tuple(found))}" if found else "its tensors lie under no key"
     raise ValueError(f"{path} holds no state dict under checkpoint_key={key}; {known}")
 

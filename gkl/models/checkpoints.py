@@ -21,6 +21,8 @@ from gkl.models.load_report import (
     LoadReport,
     classes_of,
     diagnosis,
+    head_of,
+    headless,
     report_of,
     statistics_among,
 )
@@ -43,7 +45,8 @@ def load_checkpoint(
     """Fill a model from a checkpoint saved by torch or as .safetensors, whatever modules wrapped the network.
 
     key: of the state dict in the file, see gkl.models.checkpoint_files.state_dict. A normalisation that the file holds becomes the
-    model's where that has none. any_classes: of a file with another number of classes, all but the head. The model changes only if the file fills all of it.
+    model's where that has none. any_classes: of a file with another number of classes, with a
+    self-supervised head or none, all but the head. The model changes only if the file fills all of it.
     A normalisation that the network's own tensors hold and the file does not stays.
     Raises FileNotFoundError for no file; ValueError for a damaged one, one that holds code, no state dict, or several networks;
     CheckpointMismatch (a ValueError) for weights of another architecture, number of classes or normalisation, and for such as a
@@ -62,7 +65,8 @@ def load_checkpoint(
     network = _held(network, tensors, path)
     own = network.state_dict()
     given = _by_own_name(tensors, own, path)
-    prefix, *copies = _prefixes(given, own, path, wrapper)
+    head = head_of(network, getattr(model, "num_classes", None))
+    prefix, *copies = _prefixes(given, own, path, wrapper, head)
     by, its = statistics_among(own)
     kept = [name for name in its if prefix + name not in given]
     if by and kept:
@@ -78,6 +82,11 @@ def load_checkpoint(
             normalised=f"normalised by the network's own {described(by)}, of which the file holds nothing",
         )
     classes = classes_of(report, state, own, getattr(model, "num_classes", None))
+    bare = headless(report, head, own, left)
+    if any_classes and bare:
+        report = replace(
+            report, anew=report.missing, missing=(), unused=report.unused + report.unexpected, unexpected=()
+        )
     if any_classes and classes is not None:
         anew = tuple(name for name in state if state[name].shape != own[name].shape)
         report = replace(report, anew=anew, mismatched=())
@@ -86,7 +95,7 @@ def load_checkpoint(
         what = (
             f"which has {model.num_classes} classes and the file {classes}"
             if classes is not None
-            else diagnosis(report, own)
+            else diagnosis(report, own, head if bare else None)
         )
         raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
     if wrong := unusable(state, own):
@@ -153,15 +162,19 @@ def _by_own_name(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path:
 
 
 def _prefixes(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, wrapper: str | None
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path, wrapper: str | None, head: str | None
 ) -> list[str]:
     """What the network's names begin with in the file, the same network's again after it where modules share it.
 
-    Where it is not all there, what most of its names begin with. Raises ValueError for several networks.
+    With a head or without. Where it is not all there, what most of its names begin with. Raises ValueError for several networks.
     """
     met = _met(given, own)
     needed = [name for name in own if not name.endswith(".num_batches_tracked")]
-    whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
+    for _ in range(2):
+        whole = [p for p in met if all(p + n in given and given[p + n].shape == own[n].shape for n in needed)]
+        if whole or head is None:
+            break
+        needed = [name for name in needed if not name.startswith(f"{head}.")]
     if len(whole) > 1 and ("" in whole or not _alike([[given[p + n] for n in needed] for p in whole])):
         asked = " or ".join(f"checkpoint_key={f'{wrapper}.' if wrapper else ''}{p[:-1]}" for p in whole if p)
         bare = "; the one without it has to be saved by itself" if "" in whole else ""

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gkl.lines import one_line
 from gkl.models.checkpoint_files import some
@@ -22,6 +22,10 @@ UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
 BESIDE = re.compile(
     r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"
 )
+
+
+# Heads that a self-supervised training has in the classifier's place (SimCLR, MoCo, BYOL, SwAV, DINO), and what it keeps beside.
+PRETEXT = re.compile(r"^(proj|pred|head|fc|linear|classifier|mlp|contrastive|prototypes|queue)")
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class LoadReport:
             "of another shape": self.mismatched,
             "unused and left out": self.unused,
             "of the training and left out": self.beside,
-            "of the head made anew, for another number of classes": self.anew,
+            "of the head made anew, as the file's is another": self.anew,
             "computed from a mask, or from direction and length": self.computed,
         }
         parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
@@ -150,8 +154,35 @@ def classes_of(
     return wrong[0][0][0] if alike and report.matched else None
 
 
-def diagnosis(report: LoadReport, own: Mapping[str, Tensor]) -> str:
-    """What sets the file apart."""
+def head_of(network: nn.Module, num_classes: int | None) -> str | None:
+    """The name of a network's last layer, None where it has none of so many classes."""
+    layers = [n for n, m in network.named_modules() if n and getattr(m, "out_features", 0) == num_classes]
+    return layers[-1] if layers else None
+
+
+def headless(
+    report: LoadReport, head: str | None, own: Mapping[str, Tensor], left: Mapping[str, Tensor]
+) -> bool:
+    """Whether a file has all of a network but its last layer, and beside it at most a head that gives no classes.
+
+    own: the network's tensors. left: the file's others.
+    """
+    missing = [name for name in report.missing if not name.endswith(".num_batches_tracked")]
+    if head is None or not missing or report.mismatched or not report.matched:
+        return False
+    others = [name.removeprefix(report.prefix) for name in report.unexpected]
+    shapes = [own[name].shape for name in missing]
+    if any(left[name].shape in shapes for name in report.unexpected):
+        return False  # the same head behind something: dropout, most likely
+    return all(name.startswith(f"{head}.") for name in missing) and all(
+        name.startswith(f"{head}.") or PRETEXT.match(name) for name in others
+    )
+
+
+def diagnosis(report: LoadReport, own: Mapping[str, Tensor], head: str | None) -> str:
+    """What sets the file apart. head: the last layer, where that is what it has not."""
+    if head:
+        return f"having another head, or none, in the place of {head}: train one on it (model.checkpoint=...), or name a file that builds it (model=net.py:Net)"
     if len(report.matched) == len(own):
         top = sorted({name.partition(".")[0] for name in report.unexpected})
         key = ".".join(part for part in (report.wrapper, report.prefix[:-1]) if part)

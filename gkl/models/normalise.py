@@ -124,6 +124,23 @@ def statistics_within(module: nn.Module) -> tuple[Statistics, ...]:
     return tuple(one for one in found if not same(one, {"mean": [0.0] * 3, "std": [1.0] * 3}))
 
 
+def taken(model: nn.Module, key: str) -> str:
+    """How a network takes pictures, in words: few files say how theirs was trained, and a wrong guess is a wrong number.
+
+    key: of the configuration's section that makes it.
+    """
+    layer, within = getattr(model, "normalise", None), statistics_within(getattr(model, "model", model))
+    if isinstance(layer, Normalise) or within:
+        by = layer.statistics() if isinstance(layer, Normalise) else within[0]
+        return f"pictures go in normalised by {described(by)}"
+    raw = "pictures go in as they are, in [0, 1]"
+    if type(layer) is nn.Identity:
+        return (
+            f"{raw}; where its training normalised them, set {key}.normalisation=cifar10 (or imagenet, ...)"
+        )
+    return raw
+
+
 def same(one: Statistics, other: Statistics) -> bool:
     """Whether two normalise alike, up to the digits that people write."""
     return all(

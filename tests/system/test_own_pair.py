@@ -55,6 +55,10 @@ def test_a_student_learns_from_a_file_s_teacher_on_one_s_own_pictures(tmp_path: 
     )  # fmt: skip
     assert record["experiment"] == "kd/own/wrn_10_1" and record["teacher"]["file"] == "teacher.pt"
     assert "the teacher is teacher.pt: 86 of the model's 86 tensors matched; found under 'state_dict'" in said
+    assert (
+        "pictures go in as they are, in [0, 1]; where its training normalised them, set teacher.network.normalisation="
+        in said
+    )
     assert "loss/distillation" in next((tmp_path / "results" / "runs").rglob("seed0.jsonl")).read_text()
 
 
@@ -66,6 +70,10 @@ def test_adversarial_training_begins_from_a_checkpoint_of_other_classes(tmp_path
         "evaluation.images=4",
     )  # fmt: skip
     assert "begins from c100.pt: 44 of the model's 46 tensors matched; 2 of the head made anew" in said
+    assert (
+        "pictures go in as they are, in [0, 1]; where its training normalised them, set model.normalisation="
+        in said
+    )
     assert record["config"]["model"]["checkpoint_sha256"] and "model.checkpoint=PATH" in record["overrides"]
 
 

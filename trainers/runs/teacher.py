@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gkl.models import load_checkpoint, published
+from gkl.models.normalise import taken
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
 from trainers.runs.identity import differences
@@ -130,7 +131,9 @@ class Teacher:
             report = load_checkpoint(network, file, self.checkpoint_key)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        network.__dict__["begun"] = f"the teacher is {file.name}: {report}"
+        say = self.weights != "own" and hasattr(network, "normalise") and not report.normalised
+        how = f"; {taken(network, 'teacher.network')}" if say else ""
+        network.__dict__["begun"] = f"the teacher is {file.name}: {report}{how}"
         named = {
             "own": {"run": self.run},
             "published": {"published": self.published},

@@ -530,10 +530,7 @@ def test_a_training_may_begin_with_another_number_of_classes(tmp_path: Path) -> 
         wanted = fresh if name.startswith("fc.") else source
         assert torch.equal(tensor, wanted.state_dict()[name]), name
     assert "44 of the model's 46 tensors matched" in model.__dict__["begun"]
-    assert (
-        "2 of the head made anew, for another number of classes (fc.weight, fc.bias)"
-        in model.__dict__["begun"]
-    )
+    assert "2 of the head made anew, as the file's is another (fc.weight, fc.bias)" in model.__dict__["begun"]
     with pytest.raises(CheckpointMismatch, match="which has 7 classes and the file 100"):
         load_checkpoint(create("wrn_10_1", 7), path)
 
@@ -861,3 +858,52 @@ def test_a_file_s_normalisation_is_not_added_to_the_network_s_own(buffers: bool,
         ValueError, match="Around normalises its pictures by .* itself.*leave one of them out"
     ):
         OwnNetwork(Around(WideResNet(10, 1), buffers), 10, "cifar10")
+
+
+def moco(network: nn.Module) -> dict[str, Tensor]:
+    """MoCo v2's file: two encoders, each with a projection in the head's place, and a queue."""
+    state = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).state_dict()
+    encoder = {**state, **under("fc.", head)}
+    other = {name: tensor + 1 for name, tensor in encoder.items()}
+    return {
+        **under("module.encoder_q.", encoder),
+        **under("module.encoder_k.", other),
+        "module.queue": torch.rand(16, 8),
+        "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
+
+
+@pytest.mark.parametrize("key", ["state_dict.module.encoder_q", "state_dict.encoder_q"])
+def test_a_training_may_begin_from_a_self_supervised_one(key: str, tmp_path: Path) -> None:
+    source = trained(WideResNet(10, 1))
+    path = save({"state_dict": moco(source)}, tmp_path)
+    with pytest.raises(
+        ValueError, match="several networks.*say which: checkpoint_key=state_dict.encoder_q or"
+    ):
+        create("wrn_10_1", 7, checkpoint=str(path))
+    model = create("wrn_10_1", 7, checkpoint=str(path), checkpoint_key=key)
+    for name, tensor in model.state_dict().items():
+        if not name.startswith("fc."):
+            assert torch.equal(tensor, source.state_dict()[name]), name
+    said = model.__dict__["begun"]
+    assert "44 of the model's 46 tensors matched" in said and "4 unused and left out (fc.0.weight" in said
+    assert "2 of the head made anew, as the file's is another (fc.weight, fc.bias)" in said
+    assert "pictures go in as they are, in [0, 1]; where its training normalised them, set model.norm" in said
+    with pytest.raises(
+        CheckpointMismatch, match="having another head, or none, in the place of fc: train one"
+    ):
+        load_checkpoint(create("wrn_10_1", 7), path, key)
+
+
+@pytest.mark.parametrize("beside", [{}, {"projector.0.weight": torch.rand(3, 3)}])
+def test_a_training_may_begin_from_a_file_without_a_head(beside: dict[str, Tensor], tmp_path: Path) -> None:
+    state = {n: t for n, t in WideResNet(10, 1).state_dict().items() if not n.startswith("fc.")}
+    model = create("wrn_10_1", 7, checkpoint=str(save(under("backbone.", state) | beside, tmp_path)))
+    assert "44 of the model's 46 tensors matched" in model.__dict__["begun"]
+    deeper = state | {"block4.layer.0.conv1.weight": torch.rand(3, 3)}
+    with pytest.raises(CheckpointMismatch, match="another architecture"):
+        create("wrn_10_1", 7, checkpoint=str(save(deeper, tmp_path)))
+    del state["conv1.weight"]
+    with pytest.raises(CheckpointMismatch, match="another architecture"):
+        create("wrn_10_1", 7, checkpoint=str(save(state, tmp_path)))
