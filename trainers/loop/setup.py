@@ -24,8 +24,8 @@ class Setup:
     generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
     len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the first ones, or
     with held_out_by_class the first of each class.
-    bn_groups: batch norm sees the batch in so many parts (4 cards: 4). accumulate: each process takes its part of a batch in so
-    many micro-batches, whole batch-norm groups in each. workers: processes that read and decode, where pictures stay in their
+    bn_groups: batch norm sees the batch in so many parts (4 cards: 4), whole ones on each process or each shared by several.
+    accumulate: each process takes its part of a batch in so many micro-batches, whole batch-norm groups in each. workers: processes that read and decode, where pictures stay in their
     files. Neither of the two changes what is computed.
     precision: of the networks alone; losses and averages are float32 (float64 in tests). fp16 scales the loss.
     graph: record updates as CUDA graphs and replay them; auto: on a GPU. What is computed stays the same to the bit.
