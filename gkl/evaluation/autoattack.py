@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from gkl.attacks.pgd import Norm, check_radius
 from gkl.evaluation.inputs import check_classes, checked
-from gkl.evaluation.kept import Kept, digest, fingerprint
+from gkl.evaluation.kept import Kept, digest, fingerprint, looks
 from gkl.evaluation.projection import projection_linf
 from gkl.evaluation.recorded import Recorded, recordings
 from gkl.graphs import Replayed
@@ -53,6 +53,7 @@ FORWARDS = {"clean": 1, "apgd-ce": 204, "apgd-t": 1818, "fab-t": 2729, "square":
 LAYOUT = {"cpu": torch.channels_last}
 FEWEST_CLASSES = 4  # that the targeted DLR loss is defined for
 SAME = 0.01  # of the largest logit: how far two looks at an image may lie apart, in half precision and batches of two sizes
+LOOKED_AT = 8  # images whose answers tell networks apart that are one by all that can be said of them
 TOLERANCE = 1e-5  # of the independent check that adversarial images lie in the ball, in pixel units
 
 
@@ -105,15 +106,11 @@ def evaluate(
     _check_call(version, norm)
     labels = checked(model, images, labels)
     check_radius(norm, epsilon, images[0].numel() if len(images) else None)
-    kept = Kept(
-        folder,
-        {
-            "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
-            "network": fingerprint(model), "data": digest(images, labels), "device": device.type,
-            "pyautoattack": package_version("pyautoattack"), "torch": torch.__version__,
-        },
-    )  # fmt: skip
-    stages = _Stages(kept, version, rank, world_size, on_progress)
+    settings = {
+        "epsilon": round(epsilon, 12), "norm": norm, "version": version, "seed": seed, "batch_size": batch_size,
+        "network": fingerprint(model), "data": digest(images, labels), "device": device.type,
+        "pyautoattack": package_version("pyautoattack"), "torch": torch.__version__, "looked_at": LOOKED_AT,
+    }  # fmt: skip
     images, labels = images.to(device), labels.to(device)
     robust = torch.ones(len(labels), dtype=torch.bool)
     clean = robust
@@ -122,6 +119,8 @@ def evaluate(
         adapted = _Adapter(model, device, replayed)
         num_classes = _classes(adapted, _floats(images[:64]), labels)
         adversary = attacker(adapted, num_classes, epsilon=epsilon, norm=norm, seed=seed, device=device)
+        kept = Kept(folder, settings, _seen(adapted, _floats(images[:LOOKED_AT])))
+        stages = _Stages(kept, version, rank, world_size, on_progress)
         if replayed is not None:
             Recorded(adapted.network, replayed).take_over(adversary)
 
@@ -191,6 +190,14 @@ def _check_attackable(model: nn.Module, x: Tensor, logits: Tensor) -> None:
             "the network says something else of the same images at a second look, in a smaller batch: it draws at random in eval mode "
             "(F.dropout without training=self.training?) or normalises by the batch; AutoAttack's number would mean nothing"
         )
+
+
+def _seen(model: nn.Module, x: Tensor) -> Tensor:
+    """What a network answers, and what the attacks climb."""
+    with torch.enable_grad():
+        logits = model(x.requires_grad_())
+        (gradient,) = torch.autograd.grad(logits.square().sum(), x)
+    return looks(logits, gradient)
 
 
 def _check_call(version: str, norm: str) -> None:

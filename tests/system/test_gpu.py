@@ -149,7 +149,7 @@ def test_averages(average: Average) -> None:
 
 
 def test_the_teacher_s_logits_are_kept_to_the_bit(tmp_path: Path) -> None:
-    cache = LogitsCache(tmp_path, {}, pictures=8, views=2, classes=5, dtype=torch.float32)
+    cache = LogitsCache(tmp_path, {}, torch.zeros(1), pictures=8, views=2, classes=5, dtype=torch.float32)
     index, view, logits = torch.tensor([6, 1, 3]), torch.tensor([1, 0, 1]), randn(3, 5).to(GPU)
     cache.put(index, view, logits)
     kept, there = cache.get(index, view)

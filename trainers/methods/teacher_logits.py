@@ -4,8 +4,6 @@ logits = teacher_logits.of(x)                        # (b, C) computed
 logits = teacher_logits.kept(make_x, epoch, step, index)     # from the cache, what is missing computed and kept
 """
 
-import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gkl.evaluation.kept import looks, named
 from gkl.models.batch_norm import eval_mode
 from trainers.loop.training import Training
 
@@ -72,7 +71,9 @@ class TeacherLogits:
             ],
         }  # fmt: skip
         size = {"pictures": len(batches.labels), "views": augment.count, "classes": data.num_classes}
-        self.cache = LogitsCache(folder, key, **size, dtype=compute.dtype)
+        shades = torch.linspace(0.0, 1.0, 3 * self.size * data.image_size**2, device=training.device)
+        shades = shades.view(self.size, 3, data.image_size, data.image_size).to(compute.dtype)
+        self.cache = LogitsCache(folder, key, looks(self.of(shades)), **size, dtype=compute.dtype)
 
     def kept(self, x: Callable[[], Tensor], epoch: int, step: int, index: Tensor) -> Tensor | None:
         """Logits (b, C) on views of pictures as they are kept, None where none are; those missing are computed and kept.
@@ -107,14 +108,15 @@ class LogitsCache:
         self,
         folder: Path,
         key: Mapping[str, Any],
+        seen: Tensor,
         *,
         pictures: int,
         views: int,
         classes: int,
         dtype: torch.dtype,
     ) -> None:
-        """key: all that the logits of a view depend on. dtype: of the logits."""
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+        """key: all that the logits of a view depend on. seen: see gkl.evaluation.kept.named. dtype: of the logits."""
+        name = named(folder, key, seen)
         self.views = views
         self.row = np.dtype(
             [("logits", torch.empty(0, dtype=dtype).numpy().dtype, (classes,)), ("check", "<u4")]

@@ -1,5 +1,6 @@
 """Kept batches are those of the very network, data and settings."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkl.evaluation import evaluate
-from gkl.evaluation.kept import Kept, digest, fingerprint
+from gkl.evaluation.kept import Kept, _Told, digest, fingerprint, looks, named
 from gkl.models import create
 
 
@@ -79,7 +81,7 @@ def test_a_second_network_is_attacked_itself(tmp_path: Path) -> None:
 
 
 def test_damaged_and_other_batches_are_not_read(tmp_path: Path) -> None:
-    kept, points = Kept(tmp_path, {"seed": 0}), torch.arange(3)
+    kept, points = Kept(tmp_path, {"seed": 0}, torch.zeros(1)), torch.arange(3)
     outcome = {
         "robust": torch.tensor([True, False, True]).numpy(),
         "warnings": points.numpy()[:0].astype("U1"),
@@ -88,7 +90,7 @@ def test_damaged_and_other_batches_are_not_read(tmp_path: Path) -> None:
     part = kept.read("apgd-ce", 0, points)
     assert part is not None and part["robust"].tolist() == [True, False, True]
     assert kept.read("apgd-ce", 0, points + 1) is None and kept.read("apgd-t", 0, points) is None
-    assert Kept(tmp_path, {"seed": 1}).read("apgd-ce", 0, points) is None
+    assert Kept(tmp_path, {"seed": 1}, torch.zeros(1)).read("apgd-ce", 0, points) is None
     file = next(kept.folder.iterdir())
     file.write_bytes(file.read_bytes()[:40])
     assert kept.read("apgd-ce", 0, points) is None
@@ -175,3 +177,83 @@ def test_a_fingerprint_is_the_same_in_every_process_and_after_a_look() -> None:
         with torch.no_grad():
             made(torch.rand(2, 3, 32, 32))
         assert before == fingerprint(made) == found
+
+
+TABLE: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+def of_table(x: Tensor, name: str) -> Tensor:
+    return TABLE[name](x)
+
+
+def twice(x: Tensor) -> Tensor:
+    return of_table(x, "single") * 2.0
+
+
+def test_a_table_of_functions_may_hold_what_names_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As registries of activations do. What the table holds is of the network."""
+    monkeypatch.setitem(TABLE, "single", lambda x: x + 1.0)
+    monkeypatch.setitem(TABLE, "twice", twice)
+    made = network(lambda self, x: of_table(x, "twice"))
+    before = fingerprint(made)
+    assert before == fingerprint(made)
+    monkeypatch.setitem(TABLE, "single", lambda x: x + 2.0)
+    assert before != fingerprint(made)
+    endless: list[object] = [1]
+    endless.append(endless)
+    assert fingerprint(network(shifted, held=endless)) == fingerprint(network(shifted, held=endless))
+
+
+class Settings:
+    """Of which no fingerprint tells what they hold."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class Configured(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.settings, self.linear = Settings(factor), nn.Linear(48, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers: Tensor = self.linear((self.settings.factor * x.flatten(1)).sin())
+        return answers
+
+
+def test_networks_that_no_fingerprint_tells_apart_are_attacked_each(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (24, 3, 4, 4), dtype=torch.uint8)
+    one, other = same_weights(Configured(2.0), Configured(8.0))
+    assert fingerprint(one) == fingerprint(other)
+    with torch.no_grad():
+        labels = one(images / 255).argmax(-1)
+    place = {"folder": tmp_path, "device": torch.device("cpu"), "version": "screen", "epsilon": 0.02}
+    first, second = evaluate(one, images, labels, **place), evaluate(other, images, labels, **place)
+    alone = evaluate(other, images, labels, **{**place, "folder": tmp_path / "alone"})
+    assert second.clean_flags.equal(alone.clean_flags) and not second.clean_flags.equal(first.clean_flags)
+    assert second.robust_flags.equal(alone.robust_flags)
+    kept = {path.name for path in tmp_path.glob("*/*.npz")}
+    again = evaluate(one, images, labels, **place)
+    assert again.robust_flags.equal(first.robust_flags) and again.seconds == first.seconds
+    assert kept == {path.name for path in tmp_path.glob("*/*.npz")}
+
+
+def test_things_of_one_key_are_named_by_what_they_look_like(tmp_path: Path) -> None:
+    seen = looks(torch.tensor([1.0, -3.0]), torch.tensor([2e-9]))
+    first = named(tmp_path, {"seed": 0}, seen)
+    assert first == named(tmp_path, {"seed": 0}, seen + 5e-4) != named(tmp_path, {"seed": 1}, seen)
+    others = {named(tmp_path, {"seed": 0}, looks(torch.tensor([1.0, -3.1]), torch.tensor([2e-9]))),
+              named(tmp_path, {"seed": 0}, looks(torch.tensor([1.01, -3.03]), torch.tensor([2e-9]))),
+              named(tmp_path, {"seed": 0}, looks(torch.tensor([1.0, -3.0]), torch.tensor([3e-9])))}  # fmt: skip
+    assert len(others | {first}) == 4
+    (tmp_path / f"{first}.looks.npy").write_bytes(b"damaged")
+    assert named(tmp_path, {"seed": 0}, seen) not in {*others, first}
+
+
+def test_a_fingerprint_of_other_people_s_code_is_of_its_files() -> None:
+    """Which is bounded: what functions of a large package name is most of it."""
+    made = create("vit_tiny_patch16_224", 4, timm_options={"depth": 1, "img_size": 32})
+    assert fingerprint(made) == fingerprint(made)
+    code = _Told().code(timm.layers.Mlp.forward)
+    assert code == f"Mlp.forward of {hashlib.sha256(Path(timm.layers.mlp.__file__).read_bytes()).hexdigest()}"

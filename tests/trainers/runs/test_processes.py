@@ -168,7 +168,7 @@ def test_another_process_s_batch_is_waited_for_no_longer_than_told(
         pytest.raises(RunError, match="no process has finished apgd-ce, batch 3, .*apgd-ce_00003.npz"),
         told_as_lost(),
     ):
-        kept.Kept(tmp_path, {}).awaited("apgd-ce", 3, torch.arange(2))
+        kept.Kept(tmp_path, {}, torch.zeros(1)).awaited("apgd-ce", 3, torch.arange(2))
 
 
 @contextmanager
