@@ -178,12 +178,19 @@ def _classes(model: nn.Module, x: Tensor, labels: Tensor) -> int:
 
 def _check_attackable(model: nn.Module, x: Tensor, logits: Tensor) -> None:
     """That a second look at some of the images says the same, and has a gradient. Raises ValueError."""
-    few = x[: max(1, len(x) // 2)]
+    few, why = x[: max(1, len(x) // 2)].clone().requires_grad_(), "no_grad or detach in its forward?"
     with torch.enable_grad():
-        again = model(few.clone().requires_grad_())
-    if not again.requires_grad:
+        again = model(few)
+        try:
+            known = (
+                again.requires_grad
+                and torch.autograd.grad(again.sum(), few, allow_unused=True)[0] is not None
+            )
+        except RuntimeError as error:
+            known, why = False, str(error).partition(":")[0]
+    if not known:
         raise ValueError(
-            "the network's logits have no gradient to its images (no_grad or detach in its forward?), which AutoAttack climbs"
+            f"the network's logits have no gradient to its images ({why}), which AutoAttack climbs"
         )
     if float((again.detach() - logits[: len(few)]).abs().max()) > SAME * float(logits.abs().max()):
         raise ValueError(

@@ -215,7 +215,10 @@ class ClassPrior(nn.Module):
     def _load_from_state_dict(
         self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """What is loaded is all processes' together: process 0 goes on with its sums, the others from zero."""
+        """What is loaded is all processes' together: process 0 goes on with its sums, the others from zero, given them or not (as
+        where torch sends process 0's parameters and buffers to the others)."""
+        if rank() != 0 and prefix + "probs" in state:
+            state = state | {f"{prefix}{name}": torch.zeros_like(getattr(self, name)) for name in RUNNING}
         with self._running_as_buffers():
             super()._load_from_state_dict(state, prefix, metadata, *rest)
         if metadata.get(
@@ -223,9 +226,6 @@ class ClassPrior(nn.Module):
         ):  # then these are the state's own tensors, of whatever dtype
             self.sums, self.counts = (x.to(torch.float64, copy=True) for x in (self.sums, self.counts))
             self.probs = self.probs if self.probs.dtype == torch.float64 else self.probs.float()
-        if rank() != 0 and prefix + "sums" in state:
-            self.sums.zero_()
-            self.counts.zero_()
         self._smooth_anew()
 
     def __getstate__(self) -> dict[str, Any]:

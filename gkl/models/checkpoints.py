@@ -21,6 +21,7 @@ from gkl.models.load_report import (
     LoadReport,
     classes_of,
     diagnosis,
+    head_elsewhere,
     head_of,
     headless,
     report_of,
@@ -73,9 +74,12 @@ def load_checkpoint(
         own = {name: tensor for name, tensor in own.items() if name not in kept}
     state = {name: given[prefix + name] for name in own if prefix + name in given}
     taken = {place + name for place in (prefix, *copies) for name in state}
+    elsewhere = head_elsewhere(head, own, state, {key: t for key, t in given.items() if key not in taken})
+    state |= {name: given[place] for name, place in elsewhere.items()}
+    taken |= {*elsewhere.values()}
     left = {key: tensor for key, tensor in given.items() if key not in taken}
     report, statistics = report_of(state, own, left, prefix)
-    report = replace(report, wrapper=wrapper, others=others, computed=computed)
+    report = replace(report, wrapper=wrapper, others=others, computed=computed, head=(*elsewhere.values(),))
     if by and kept:
         report = replace(
             report,

@@ -42,6 +42,7 @@ class LoadReport:
     prefix: str = ""  # what the network's names begin with in the file
     beside: tuple[str, ...] = ()  # counters and metrics that a training keeps beside its network
     anew: tuple[str, ...] = ()  # the head's, kept as they were: the file has another number of classes
+    head: tuple[str, ...] = ()  # what the file calls the head, where that is not the model's name or place
     normalised: str | None = None  # what became of the normalisation that the file holds
     computed: tuple[str, ...] = ()  # weights that the file holds as what they come of: pruned, normalised
     named: str | None = None  # a normalisation that its settings name and the model has not
@@ -67,6 +68,7 @@ class LoadReport:
             "unused and left out": self.unused,
             "of the training and left out": self.beside,
             "of the head made anew, as the file's is another": self.anew,
+            "of the head under other names": self.head,
             "computed from a mask, or from direction and length": self.computed,
         }
         parts += [f"{len(names)} {what} ({some(names)})" for what, names in lists.items() if names]
@@ -160,6 +162,22 @@ def head_of(network: nn.Module, num_classes: int | None) -> str | None:
     return layers[-1] if layers else None
 
 
+def head_elsewhere(
+    head: str | None, own: Mapping[str, Tensor], state: Mapping[str, Tensor], left: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """Where the head lies that `state` has not: its names in the file, by the network's; empty where that is not known.
+
+    It is the only layer among the file's other tensors, `left`, and of the head's shapes: outside the backbone, or behind a dropout.
+    """
+    names = [name for name in own if head and name.startswith(f"{head}.")]
+    stems = {key.rpartition(".")[0] for key in left if key.rpartition(".")[2] == "weight"}
+    if not names or len(stems) != 1 or any(name in state for name in names):
+        return {}
+    found = {name: f"{next(iter(stems))}.{name.removeprefix(f'{head}.')}" for name in names}
+    fits = all(place in left and left[place].shape == own[name].shape for name, place in found.items())
+    return found if fits else {}
+
+
 def headless(
     report: LoadReport, head: str | None, own: Mapping[str, Tensor], left: Mapping[str, Tensor]
 ) -> bool:
@@ -168,12 +186,13 @@ def headless(
     own: the network's tensors. left: the file's others.
     """
     missing = [name for name in report.missing if not name.endswith(".num_batches_tracked")]
-    if head is None or not missing or report.mismatched or not report.matched:
+    whole = [name for name in own if head and name.startswith(f"{head}.")]
+    if not whole or not {*whole} <= {*missing} or report.mismatched or not report.matched:
         return False
     others = [name.removeprefix(report.prefix) for name in report.unexpected]
     shapes = [own[name].shape for name in missing]
     if any(left[name].shape in shapes for name in report.unexpected):
-        return False  # the same head behind something: dropout, most likely
+        return False  # a head of these classes behind further layers
     return all(name.startswith(f"{head}.") for name in missing) and all(
         name.startswith(f"{head}.") or PRETEXT.match(name) for name in others
     )

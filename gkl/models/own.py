@@ -8,13 +8,18 @@ What makes it is a class or function that takes num_classes and gives an nn.Modu
 """
 
 import copy
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
+from torch.utils import checkpoint
 
 from gkl.models.batch_norm import eval_mode
 from gkl.models.beginning import begun
@@ -78,9 +83,10 @@ def own(
     return begun(made, checkpoint, checkpoint_key, checkpoint_sha256)
 
 
-def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> None:
+def check_answers(model: nn.Module, image_size: int, attacked: bool = False, trained: bool = False) -> None:
     """That a network of other people's takes pictures of this size and answers with logits, in either mode, and in eval mode to each
-    picture by itself; ours do. attacked: and that its logits have a gradient to the pictures.
+    picture by itself; ours do. attacked: and that its logits have a gradient to the pictures. trained: and that a backward pass
+    does not compute batch norm a second time.
 
     Raises ValueError.
     """
@@ -99,7 +105,8 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> 
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             with eval_mode(tried):
                 answers = [tried(x), tried(x), tried(x[:1])]  # of one, squeeze() leaves no row
-            answers.append(tried.train()(x))
+            with torch.enable_grad(), _checkpoints() as reentrant:
+                answers.append(tried.train()(x).detach())
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         remedy = (
@@ -137,10 +144,38 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False) -> 
         raise ValueError(
             f"{what} returns probabilities; a network returns its logits: leave out the softmax at its end"
         )
+    if trained and (
+        True in reentrant or (reentrant and any(isinstance(m, _BatchNorm) for m in tried.modules()))
+    ):
+        why = "computes its activations anew in the backward pass (torch.utils.checkpoint)"
+        raise ValueError(
+            f"{what} {why} with use_reentrant=True, which loses gradients here; set use_reentrant=False"
+            if True in reentrant
+            else f"{what} {why}, where its batch norm would count a batch twice and be in another mode; leave the checkpoints out: "
+            "accumulate=... saves memory, too, and so do more devices"
+        )
     if attacked and not _has_gradient(tried, x):
         raise ValueError(
             f"{what} has no gradient to its pictures, which the attack climbs; leave out no_grad and detach in its forward"
         )
+
+
+@contextmanager
+def _checkpoints() -> Iterator[list[bool]]:
+    """Inside, whether each call of torch's activation checkpoints is a reentrant one."""
+    found: list[bool] = []
+
+    def heard(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_name == "checkpoint" and code.co_filename == checkpoint.__file__:
+            found.append(frame.f_locals.get("use_reentrant") is not False)  # left out, it is one
+
+    before = sys.getprofile()
+    sys.setprofile(heard)
+    try:
+        yield found
+    finally:
+        sys.setprofile(before)
 
 
 def _check_made(model: Any) -> None:

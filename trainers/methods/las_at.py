@@ -79,7 +79,7 @@ class LASAT(PGDTraining):
         )
         self.tables = [torch.tensor(t, device=self.device, dtype=self.dtype) for t in tables]
         backbone = self.strategy_model(num_classes=self.data.num_classes)
-        check_answers(backbone, self.data.image_size)
+        check_answers(backbone, self.data.image_size, trained=True)
         self.strategy = training.compute.to_device(StrategyNetwork(backbone, [len(t) for t in tables]))
         self.optimizer = self.strategy_optimizer(self.strategy)
         self.strategy_lr = self.optimizer.param_groups[0]["lr"]

@@ -36,7 +36,7 @@ class LBGAT(RobustMethod):
         if len(views) != 1:
             raise ValueError(f"LBGAT trains on one view, got augment.views={list(views)}")
         guide = self.natural_model(num_classes=self.data.num_classes)
-        check_answers(guide, self.data.image_size)
+        check_answers(guide, self.data.image_size, trained=True)
         self.guide = training.compute.to_device(guide)
         self.views = TwoViews(self, self.loss, self.attack_loss, self.prior)
 

@@ -263,5 +263,5 @@ def build(config: Mapping[str, Any], *, device: torch.device, **given: Any) -> T
     parts |= {name: given.pop(name) for name in list(given) if name in parameters}
     if "model" not in given:
         given["model"] = instantiate(config["model"], num_classes=given["data"].num_classes)
-    check_answers(given["model"], given["data"].image_size, attacked="attack" in config)
+    check_answers(given["model"], given["data"].image_size, attacked="attack" in config, trained=True)
     return Training(Setup(**{**setup, **given}), instantiate(config["method"], **parts))

@@ -180,8 +180,11 @@ def changed(state: dict[str, Tensor], **new: Tensor | None) -> dict[str, Tensor]
         ),
         (lambda s: changed(s, bn1__running_var=None), "1 missing in the file .bn1.running_var"),
         (lambda s: changed(s, mean=torch.zeros(3)), "1 not in the model .mean"),
-        (  # a head of Sequential(Dropout, Linear)
-            lambda s: {key.replace("fc.", "fc.1."): value for key, value in s.items()},
+        (  # a head of Sequential(Dropout, Linear, Norm)
+            lambda s: (
+                {key.replace("fc.", "fc.1."): value for key, value in s.items()}
+                | {"fc.2.weight": torch.ones(10)}
+            ),
             r"or a file that builds it, model=net\.py:Net.*not in the model .fc\.1\.weight",
         ),
         (
@@ -904,6 +907,28 @@ def test_a_training_may_begin_from_a_file_without_a_head(beside: dict[str, Tenso
     deeper = state | {"block4.layer.0.conv1.weight": torch.rand(3, 3)}
     with pytest.raises(CheckpointMismatch, match="another architecture"):
         create("wrn_10_1", 7, checkpoint=str(save(deeper, tmp_path)))
+    with pytest.raises(CheckpointMismatch, match="1 missing in the file .fc.bias"):
+        create("wrn_10_1", 7, checkpoint=str(save(state | {"fc.weight": torch.rand(7, 64)}, tmp_path)))
     del state["conv1.weight"]
     with pytest.raises(CheckpointMismatch, match="another architecture"):
         create("wrn_10_1", 7, checkpoint=str(save(state, tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "place", ["head.fc.", "linear.", "backbone.fc.1.", "classifier."]
+)  # mmpretrain's, a linear evaluation's, behind a dropout
+def test_a_head_outside_the_backbone_or_behind_a_dropout_is_the_head(place: str, tmp_path: Path) -> None:
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    state = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
+    moved = {f"{place}{name}": state.pop(f"backbone.fc.{name}") for name in ("weight", "bias")}
+    report = load_checkpoint(model, save(state | moved, tmp_path))
+    assert report.fits and f"2 of the head under other names ({place}weight, {place}bias)" in str(report)
+    assert_equal(model, source)
+    two = state | moved | {f"aux.{name.rpartition('.')[2]}": tensor for name, tensor in moved.items()}
+    for other in (two, state | moved | {"neck.weight": torch.rand(64, 64)}):  # which, and of what
+        with pytest.raises(CheckpointMismatch, match="another architecture"):
+            load_checkpoint(WideResNet(10, 1), save(other, tmp_path))
+    with pytest.raises(
+        CheckpointMismatch, match="which has 7 classes and the file 10|another architecture|another head"
+    ):
+        load_checkpoint(WideResNet(10, 1, num_classes=7), save(state | moved, tmp_path))

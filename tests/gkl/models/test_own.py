@@ -15,6 +15,7 @@ from gkl.own import installed, keep, named
 NET = """
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 class Net(nn.Module):
     def __init__(self, num_classes, width=4):
@@ -100,6 +101,22 @@ class Blind(Net):
             x = self.conv(self.frozen(x)).relu().mean((2, 3))
         return self.fc(x)
 
+class Saving(Net):
+    """Computes its features anew in the backward pass."""
+    reentrant = False
+
+    def forward(self, x):
+        features = lambda x: self.conv(self.frozen(x)).relu().mean((2, 3))
+        return self.fc(checkpoint(features, x, use_reentrant=self.reentrant))
+
+class Reentrant(Saving):
+    reentrant = True
+
+class SavingNorm(Saving):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.conv = nn.Sequential(self.conv, nn.BatchNorm2d(4))
+
 def wide(num_classes, **options):
     return Net(num_classes, width=8)
 
@@ -172,6 +189,17 @@ def test_an_attack_needs_a_gradient_to_the_pictures(net: Path) -> None:
     check_answers(made(net, "Net"), 8, attacked=True)
     with pytest.raises(ValueError, match="Blind has no gradient to its pictures, which the attack climbs"):
         check_answers(made(net, "Blind"), 8, attacked=True)
+
+
+def test_activation_checkpoints_are_for_networks_that_may_be_computed_twice(net: Path) -> None:
+    before = sys.getprofile()
+    check_answers(made(net, "Saving"), 8, attacked=True, trained=True)
+    check_answers(made(net, "SavingNorm"), 8, attacked=True)  # an evaluation
+    with pytest.raises(ValueError, match="SavingNorm computes .* anew in the backward .*batch norm would.*accumul"):
+        check_answers(made(net, "SavingNorm"), 8, trained=True)
+    with pytest.raises(ValueError, match="Reentrant .*use_reentrant=True, which loses grad.*; set use_reentrant=F"):
+        check_answers(made(net, "Reentrant"), 8, trained=True)
+    assert sys.getprofile() is before
 
 
 @pytest.mark.parametrize(
