@@ -213,4 +213,4 @@ def diagnosis(report: LoadReport, own: Mapping[str, Tensor], head: str | None) -
         return f"which is all there, with more around it that the model has not ({some(tuple(top))}){alone}"
     if not (report.missing or report.unexpected) and (sized := of_another_size(report.mismatched)):
         return sized
-    return "being of another architecture, depth or width, or incomplete (choose its model=..., or a file that builds it, model=net.py:Net)"
+    return "being of another architecture, depth or width, or incomplete (choose its model=..., or a file that builds it, model=net.py:Net, and save that module's own names: torch.save(net.state_dict(), ...))"

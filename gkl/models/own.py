@@ -151,8 +151,8 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
         raise ValueError(
             f"{what} {why} with use_reentrant=True, which loses gradients here; set use_reentrant=False"
             if True in reentrant
-            else f"{what} {why}, where its batch norm would count a batch twice and be in another mode; leave the checkpoints out: "
-            "accumulate=... saves memory, too, and so do more devices"
+            else f"{what} {why}, where its batch norm would count a batch twice and be in another mode; leave the checkpoints out; "
+            "more devices save memory, too"
         )
     if attacked and not _has_gradient(tried, x):
         raise ValueError(

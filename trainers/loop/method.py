@@ -43,6 +43,7 @@ class Method(ABC):
     views_together: ClassVar[bool] = False  # whether a process gets all views of its samples
     reads_every_label: ClassVar[bool] = True  # of its training pictures
     classifies: ClassVar[bool] = True  # whether its network gives pictures classes, which assessments measure
+    takes_turns: ClassVar[bool] = False  # whether a process can take its part of a batch in micro-batches
     groups_reach_over_devices: ClassVar[bool] = (
         False  # whether several may share a batch-norm group: no loss of it is of a group's pictures
     )
@@ -55,9 +56,14 @@ class Method(ABC):
     def bind(self, training: "Training") -> None:
         """Told once whose method it is, before the optimizer is made: make further networks here.
 
-        Raises ValueError for data that it would read more labels of than there are.
+        Raises ValueError for data that it would read more labels of than there are, and for micro-batches that it does not take.
         """
         self.training = training
+        if training.setup.accumulate > 1 and not self.takes_turns:
+            raise ValueError(
+                f"accumulate={training.setup.accumulate} has no effect on {type(self).__name__}, which takes a process's part of a batch at "
+                "once; set accumulate=1, and use more devices where memory is short"
+            )
         if self.reads_every_label and isinstance(data := training.data, FewLabels):
             raise ValueError(
                 f"{type(self).__name__} would train on the labels of all {len(data.train_labels):,} pictures of {data.name}, and not on "

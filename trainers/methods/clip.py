@@ -49,6 +49,7 @@ class Clip(Method):
     weight: float = 1.0
     initial: Source | None = None
     classifies: ClassVar[bool] = False
+    takes_turns: ClassVar[bool] = True
 
     def bind(self, training: Training) -> None:
         """Load the teacher. Raises ValueError where networks and data do not fit."""

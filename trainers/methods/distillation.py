@@ -46,6 +46,7 @@ class Distillation(Method):
     label_loss: LabelLoss | None = None
     mixing: Mixing | None = None
     keeps_best: ClassVar[bool] = True
+    takes_turns: ClassVar[bool] = True
 
     def bind(self, training: Training) -> None:
         """Load the teacher and make the distiller, whose own layers are trained with the student."""

@@ -29,6 +29,7 @@ class LanguageModelling(Method):
     """Every weight is trained."""
 
     classifies: ClassVar[bool] = False
+    takes_turns: ClassVar[bool] = True
 
     def bind(self, training: Training) -> None:
         """Raises ValueError where network and data do not fit."""

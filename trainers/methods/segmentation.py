@@ -59,10 +59,6 @@ class Segmentation(Method):
     def bind(self, training: Training) -> None:
         """Begin with the pretrained stages."""
         super().bind(training)
-        if training.setup.accumulate > 1:
-            raise ValueError(
-                f"accumulate={training.setup.accumulate} cannot split a batch whose batch norm sees all of it; set accumulate=1 and use more devices"
-            )
         self.data: Any = training.data
         network: Any = self.model
         self.started: dict[str, Any] = {}

@@ -43,12 +43,8 @@ class SemiSupervised(Method):
     reads_every_label: ClassVar[bool] = False
 
     def bind(self, training: Training) -> None:
-        """Begin with the pretrained weights. Raises ValueError for other data, and for micro-batches."""
+        """Begin with the pretrained weights. Raises ValueError for other data."""
         super().bind(training)
-        if training.setup.accumulate > 1:
-            raise ValueError(
-                f"accumulate={training.setup.accumulate} is not for semi-supervised batches, which are small; set accumulate=1"
-            )
         if not isinstance(training.batches, FewBatches):
             raise ValueError(
                 f"{type(self).__name__} needs few labels and their weak and strong views: data=..._few augment=weak_strong"

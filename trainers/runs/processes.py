@@ -85,7 +85,9 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         yield
     except RuntimeError as error:
-        if type(error) is RuntimeError and "/gloo/" not in str(error):  # gloo has no error of its own
+        if not isinstance(error, dist.DistError) and "/gloo/" not in str(
+            error
+        ):  # gloo has no error of its own
             raise
         raise LostProcess(
             f"process {os.environ['RANK']} of this run has lost another, or waited for it for {WAIT.seconds // 60} minutes "

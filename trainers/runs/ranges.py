@@ -34,7 +34,7 @@ class Range(NamedTuple):
 
 COUNT, FROM_ZERO, ABOVE_ZERO = Range(1, math.inf), Range(0, math.inf), Range(0, math.inf, low_open=True)
 SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, high_open=True)
-PIXELS = Range(0, 1, low_open=True, hint="; pixels are in [0, 1]: 8 levels of 255 are ${px:8}, 0.0314")
+PIXELS = Range(0, 1, low_open=True, hint="; pixels are in [0, 1]: 8 levels of 255 are '${px:8}', 0.0314")
 WORKERS = Range(0, 512)  # processes; more than any machine has cores for
 SEED = Range(0, 2**18)  # the generators' seeds are this one's bits, the epoch's and the step's
 ANY = Range(-math.inf, math.inf)

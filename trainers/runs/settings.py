@@ -198,11 +198,6 @@ def _check_batch(config: Mapping[str, Any], world_size: int) -> None:
             f"bn_groups={groups} must be {either} of devices={world_size} and divide batch_size={batch_size}; "
             f"set bn_groups={world_size} to give each device its own batch norm"
         )
-    if world_size > groups and config["accumulate"] > 1:
-        raise ConfigError(
-            f"accumulate={config['accumulate']} needs whole batch-norm groups on each device, and bn_groups={groups} are shared by "
-            f"devices={world_size}; leave accumulate out, or set bn_groups={world_size * config['accumulate']}, which is another recipe"
-        )
     if groups // world_size % config["accumulate"]:
         raise ConfigError(
             f"accumulate={config['accumulate']} must divide the {groups // world_size} batch-norm groups of a process "

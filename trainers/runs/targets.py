@@ -182,7 +182,7 @@ def mistyped(name: str, annotation: Any, value: Any) -> str:
     *others, last = _in_words(annotation)
     wanted = f"{', '.join(others)} or {last}" if others else last
     levels = re.fullmatch(r"([\d.]+)/255", value) if isinstance(value, str) else None
-    hint = f"; a fraction is written ${{px:{levels[1]}}}" if levels else ""
+    hint = f"; a fraction is written '${{px:{levels[1]}}}', in quotes" if levels else ""
     return f"{name} must be {wanted}, got {as_typed(value)}{hint}"
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from pyautoattack import AutoAttack, fab_projections
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gkl import evaluation
 from gkl.data.batches import first_of_each_class
@@ -513,9 +514,13 @@ class Looked(nn.Module):
     [
         (lambda x: F.dropout(x.mean((2, 3)), 0.5), "something else of the same images at a second look"),
         (lambda x: x.mean((2, 3)) - x.mean((0, 2, 3)), "something else of the same images at a second look"),
-        (lambda x: x.detach().mean((2, 3)), "logits have no gradient to its images"),
+        (lambda x: x.detach().mean((2, 3)), "logits have no gradient to its images .no_grad or detach"),
+        (
+            lambda x: checkpoint(lambda x: x.mean((2, 3)), x, use_reentrant=True),
+            "no gradient to its images .When use_reentrant=True",
+        ),
     ],
-    ids=["dropout", "statistics of the batch", "detached"],
+    ids=["dropout", "statistics of the batch", "detached", "reentrant"],
 )
 def test_networks_that_no_attack_measures_are_refused(
     features: Callable[[Tensor], Tensor], message: str, tmp_path: Path

@@ -419,7 +419,13 @@ def _process(folder: str) -> None:
             if number == 0:
                 torch.save(model.state_dict(), f"{folder}/middle.pt")
             dist.barrier()
-            model.load_state_dict(torch.load(f"{folder}/middle.pt", weights_only=True))
+            state = torch.load(f"{folder}/middle.pt", weights_only=True)
+            model.load_state_dict(state)
+            if number:  # as torch.distributed.checkpoint has it, which sends parameters and buffers alone
+                model.prior.sums.fill_(9.0)
+                model.load_state_dict(
+                    {k: v for k, v in state.items() if not k.endswith((".sums", ".counts"))}
+                )
         model.prior.renew()
         found.append(model.prior.probs.clone())
     torch.save({"probs": found, "model": model.net.state_dict()}, f"{folder}/{number}.pt")

@@ -659,6 +659,13 @@ def test_a_network_without_weights_to_train_is_one_line() -> None:
         task_of("at/c100_basic_gkl", model=TinyNet().requires_grad_(False))
 
 
+def test_micro_batches_are_not_passed_over() -> None:
+    with pytest.raises(
+        ValueError, match="accumulate=2 has no effect on AdversarialTraining, .* use more devices"
+    ):
+        task_of("at/c100_basic_gkl", "accumulate=2")
+
+
 def test_every_process_has_some_of_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run once ended within its epoch, where one of two had none of one picture."""
     monkeypatch.setattr("gkl.distributed.world_size", lambda: 2)

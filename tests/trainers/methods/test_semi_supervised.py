@@ -251,7 +251,7 @@ def test_rates_of_the_layers() -> None:
 
 
 def test_small_batches_alone(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="accumulate=2 is not for semi-supervised batches"):
+    with pytest.raises(ValueError, match="accumulate=2 has no effect on FixMatch, which takes"):
         make_task("fixmatch_hard", "accumulate=2")
 
 

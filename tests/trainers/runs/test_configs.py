@@ -308,10 +308,6 @@ def test_a_departure_is_named() -> None:
             ["experiment=kd/c100_vanilla/resnet_20", "devices=2"],
             "bn_groups=1 must be a multiple of devices=2 and divide",
         ),
-        (
-            ["experiment=at/c100_basic_gkl", "devices=8", "accumulate=2"],
-            "accumulate=2 needs whole .* bn_groups=4 are shared by devices=8; .* or set bn_groups=16, which is another recipe",
-        ),
         (["experiment=at/c100_basic_gkl", "+loss.delta=1"], "takes no loss.delta"),
         (
             ["experiment=at/c100_basic_gkl", "loss._target_=os.system"],

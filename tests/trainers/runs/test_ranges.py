@@ -13,7 +13,7 @@ from trainers.runs.settings import SECTIONS, SETTINGS, check, check_radii, check
 from trainers.runs.targets import addresses, fits, mistyped, parameters_of
 from trainers.runs.teacher import prerequisites
 
-PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are \$\{px:8\}"
+PIXELS = r"must be in \(0, 1\], got .*: 8 levels of 255 are '\$\{px:8\}'"
 
 
 def composed(*words: str) -> dict[str, Any]:
@@ -26,11 +26,11 @@ def composed(*words: str) -> dict[str, Any]:
         ("evaluation.norm=Linf", "evaluation.norm must be linf or l2, got 'Linf'"),
         (
             "evaluation.epsilon=8/255",
-            r"evaluation.epsilon must be a number, got '8/255'; a fraction is written \$\{px:8\}",
+            r"evaluation.epsilon must be a number, got '8/255'; a fraction is written '\$\{px:8\}', in quotes",
         ),
         (
             "attack.epsilon=2/255",
-            r"attack.epsilon must be a number, got '2/255'; a fraction is written \$\{px:2\}$",
+            r"attack.epsilon must be a number, got '2/255'; a fraction is written '\$\{px:2\}', in quotes$",
         ),
         ("evaluation.images=0", "evaluation.images must be at least 1, got 0"),
         ("evaluation.images=-1", "evaluation.images must be at least 1, got -1"),
