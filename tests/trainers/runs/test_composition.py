@@ -140,6 +140,7 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
         ("kd/lt_gkl/resnext101_resnet18", "lt_50"),
         ("kd/lt_gkl/resnext101_resnet18", "lt_cifar10"),
         ("ssl/fixmatch_gkl", "ssl_1024"),
+        ("seg/apd_gkl", "seg_1000"),
         ("kd/c100_gkl/resnet56_resnet20", "kd_5000"),
     ],
 )
