@@ -69,8 +69,14 @@ class LASAT(PGDTraining):
     clip_gradient: float
 
     def bind(self, training: Training) -> None:
-        """The strategy network and its optimizer."""
+        """The strategy network and its optimizer. Raises ValueError for settings of an attack that is drawn here."""
         super().bind(training)
+        attack = self.attack
+        if (attack.mode, attack.phases, attack.start_std) != ("eval", "ten", None):
+            raise ValueError(
+                "LAS-AT draws each picture's steps and step size (method.steps, method.step_sizes) in eval mode from anywhere in the ball: leave "
+                f"attack.mode=eval attack.phases=ten attack.start_std=null, got {attack.mode}, {attack.phases}, {attack.start_std}"
+            )
         eighth = self.attack.epsilon / 8
         tables = (
             [e * eighth for e in self.epsilons],

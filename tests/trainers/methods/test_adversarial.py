@@ -5,6 +5,7 @@ nothing else of gkl computes anything in it. GKL-AT and its KL baseline have the
 """
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable
@@ -664,6 +665,25 @@ def test_micro_batches_are_not_passed_over() -> None:
         ValueError, match="accumulate=2 has no effect on AdversarialTraining, .* use more devices"
     ):
         task_of("at/c100_basic_gkl", "accumulate=2")
+
+
+def test_a_momentum_is_a_schedule_of_sgd_s() -> None:
+    _, task = task_of("at/c100_basic_gkl")
+    made = {
+        "optimizer": lambda module: torch.optim.AdamW(module.parameters()),
+        "momentum": lambda epoch, epochs: 0.9,
+    }
+    with pytest.raises(
+        ValueError, match="momentum=... is a schedule of SGD's, and AdamW has none .* momentum=null"
+    ):
+        Training(dataclasses.replace(task.setup, **made), task.method)
+    Training(dataclasses.replace(task.setup, **made | {"momentum": None}), task.method)
+
+
+@pytest.mark.parametrize("word", ["attack.mode=train", "attack.phases=low", "attack.start_std=0.001"])
+def test_an_attack_that_is_drawn_takes_no_other_settings(word: str) -> None:
+    with pytest.raises(ValueError, match="LAS-AT draws each picture's steps .* leave attack.mode=eval"):
+        task_of("at/c100_las_at", word)
 
 
 def test_every_process_has_some_of_the_last_batch(monkeypatch: pytest.MonkeyPatch) -> None:
