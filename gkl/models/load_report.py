@@ -16,16 +16,18 @@ from gkl.models.normalise import MEANS, Statistics, described, same
 from gkl.models.timm_network import of_another_size
 
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
-# timm's BEiT hold a table that is computed anew.
-UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$")
+# timm's BEiT hold a table that is computed anew. AdvProp's second batch norm is for adversarial pictures in training (timm's aux_bn).
+UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$|\.aux_bn\.\d+\.")
 # What a training keeps beside its network and no forward pass reads; counters of any name are told by their type.
 BESIDE = re.compile(
     r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"
 )
 
 
-# Heads that a self-supervised training has in the classifier's place (SimCLR, MoCo, BYOL, SwAV, DINO), and what it keeps beside.
-PRETEXT = re.compile(r"^(proj|pred|head|fc|linear|classifier|mlp|contrastive|prototypes|queue)")
+# Heads that a self-supervised training has in the classifier's place (SimCLR, MoCo, BYOL, SwAV, DINO), decoders (MAE), and what it keeps.
+PRETEXT = re.compile(
+    r"^(proj|pred|head|fc|linear|classifier|mlp|contrastive|prototypes|queue|decoder|mask_token)"
+)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def report_of(
     """How the network `state`, in the file named `prefix`*, and what is left there meet the model; and the file's normalisation."""
     statistics, told = statistics_among(left)
     parts = {name.partition(".")[0] for name in own}
-    unused = [key for key in left if UNUSED.search(key.removeprefix(prefix))]
+    unused = [key for key in left if _is_unused(key.removeprefix(prefix), own)]
     priors = _priors(left)
     beside = [
         k
@@ -110,6 +112,11 @@ def report_of(
         beside=tuple(beside),
         normalised=f"normalised by the file's {described(statistics)}" if statistics else None,
     ), statistics
+
+
+def _is_unused(name: str, own: Mapping[str, Tensor]) -> bool:
+    """Whether a tensor is in no forward pass in eval mode: the second batch norms of DAJAT's, too, beside the first."""
+    return bool(UNUSED.search(name)) or (".auxiliary." in name and name.replace(".auxiliary.", ".") in own)
 
 
 def statistics_among(left: Mapping[str, Tensor]) -> tuple[Statistics | None, tuple[str, ...]]:

@@ -21,6 +21,7 @@ from gkl.distributed import rank
 from gkl.evaluation import pgd_robust
 from gkl.evaluation.chosen import chosen
 from gkl.models.batch_norm import eval_mode
+from gkl.models.timm_network import TimmNetwork
 from gkl.rng import sample_keys
 from trainers.loop.accuracy import attack_name, autoattack_result, eval_batch_size
 from trainers.loop.console import Console
@@ -70,6 +71,9 @@ class Assessment:
             raise ValueError(
                 f"assessment={self.name} needs pictures in memory (cifar100, image_folder, ...), got {data.name}"
             )
+
+    def check_network(self, network: Any) -> None:
+        """Likewise for a network that it cannot be made on."""
 
     def __call__(self, subject: Subject) -> Measured:
         """Metrics in percent, and details. Runs on every process."""
@@ -142,6 +146,15 @@ class Structure(Assessment):
     steps: int
     perplexity: float
     attacks: ClassVar[bool] = True
+
+    def check_network(self, network: Any) -> None:
+        """It embeds what stands before the classifier."""
+        inner = network.model if isinstance(network, TimmNetwork) else network
+        if not (hasattr(inner, "forward_features") and hasattr(inner, "forward_head")):
+            raise ValueError(
+                f"assessment={self.name} embeds a network's features, and {type(inner).__name__} shows its logits alone; give it "
+                "forward_features(x) and forward_head(features, pre_logits=False), as timm's have them"
+            )
 
     def __call__(self, subject: Subject) -> Measured:
         """Details: `margins`, one a class; `points`, [x, y, label, adversarial] each; `classes`, the labels shown."""

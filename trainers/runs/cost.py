@@ -10,6 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, cast
@@ -84,6 +85,10 @@ class Rate:
 ASSUMED = Rate(10.0, "a 3090-class card, an assumption (tflops=... for yours)")
 
 
+class Uncounted(Exception):
+    """A network cannot be made here, or not computed without weights: other people's code may be anything."""
+
+
 def measured_rate(records: Sequence[Record], machine: str, scale: str, task: str) -> Rate | None:
     """The rate of such runs on such a device. task: at, kd. None where fewer than three were recorded."""
     achieved = []
@@ -94,7 +99,8 @@ def measured_rate(records: Sequence[Record], machine: str, scale: str, task: str
             task,
         ):
             device_seconds = record["cost"]["seconds"] * record["hardware"]["count"]
-            achieved.append(needed_flops(record["config"], recorded_size(record)) / device_seconds / 1e12)
+            with suppress(Uncounted):  # of a person's own, whose file is not known from a record
+                achieved.append(needed_flops(record["config"], recorded_size(record)) / device_seconds / 1e12)
     if len(achieved) < 3:
         return None
     median = statistics.median(achieved)
@@ -120,7 +126,10 @@ def needed_flops(
     further_attacks: int = 0,
 ) -> float:
     """FLOPs of what is missing of a run: what its method's `forwards` counts for each image and epoch, the selection and the clean
-    accuracy after each, unless it is trained; AutoAttack for the record, unless it is there; and as often as an assessment asks."""
+    accuracy after each, unless it is trained; AutoAttack for the record, unless it is there; and as often as an assessment asks.
+
+    Raises Uncounted.
+    """
     autoattack = 0.0
     if config.get("evaluation"):
         images = config["evaluation"]["images"] or size.test
@@ -165,7 +174,10 @@ def _flops(text: str, side: int, num_classes: int) -> float:
         given = (
             model.example_inputs() if hasattr(model, "example_inputs") else (torch.empty(1, 3, side, side),)
         )
-        model(*given)
+        try:
+            model(*given)
+        except Exception as error:
+            raise Uncounted(str(error)) from error
     return float(counter.get_total_flops())
 
 
@@ -175,10 +187,14 @@ def _unchanged(input: Tensor) -> Tensor:
 
 @cache
 def _network(text: str, num_classes: int) -> nn.Module:
-    """A network without weights; text: its node as JSON."""
-    node = {key: value for key, value in json.loads(text).items() if key != "_partial_"}
-    with torch.device("meta"):
-        return cast(nn.Module, instantiate(node, num_classes=num_classes).eval())
+    """A network without weights; text: its node as JSON. Raises Uncounted."""
+    left_out = ("_partial_", "checkpoint", "checkpoint_key", "checkpoint_sha256")
+    node = {key: value for key, value in json.loads(text).items() if key not in left_out}
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, instantiate(node, num_classes=num_classes).eval())
+    except Exception as error:
+        raise Uncounted(str(error)) from error
 
 
 def _at(config: Mapping[str, Any], dotted: str) -> Any:
@@ -189,7 +205,7 @@ def _at(config: Mapping[str, Any], dotted: str) -> Any:
 
 
 def disk_bytes(config: Mapping[str, Any]) -> float:
-    """Rough size of a run's folder: two checkpoints (weights, momentum, averages) and the exported weights."""
+    """Rough size of a run's folder: two checkpoints (weights, momentum, averages) and the exported weights. Raises Uncounted."""
     size = SIZES.get(config["data"]["_target_"].rpartition("/")[2], SIZES["cifar10"])
     model = _network(json.dumps(config["model"], sort_keys=True), size.classes)
     networks = 1 + len(config["averages"])

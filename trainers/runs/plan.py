@@ -4,6 +4,7 @@ import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
-from trainers.runs.cost import ASSUMED, SIZES, Rate, disk_bytes, needed_flops
+from trainers.runs.cost import ASSUMED, SIZES, Rate, Uncounted, disk_bytes, needed_flops
 from trainers.runs.identity import assessed_with
 from trainers.runs.paths import record_path, run_folder, with_records
 from trainers.runs.records import (
@@ -255,7 +256,9 @@ def summary(title: str, scale: str, plan: Sequence[Cell], rate: Rate = ASSUMED) 
             mean = None if None in hours else sum(h for h in hours if h is not None) / len(hours)
             total = None if mean is None or total is None else total + mean * len(left)
             each = "each" if len(names) == 1 else "each, on average,"
-            line += f"; {each} {_hours(mean)}, {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
+            line += f"; {each} {_hours(mean)}"
+            with suppress(Uncounted):
+                line += f", {disk_bytes(left[0].config) / 1e9:.1g} GB on disk"
         lines.append(line)
     if states.count("done") < len(plan):
         lines.append(f"  to do: {_hours(total)}, {rate}")
@@ -263,20 +266,24 @@ def summary(title: str, scale: str, plan: Sequence[Cell], rate: Rate = ASSUMED) 
 
 
 def device_hours(cell: Cell, rate: Rate = ASSUMED) -> float | None:
-    """Hours of one device at a rate for what is missing of a cell; None for data whose size is not known beforehand."""
+    """Hours of one device at a rate for what is missing of a cell; None for data whose size is not known beforehand, and for a network
+    that cannot be counted."""
     size = SIZES.get(cell.config["data"]["_target_"].rpartition("/")[2])
     if size is None:
         return None
     attacks = len(cell.config["assessment"].get("eighths", ())) if cell.assessment else 0
-    flops = needed_flops(
-        cell.config, size, trained=cell.trained, recorded=cell.recorded, further_attacks=attacks
-    )
+    try:
+        flops = needed_flops(
+            cell.config, size, trained=cell.trained, recorded=cell.recorded, further_attacks=attacks
+        )
+    except Uncounted:
+        return None
     return flops / rate.flops_an_hour
 
 
 def _hours(hours: float | None) -> str:
     if hours is None:
-        return "an unknown number of device-hours for this data"
+        return "an unknown number of device-hours for this data or network"
     if hours < 0.01:
         return "under 0.01 device-hours"
     return f"about {hours:,.0f} device-hours" if hours >= 10 else f"about {hours:.2g} device-hours"

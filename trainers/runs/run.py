@@ -79,6 +79,7 @@ def run(config: dict[str, Any]) -> None:
                 assessment = instantiate(config["assessment"])
                 assessment.check()
                 assessment.check_data(data)
+                assessment.check_network(model)
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say

@@ -13,6 +13,7 @@ from hydra.errors import HydraException
 from trainers.errors import ConfigError
 from trainers.loop.accuracy import attack_name
 from trainers.runs.compose import choices, completed, completed_by
+from trainers.runs.identity import config_hash
 from trainers.runs.plan import Cell, cells
 from trainers.runs.records import read_record
 from trainers.runs.reproduce import concurrent_runs
@@ -144,8 +145,10 @@ class Search:
         journal = Path(config["paths"]["outputs"]) / "sweeps" / f"{stem}.optuna.log"
         journal.parent.mkdir(parents=True, exist_ok=True)
         storage = JournalStorage(JournalFileBackend(str(journal)))
-        # What else the runs share is part of the name: other pictures or epochs are another study.
-        name = " ".join([stem, *map(str, sweep.swept.values()), *sweep.shared])
+        # What else the runs share is part of the name: other pictures, a changed network or epochs are another study.
+        name = " ".join(
+            [stem, *map(str, sweep.swept.values()), *sorted({config_hash(c.config) for c in self.usual})]
+        )
         tried = {s.study_name: s.n_trials for s in optuna.get_all_study_summaries(storage)}.get(name, 0)
         self.study = optuna.create_study(
             storage=storage,

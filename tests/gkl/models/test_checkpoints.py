@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from torch.nn.utils import prune
 import gkl.models
 from gkl.losses import ClassPrior
 from gkl.models import CheckpointMismatch, checkpoint_files, create, load_checkpoint
+from gkl.models.batch_norm import split_batch_norm
 from gkl.models.checkpoint_files import archive_damage, read
 from gkl.models.normalise import Normalise
 from gkl.models.own import OwnNetwork
@@ -131,6 +133,25 @@ def test_spare_first_stage_is_left_out_and_reported(tmp_path: Path) -> None:
     assert_equal(model, source)
     assert len(report.unused) == 12 and all(name.startswith("sub_block1.") for name in report.unused)
     assert "12 unused and left out (sub_block1.layer.0.bn1.weight" in str(report)
+
+
+def test_a_second_batch_norm_of_advprop_s_is_left_out_and_reported(tmp_path: Path) -> None:
+    """timm's own split network, whose eval mode has the first set alone."""
+    source = timm.create_model("resnet10t", num_classes=10)
+    split = trained(timm.layers.convert_splitbn_model(source, 2)).eval()
+    model = create("resnet10t", 10, normalisation="none").eval()
+    report = load_checkpoint(model, save(split.state_dict(), tmp_path))
+    assert report.fits and "unused and left out (conv1.1.aux_bn" in str(report)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), split(x))
+
+
+def test_a_second_batch_norm_of_dajat_s_is_left_out_and_reported(tmp_path: Path) -> None:
+    source, model = trained(split_batch_norm(WideResNet(10, 1))).eval(), WideResNet(10, 1).eval()
+    report = load_checkpoint(model, save(source.state_dict(), tmp_path))
+    assert report.fits and "35 unused and left out (block1.layer.0.bn1.auxiliary.weight" in str(report)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(model(x), source(x))
 
 
 def test_safetensors(tmp_path: Path) -> None:
@@ -899,7 +920,14 @@ def test_a_training_may_begin_from_a_self_supervised_one(key: str, tmp_path: Pat
         load_checkpoint(create("wrn_10_1", 7), path, key)
 
 
-@pytest.mark.parametrize("beside", [{}, {"projector.0.weight": torch.rand(3, 3)}])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {},
+        {"projector.0.weight": torch.rand(3, 3)},
+        {"mask_token": torch.rand(3), "decoder_embed.weight": torch.rand(3, 3)},
+    ],
+)
 def test_a_training_may_begin_from_a_file_without_a_head(beside: dict[str, Tensor], tmp_path: Path) -> None:
     state = {n: t for n, t in WideResNet(10, 1).state_dict().items() if not n.startswith("fc.")}
     model = create("wrn_10_1", 7, checkpoint=str(save(under("backbone.", state) | beside, tmp_path)))

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from gkl.data.content import listing
 from gkl.data.digits import digits, digits_files
 from gkl.evaluation import pgd_robust
 from gkl.models import create
+from gkl.models.own import OwnNetwork
 from tests.trainers.runs.test_records_and_tables import record
 from trainers.errors import ConfigError
 from trainers.loop.console import Console
@@ -264,6 +266,12 @@ def test_data_that_an_assessment_is_not_made_on_are_refused_before_the_training(
     structure.check_data(digits())
     with pytest.raises(ValueError, match="assessment=structure needs pictures in memory .*, got digits"):
         structure.check_data(files)
+    structure.check_network(create("wrn_10_1", 10))
+    structure.check_network(create("resnet10t", 10))
+    with pytest.raises(
+        ValueError, match="structure embeds a network's features, and Linear shows its logits alone"
+    ):
+        structure.check_network(OwnNetwork(nn.Linear(3, 10), 10))
     ClassScores("class_scores").check_data(files)
     with pytest.raises(ValueError, match="assessment=class_scores needs pictures in files .*, got digits"):
         ClassScores("class_scores").check_data(digits())

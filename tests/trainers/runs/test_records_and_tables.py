@@ -23,7 +23,15 @@ from trainers.reports.tables import (
     settings,
 )
 from trainers.runs.compose import compose, published, usual
-from trainers.runs.cost import Rate, disk_bytes, forward_flops, measured_rate, needed_flops, recorded_size
+from trainers.runs.cost import (
+    Rate,
+    Uncounted,
+    disk_bytes,
+    forward_flops,
+    measured_rate,
+    needed_flops,
+    recorded_size,
+)
 from trainers.runs.identity import asked, config_hash, differences, training_hash, without_excluded
 from trainers.runs.launch import startable
 from trainers.runs.launchers.local import LocalJob
@@ -572,6 +580,29 @@ def test_the_rate_is_what_recorded_runs_sustained_and_says_how_far_it_errs() -> 
     assert measured_rate(made[:2], "a processor", "smoke", "at") is None
     assert "an assumption" in summary("Table", "smoke", [cell])
     assert str(rate) in summary("Table", "smoke", [cell], rate)
+
+
+def test_a_network_that_cannot_be_counted_stops_no_plan(tmp_path: Path) -> None:
+    """A person's own, of which a record does not say where its file is kept, or whose code makes nothing without numbers."""
+    own = record(30.0, 3, cost={"seconds": 1.0})
+    own["config"] = own["config"] | {"model": {"_target_": "model/own", "name": "Net@0123456789abcdef"}}
+    made = [record(30.0, seed, cost={"seconds": 100.0 * 2**seed}) for seed in range(3)]
+    counted, all_of_them = (
+        measured_rate(some, "a processor", "smoke", "at") for some in (made, [*made, own])
+    )
+    assert counted == all_of_them != None  # noqa: E711
+    with pytest.raises(Uncounted):
+        needed_flops(own["config"], recorded_size(own))
+    (tmp_path / "net.py").write_text(
+        "from torch import nn, zeros\nclass Net(nn.Linear):\n    def __init__(self, num_classes):\n"
+        "        super().__init__(3, int(zeros(1).item()) + num_classes)\n"
+    )
+    cell = Cell("own", config(f"model={tmp_path}/net.py:Net", f"paths.outputs={tmp_path}"))
+    (tmp_path / "w.pt").write_bytes(b"not read")
+    begun = Cell("begun", config("model=wrn_10_1", "seed=999", f"model.checkpoint={tmp_path}/w.pt"))
+    assert device_hours(begun) == device_hours(Cell("gkl", config("model=wrn_10_1", "seed=999")))
+    line = summary("Table", "smoke", [cell])
+    assert "an unknown number of device-hours for this data or network" in line and "GB on disk" not in line
 
 
 def test_paired_comparison_is_students() -> None:

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.system.test_commands import Command, command  # noqa: F401  (a fixture)
 from tests.trainers.runs.test_interruptions import ROOT, SMALL, environment, wait_for
 from trainers.errors import ConfigError
 from trainers.reports.figures import draw, pareto_front
 from trainers.reports.tables import Row, Table
+from trainers.runs.compose import _composed
 from trainers.runs.records import read_records
 from trainers.runs.reproduce import read_settings
 from trainers.runs.sweep import Interval, Search, read_sweep
@@ -147,6 +150,32 @@ def test_a_begun_point_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
         cell.config["loss"]["gamma"] for cell in begun
     ]
     assert len(begun) == 1
+
+
+def test_other_pictures_at_the_same_place_are_another_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OUTPUTS", "RESULTS"):
+        monkeypatch.setenv(f"GKL_{name}", str(tmp_path / name.lower()))
+    draws = np.random.default_rng(0)
+    for number in range(12):
+        for part in ("train", "test"):
+            path = tmp_path / "pictures" / part / f"c{number % 4}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draws.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
+    words = [
+        GKL,
+        "scale=smoke",
+        "data=image_folder",
+        f"data.root={tmp_path}/pictures",
+        "loss.gamma=interval(0,1)",
+    ]
+    settings, overrides = read_settings([*words, "trials=2", "jobs=1"])
+    before = Search(read_sweep(overrides), settings)
+    assert before.study.study_name == Search(read_sweep(overrides), settings).study.study_name
+    Image.new("RGB", (8, 8)).save(path)
+    _composed.cache_clear()  # of this process
+    assert before.study.study_name != Search(read_sweep(overrides), settings).study.study_name
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
