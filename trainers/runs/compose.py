@@ -255,6 +255,7 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
             )
             if plain and not fits(config[name], annotation):
                 raise ConfigError(mistyped(name, annotation, config[name]))
+        _check_places(config, chosen)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (
         HydraException,
@@ -269,6 +270,15 @@ def _composed(entry: str, overrides: tuple[str, ...], folders: tuple[tuple[str, 
     for key in ("completed_by", "pair"):
         resolved.pop(key, None)
     return {**names, **named(resolved)}
+
+
+def _check_places(config: DictConfig, chosen: Mapping[Any, Any]) -> None:
+    """That no name was given to a place itself whose file is chosen by its group. Raises ConfigError."""
+    for key in chosen:
+        group, _, place = str(key).partition("@")
+        value = OmegaConf.select(config, place) if place else None
+        if isinstance(value, str):
+            raise ConfigError(f"{place} is a section, got {value!r}; choose it as {group}@{place}={value}")
 
 
 def _completion(config: DictConfig, chosen: Mapping[Any, Any]) -> str | None:

@@ -310,6 +310,14 @@ def test_a_departure_is_named() -> None:
         ),
         (["experiment=at/c100_basic_gkl", "+loss.delta=1"], "takes no loss.delta"),
         (
+            ["experiment=at/c100_lbgat", "natural_model=resnet18"],
+            "natural_model is a section, got 'resnet18'; choose it as model@natural_model=resnet18",
+        ),
+        (
+            ["experiment=kd/own", "model=resnet18", "teacher.network=net.py:Net"],
+            "teacher.network is a section, got 'net.py:Net'; choose it as model@teacher.network=net.py:Net",
+        ),
+        (
             ["experiment=at/c100_basic_gkl", "loss._target_=os.system"],
             "_target_ names 'os.system'; a configuration builds only what a file of configs/ names",
         ),
