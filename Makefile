@@ -82,7 +82,7 @@ check: $(STAMP) ## linter, formatter and type checker
 	@$(PY) -m mypy
 
 eval: $(STAMP) ## AutoAttack on a checkpoint: make eval CKPT=file MODEL=wrn_34_10 DATA=cifar100, or a published one: NAME=...
-	@$(PY) scripts/evaluate.py $(if $(NAME),published=$(NAME)) $(if $(CKPT),checkpoint=$(CKPT)) $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(ARGS)
+	@$(PY) scripts/evaluate.py $(if $(NAME),published=$(NAME)) $(if $(CKPT),'checkpoint="$(CKPT)"') $(if $(MODEL),model=$(MODEL)) $(if $(DATA),data=$(DATA)) $(ARGS)
 
 doctor: $(STAMP) ## this machine, its versions and data, and what each table still needs
 	@$(PY) scripts/doctor.py

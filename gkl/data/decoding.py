@@ -33,6 +33,7 @@ UNREAD = (
 )  # fmt: skip
 # How files begin that hold a picture whatever their names end in: JPEG, PNG, GIF, TIFF; RIFF holds WebP, and sound.
 BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"II*\0", b"MM\0*")
+PHOTOMETRIC = 262  # the tag of TIFF that says which end is white
 PIXELS = 178_956_970  # of a picture, at most: Pillow's own bound
 LONGEST = 1000  # times the other side: resized by the shorter one, a line of pixels would fill the memory
 Decoder = Literal["pillow", "torchvision"]
@@ -94,9 +95,11 @@ def _in_rgb(picture: Image.Image) -> Image.Image:
     sixteen = picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM"))
     if sixteen:  # Pillow would cut off at 255
         levels = np.asarray(picture).astype(np.uint16)
+        if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+            levels = ~levels  # 0 is white, which Pillow sees to in 8 bits alone
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("I", "F"):
         raise Unfit(
-            f"has pixels of 32 bits (mode {picture.mode}), whose range nothing says; convert it to 8 or 16 bits"
+            f"has pixels of 32 bits or signed ones (mode {picture.mode}), whose range nothing says; convert it to unsigned ones of 8 or 16 bits"
         )
     return picture.convert("RGB")

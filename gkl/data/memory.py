@@ -122,7 +122,7 @@ class MemoryBatches:
     ) -> None:
         """generated: a gkl.data.generated.Generated that makes up generated_share of each batch; an epoch is then
         len(data's training images) / batch_size steps. held_out: share of the training images that are not trained on, the
-        first, or the first of each class. views_together: a process has all views of its samples, (views, b, 3, H, W).
+        first, or the first of each class; always these where pictures lie class by class. views_together: a process has all views of its samples, (views, b, 3, H, W).
         """
         if (generated is not None) != (0.0 < generated_share < 1.0):
             raise ValueError(
@@ -141,6 +141,14 @@ class MemoryBatches:
                 f"held_out is the share of training images not trained on, in [0, 1), got {held_out}"
             )
         count = round(len(labels) * held_out)
+        lie_by_class = bool((labels.diff() >= 0).all() and labels.unique().numel() > 1)
+        self.noticed: str | None = None  # a line on what is done otherwise than asked
+        if count and lie_by_class and not held_out_by_class:
+            held_out_by_class = True
+            self.noticed = (
+                f"the pictures of {data.name} lie class by class, and the first {count:,} would be of few classes: held out are the "
+                "first of each class, as with held_out_by_class=true"
+            )
         self.held_out = first_of_each_class(labels, count) if held_out_by_class else torch.arange(count)
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[self.held_out] = False

@@ -334,6 +334,12 @@ def open_store(
         raise FileNotFoundError(f"no {what} at {path}; {remedy}")
     if path.is_dir():
         return Shards(path) if tars(path) and not _is_unpacked(path) else Folder(path)
+    if path.suffix.lower() in (".npz", ".npy"):
+        raise ValueError(
+            f"{path} holds arrays, which are not read; save them as PNG in train/<class>/ and test/<class>/"
+        )
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is neither a folder nor a zip archive")
+        raise ValueError(
+            f"{path} is neither a folder nor a zip archive; unpack it, or save its pictures in class folders"
+        )
     return Zip(path)

@@ -361,6 +361,10 @@ def test_make_help_names_every_target() -> None:
         "epochs=3",
     ):
         assert words in dry
+    named = subprocess.run(
+        ["make", "-n", "eval", "CKPT=epoch=3-acc (1), best.ckpt", "MODEL=resnet18"], cwd=ROOT, capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert """'checkpoint="epoch=3-acc (1), best.ckpt"' model=resnet18""" in named
 
 
 def test_every_published_checkpoint_is_named_with_its_network_data_and_numbers(

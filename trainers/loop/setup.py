@@ -23,7 +23,7 @@ class Setup:
     by epoch; None leaves it as it is. averages: of the weights, by name.
     generated: called with `data`, gives pictures that make up generated_share of each batch; an epoch is then
     len(training images) / batch_size steps. held_out: share of the training images that are not trained on, the first ones, or
-    with held_out_by_class the first of each class.
+    with held_out_by_class, or where pictures lie class by class, the first of each class.
     bn_groups: batch norm sees the batch in so many parts (4 cards: 4), whole ones on each process or each shared by several.
     accumulate: each process takes its part of a batch in so many micro-batches, whole batch-norm groups in each. workers: processes that read and decode, where pictures stay in their
     files. Neither of the two changes what is computed.

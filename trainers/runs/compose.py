@@ -300,7 +300,10 @@ def _completion(config: DictConfig, chosen: Mapping[Any, Any]) -> str | None:
 def _check_grammar(overrides: Sequence[str]) -> None:
     for override in parsed(overrides):
         if override.is_sweep_override():
-            raise ConfigError(f"{override.input_line!r} names several values; one run takes one value each")
+            raise ConfigError(
+                f"{override.input_line!r} names several values; one run takes one value each, and one with a comma in it is quoted: "
+                f"'{override.key_or_group}=\"...\"'"
+            )
 
 
 def _explain(entry: str, message: str, overrides: Sequence[str]) -> str:

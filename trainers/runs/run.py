@@ -83,6 +83,8 @@ def run(config: dict[str, Any]) -> None:
         except (ValueError, FileNotFoundError) as error:
             raise ConfigError(str(error)) from error
     task.say = console.say
+    if noticed := getattr(task.batches, "noticed", None):
+        console.warn(noticed)
     for module in (m for network in (model, *task.method.networks()) for m in network.modules()):
         if begun := module.__dict__.pop("begun", None):
             console.say(begun)

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from gkl.data.digits import digits
 from gkl.data.image_folder import image_folder
 from gkl.data.memory import ImageData
 from gkl.data.tiny_imagenet import tiny_imagenet
+from gkl.distributed import Shard
 from gkl.rng import integers, normal, sample_keys, uniform
 
 INDEX = torch.arange(20_000)
@@ -203,8 +205,13 @@ def test_image_folder_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no picture folder or zip archive at .*data\.root="):
         image_folder(str(tmp_path / "absent"), image_size=8)
     (tmp_path / "notes.txt").write_text("no archive")
-    with pytest.raises(ValueError, match="neither a folder nor a zip archive"):
+    with pytest.raises(ValueError, match="neither a folder nor a zip archive; unpack it"):
         image_folder(str(tmp_path / "notes.txt"), image_size=8)
+    np.savez(tmp_path / "medmnist.npz", train_images=np.zeros((4, 8, 8), np.uint8))
+    with pytest.raises(
+        ValueError, match="medmnist.npz holds arrays, which are not read; save them as PNG in train/<cl"
+    ):
+        image_folder(str(tmp_path / "medmnist.npz"), image_size=8)
     with pytest.raises(ValueError, match=r"needs pictures in train/<class>/"):
         image_folder(str(tmp_path), image_size=8)
     write_pictures(tmp_path / "pictures")
@@ -409,3 +416,28 @@ def test_a_border_wider_than_the_pictures_is_refused(padding: int, border: Any) 
         ValueError, match=rf"augment\.padding={padding} is more than the 8 pixels .* of digits"
     ):
         digits().batches(augment=Views(["crop_flip"], padding=padding, border=border))
+
+
+@pytest.mark.parametrize("by_class", [False, True])
+def test_pictures_that_lie_class_by_class_are_held_out_by_class(by_class: bool) -> None:
+    """The first of a folder's are of its first classes, which would not be trained on."""
+    labels = torch.arange(60) // 15
+    images = torch.zeros(60, 3, 8, 8, dtype=torch.uint8)
+    shared = {
+        "device": torch.device("cpu"),
+        "shard": Shard(1),
+        "batch_size": 8,
+        "drop_last": False,
+        "seed": 0,
+    }
+    sorted_ones = ImageData("folder", 4, images, labels, images, labels, ("a", "b", "c", "d"))
+    batches = sorted_ones.batches(
+        augment=Views(("crop_flip",)), held_out=0.2, held_out_by_class=by_class, **shared
+    )
+    assert batches.held_out.tolist() == [0, 1, 2, 15, 16, 17, 30, 31, 32, 45, 46, 47]
+    assert batches.labels.bincount().tolist() == [12] * 4
+    told = "the pictures of folder lie class by class, and the first 12 would be of few classes"
+    assert batches.noticed is None if by_class else batches.noticed and batches.noticed.startswith(told)
+    mixed = replace(sorted_ones, train_labels=labels.flip(0).roll(7))
+    batches = mixed.batches(augment=Views(("crop_flip",)), held_out=0.2, **shared)
+    assert batches.held_out.tolist() == list(range(12)) and batches.noticed is None

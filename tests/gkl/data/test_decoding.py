@@ -50,6 +50,26 @@ def png16(values: NDArray[np.uint16], colour: int) -> bytes:
     return png(*values.shape[:2], 16, colour, rows)
 
 
+def white_is_zero(values: NDArray[np.unsignedinteger]) -> bytes:
+    """A TIFF of a scanner's whose tag 262 says that 0 is white, as its bytes are written by hand."""
+    height, width = values.shape
+    data, bits = (~values).tobytes(), 8 * values.itemsize
+    tags = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, 0),
+        (273, 8),
+        (277, 1),
+        (278, height),
+        (279, len(data)),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    header = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return header + data + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
 def rotated() -> Image.Exif:
     exif = Image.Exif()
     exif[0x112] = 6  # Orientation: a quarter turn
@@ -67,6 +87,8 @@ SHOWN: dict[str, tuple[bytes, NDArray[np.uint8]]] = {
     "16 bits, RGB": (png16(DEEP[..., :3], 2), UPPER[..., :3]),
     "16 bits, RGB and alpha": (png16(DEEP, 6), UPPER[..., :3]),
     "16 bits, TIFF": (saved(Image.fromarray(DEEP[..., 0]), "TIFF"), UPPER[..., 0]),
+    "16 bits, TIFF, 0 is white": (white_is_zero(DEEP[..., 0]), UPPER[..., 0]),
+    "8 bits, TIFF, 0 is white": (white_is_zero(UPPER[..., 0]), UPPER[..., 0]),
     "16 bits, PGM": (b"P5\n8 6\n65535\n" + DEEP[..., 0].astype(">u2").tobytes(), UPPER[..., 0]),
     "palette": (saved(PALETTE, "PNG"), np.asarray(PALETTE.convert("RGB"))),
     "palette, transparent": (saved(PALETTE, "PNG", transparency=3), np.asarray(PALETTE.convert("RGB"))),
@@ -130,8 +152,8 @@ REFUSED = {
     "a PNG's header": (png(100_000, 100_000, 8, 2, b"\0" * 1000), "says that it has more than 178,956,970 pixels"),
     "a JPEG's header": (bytes(BOMB_JPEG), "says that it has more than 178,956,970 pixels"),
     "a BMP's header": (b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 50_000, 50_000, 1, 24, 0, 0, 0, 0, 0, 0), "pixels"),
-    "floats": (saved(Image.fromarray(GREY.astype(np.float32)), "TIFF"), r"has pixels of 32 bits \(mode F\)"),
-    "32 bits": (saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"), r"has pixels of 32 bits \(mode I\)"),
+    "floats": (saved(Image.fromarray(GREY.astype(np.float32)), "TIFF"), r"has pixels of 32 bits .*\(mode F\)"),
+    "32 bits": (saved(Image.fromarray(GREY.astype(np.int32)), "TIFF"), r"has pixels of 32 bits or signed ones \(mode I\).* unsigned"),
 }  # fmt: skip
 
 

@@ -291,7 +291,10 @@ def test_a_departure_is_named() -> None:
         ),
         (["experiment=at/c100_basic_gkl", "epochs=abc"], "epochs must be a whole number, got 'abc'"),
         (["experiment=at/c100_basic_gkl", "loss.gamma=big"], "loss.gamma must be a number, got 'big'"),
-        (["experiment=at/c100_basic_gkl", "loss.gamma=0.1,0.2"], "names several values"),
+        (
+            ["experiment=at/c100_basic_gkl", "loss.gamma=0.1,0.2"],
+            "names several values.* is quoted: 'loss.gamma=\"...\"'",
+        ),
         (["experiment=at/c100_basic_gkl", "precision=fp8"], "precision must be .*, got 'fp8'"),
         (
             ["experiment=at/c100_basic_gkl", "accumulate=3"],
