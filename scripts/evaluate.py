@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     if published and not own and not path.exists():
         fetch(published["url"], path)
     if not path.is_file():
-        raise ConfigError(f"no checkpoint at {path}; set checkpoint=... to a .pt, .pth or .safetensors file")
+        raise ConfigError(
+            f"no checkpoint at {path}{' but a folder' if path.is_dir() else ''}; set checkpoint=... to a .pt, .pth or .safetensors file"
+        )
     with process_group(config):
         first = os.environ.get("RANK", "0") == "0"
         device = device_of(config)

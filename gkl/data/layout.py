@@ -12,7 +12,8 @@ from pathlib import Path
 from gkl.data.stores import Store
 from gkl.lines import one_line
 
-SPLITS = ("train", "val", "test")
+TESTED = ("test", "val", "validation", "valid")  # the first that has train's classes
+SPLITS = ("train", "val", "validation", "valid", "test")
 ByClass = dict[str, list[str]]
 
 
@@ -94,18 +95,20 @@ class Parts:
 def train_and_test(store: Store) -> Parts:
     """The files of train/<class>/ and test/<class>/ by class; where there is no train/, for an evaluation, none to train with.
 
-    val/ is tested with where there is no test/<class>/, or one of other classes than train/, as pictures without labels are. Raises
-    ValueError where they are not so laid out.
+    val/ (validation/, valid/) is tested with where there is no test/<class>/, or one of other classes than train/, as pictures without
+    labels are. Raises ValueError where they are not so laid out.
     """
     splits = classes_of(store, SPLITS)
-    train, there = splits["train"], [split for split in ("test", "val") if splits[split]]
+    train, there = splits["train"], [split for split in TESTED if splits[split]]
     if not there:
         found = "none to test with" if train else f"{len(store.names)} pictures elsewhere"
+        if not store.names and (others := store.others):
+            found = f"{one_line(', '.join(others))}: save the pictures as PNG or JPEG in such folders"
         raise ValueError(
             f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {found}"
         )
     tested = next((split for split in there if set(splits[split]) == set(train)), there[0])
-    test, other = splits[tested], "val" if tested == "test" else "test"
+    test = splits[tested]
     if train and set(train) != set(test):
         odd = sorted(set(train) ^ set(test))
         hint = f"sort {tested}/ into train's classes, or take out what is no class"
@@ -122,10 +125,10 @@ def train_and_test(store: Store) -> Parts:
         raise ValueError(
             f"{store.path}: train and {tested} must have the same classes; {'; '.join(sides)}; {hint}"
         )
-    left = len(by_split((name for name in store.names if f"{other}/" in name), [other])[other].all())
-    noticed = (
-        f"{store.path} is tested with {tested}/; the {left:,} pictures of {other}/ are left out"
-        if left
-        else None
-    )
+    apart = [split for split in TESTED if split != tested]
+    beside = by_split((name for name in store.names if any(f"{split}/" in name for split in apart)), SPLITS)
+    left = [
+        f"the {len(names.all()):,} pictures of {split}/" for split in apart if (names := beside[split]).all()
+    ]
+    noticed = f"{store.path} is tested with {tested}/; {' and '.join(left)} are left out" if left else None
     return Parts(train or {name: [] for name in test}, test, noticed)

@@ -53,6 +53,7 @@ class Store:
     names: Sequence[str]
     unread: Sequence[str] = ()
     empty: Sequence[str] = ()
+    others: Sequence[str] = ()  # the first few files that are no pictures
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,6 +93,7 @@ class Store:
         """Take the names of what is there."""
         files = sorted({name for name in files if not hidden(name)})
         self.names = [name for name in files if name.lower().endswith(PICTURES)]
+        self.others = [name for name in files if not name.lower().endswith(PICTURES)][:3]
         self.unread = [
             name
             for name in files

@@ -144,6 +144,8 @@ def _no_pickle(path: Path) -> str:
         start = file.read(64).lstrip()
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS: git lfs pull fetches the file"
+    if start.startswith(b"{"):
+        return "it is text, JSON: of a network in several files the index; load it where it was saved, and save one state dict"
     return "it is a web page" if start.startswith(b"<") else "torch.save did not write it"
 
 

@@ -55,7 +55,9 @@ def load_checkpoint(
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; give the path of a .pt, .pth or .safetensors file")
+        raise FileNotFoundError(
+            f"no checkpoint at {path}{' but a folder' if path.is_dir() else ''}; give the path of a .pt, .pth or .safetensors file"
+        )
     content = read(path)
     tensors, wrapper, others = state_dict(content, path, key)
     # In files it has timm's names, or OpenCLIP's.

@@ -207,6 +207,8 @@ def headless(
 
 def diagnosis(report: LoadReport, own: Mapping[str, Tensor], head: str | None) -> str:
     """What sets the file apart. head: the last layer, where that is what it has not."""
+    if any("lora_" in name for name in report.unexpected):
+        return "holding LoRA's factors apart from the weights; merge them (peft: model.merge_and_unload()) and save that state dict"
     if head:
         return f"having another head, or none, in the place of {head}: train one on it (model.checkpoint=...), or name a file that builds it (model=net.py:Net)"
     if len(report.matched) == len(own):

@@ -233,10 +233,25 @@ def test_of_test_and_val_one_is_taken_and_the_other_named(
         put(root / f"test/{name}/0.png", picture(50 + number))
     data = load(str(root))
     assert list(shades(data)) == [[0, 1, 100, 101], [50, 51]]
+    (root / "val").rename(root / "validation")
+    assert (
+        load(str(root)).noticed == f"{root} is tested with test/; the 2 pictures of validation/ are left out"
+    )
+    (root / "test").rename(root / "elsewhere")
+    assert list(shades(load(str(root)))) == [[0, 1, 100, 101], [0, 100]]
+    (root / "elsewhere").rename(root / "test")
+    (root / "validation").rename(root / "val")
+    data = load(str(root))
     assert data.noticed == f"{root} is tested with test/; the 2 pictures of val/ are left out"
     (root / "test/dog").rename(root / "test/wolf")
     (root / "val/dog").rename(root / "val/fox")
     with pytest.raises(ValueError, match="only train/ has dog; only test/ has wolf; sort test/ into train's"):
+        load(str(root))
+    shutil.rmtree(root)
+    put(root / "data/train-00000-of-00001.parquet")
+    with pytest.raises(
+        ValueError, match="got data/train-00000-of-00001.parquet: save the pictures as PNG or JPEG in"
+    ):
         load(str(root))
 
 

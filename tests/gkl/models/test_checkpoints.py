@@ -199,6 +199,13 @@ def changed(state: dict[str, Tensor], **new: Tensor | None) -> dict[str, Tensor]
             lambda s: changed(s, fc__bias=None),
             "45 of the model's 46 tensors matched; 1 missing in the file .fc.bias",
         ),
+        (
+            lambda s: (
+                {f"base_model.model.{k}": v for k, v in s.items()}
+                | {"base_model.model.fc.lora_A.default.weight": torch.ones(2, 64)}
+            ),
+            "holding LoRA's factors apart from the weights; merge them",
+        ),
         (lambda s: changed(s, bn1__running_var=None), "1 missing in the file .bn1.running_var"),
         (lambda s: changed(s, mean=torch.zeros(3)), "1 not in the model .mean"),
         (  # a head of Sequential(Dropout, Linear, Norm)
