@@ -267,10 +267,13 @@ def other_pictures(
     found = classes_of(store, (path.name,), top=f"{path.name}/")[path.name]
     if unknown := sorted(set(found) - set(class_names)):
         raise ValueError(
-            f"{path} has {len(unknown)} classes that the data set has not, the first is {one_line(unknown[0])}"
+            f"{path} has {len(unknown)} classes that the data set has not, the first is {one_line(unknown[0])}; link or copy the folders of "
+            "the shared classes alone"
         )
     if classes is not None and len(found) != classes:
-        raise ValueError(f"{path} needs pictures of {classes} classes, got {len(found)}")
+        raise ValueError(
+            f"{path} needs pictures of {classes} classes, got {len(found)}; bring the others, or set assessment.classes={len(found)}"
+        )
     label = {c: k for k, c in enumerate(class_names)}
     files = [(name.split("/", 1)[1], label[c]) for c in sorted(found) for name in found[c]]
     mask = torch.zeros(len(class_names), dtype=torch.bool)

@@ -163,12 +163,13 @@ class Zip(Store):
         pictures = set(self.names)
         for what, shut in (
             ("encrypted", [name for name, i in found if i.flag_bits & 1]),
+            ("links", [name for name, i in found if stat.S_ISLNK(i.external_attr >> 16)]),
             ("packed in an unknown way", [name for name, i in found if i.compress_type not in PACKED]),
         ):
             if shut := [name for name in shut if name in pictures]:
                 raise ValueError(
                     f"{self.path}: {len(shut):,} of {len(pictures):,} pictures are {what}, the first is {one_line(shut[0])}; pack them anew, "
-                    "with deflate and without a password"
+                    "with deflate, without a password and with what links lead to"
                 )
 
     def read(self, name: str) -> bytes:

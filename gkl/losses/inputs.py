@@ -120,7 +120,7 @@ def checked_range(labels: Tensor, classes: int) -> None:
     low, high = (int(value) for value in labels.aminmax())
     if low < 0 or high >= classes:
         raise ValueError(
-            f"labels must lie in 0..{classes - 1}, got {low}..{high}; leave out what has no label by counted (labels != {low if low < 0 else high})"
+            f"labels must lie in 0..{classes - 1}, got {low}..{high}; leave out what has no label by counted ((labels >= 0) & (labels < {classes}))"
         )
 
 

@@ -135,8 +135,8 @@ class RobustMethod(Method):
             "epsilon": self.budget["epsilon"],
             "test/clean": clean_accuracy(self.model, self.data, self.device),
         }
-        if self.selection is not None:
-            row["selection/robust"] = self._select(epoch, self.selection)
+        if self.selection is not None and (robust := self._select(epoch, self.selection)) is not None:
+            row["selection/robust"] = robust
         return row
 
     def weights(self) -> dict[str, dict[str, Tensor]]:
@@ -184,11 +184,14 @@ class RobustMethod(Method):
         for part in self.parts():
             part.load_state_dict(state)
 
-    def _select(self, epoch: int, selection: MostRobust) -> float:
-        """Robust accuracy of the selection's images after this epoch, percent; its weights kept if they are the best."""
+    def _select(self, epoch: int, selection: MostRobust) -> float | None:
+        """Robust accuracy of the selection's images after this epoch, percent; its weights kept if they are the best. None before its
+        average has begun."""
         state = self.model.state_dict()
         if selection.weights != "last":
             state = self.training.averages[selection.weights].state
+            if not state:
+                return None
         images, labels = self.data.test_images, self.data.test_labels
         if selection.images == "held_out":
             held_out = self.training.batches.held_out

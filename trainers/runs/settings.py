@@ -94,15 +94,19 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
     known = ["last", *config["averages"], *(["best"] if keeps_best else [])]
     if config["evaluate"] not in known:
         raise ConfigError(unknown("evaluate", config["evaluate"], known))
-    average = config["averages"].get(config["evaluate"]) or {}
-    if average and (start := average.get("start_epoch", 1)) > config["epochs"]:
-        raise ConfigError(
-            f"evaluate={config['evaluate']}: averages.{config['evaluate']}.start_epoch={start} is past the last epoch, {config['epochs']}; "
-            "there would be no such weights"
-        )
     known = ["last", *config["averages"]]
     if selection and selection.get("weights", "last") not in known:
         raise ConfigError(unknown("selection.weights", selection["weights"], known))
+    for key, name in (
+        ("evaluate", config["evaluate"]),
+        ("selection.weights", (selection or {}).get("weights")),
+    ):
+        average = config["averages"].get(name) or {}
+        if (start := average.get("start_epoch", 1)) > config["epochs"]:
+            raise ConfigError(
+                f"{key}={name}: averages.{name}.start_epoch={start} is past the last epoch, {config['epochs']}; "
+                "there would be no such weights"
+            )
 
 
 def check_sections(config: Mapping[str, Any]) -> None:

@@ -400,11 +400,17 @@ def test_digits_are_written_once_and_have_their_stand_ins(scans: ImageFiles) -> 
     )
     pictures, among = other_pictures(root / "renditions", tailed.class_names, 5)
     assert among.tolist() == [True] * 5 + [False] * 5 and pictures.labels.max() == 4
-    with pytest.raises(ValueError, match="needs pictures of 200 classes, got 10"):
+    with pytest.raises(
+        ValueError,
+        match="needs pictures of 200 classes, got 10; bring the others, or set assessment.classes=10",
+    ):
         other_pictures(root / "sketch", tailed.class_names, 200)
     with pytest.raises(FileNotFoundError, match="no pictures at"):
         other_pictures(root / "none", tailed.class_names)
-    with pytest.raises(ValueError, match="5 classes that the data set has not, the first is 0"):
+    with pytest.raises(
+        ValueError,
+        match="5 classes that the data set has not, the first is 0; link or copy the folders of the shared",
+    ):
         other_pictures(root / "renditions", ("a", "b"))
 
 

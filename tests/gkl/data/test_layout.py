@@ -3,6 +3,7 @@
 import io
 import os
 import shutil
+import stat
 import tarfile
 import unicodedata
 import zipfile
@@ -325,6 +326,19 @@ def test_archives_that_cannot_be_unpacked_are_refused_at_once(
     for load in (image_folder, image_files):
         with pytest.raises(ValueError, match=message):
             load(str(archive), 8)
+
+
+def test_links_in_an_archive_are_called_so(root: Path, tmp_path: Path) -> None:
+    """As zip -y packs them: their bytes are a path."""
+    archive = zipped(root, tmp_path / "packed")
+    with zipfile.ZipFile(archive, "a") as file:
+        link = zipfile.ZipInfo("pictures/train/cat/9.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(link, "../dog/0.png")
+    with pytest.raises(
+        ValueError, match="1 of 7 pictures are links, the first is .*9.png; .* with what links lead to"
+    ):
+        image_folder(str(archive), 8)
 
 
 def test_damaged_members_are_named_by_their_path_in_the_archive(root: Path, tmp_path: Path) -> None:

@@ -166,6 +166,23 @@ def test_the_best_epoch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resumed.method.selection.best["robust"] == 50.0 and resumed.weights().keys() == {"last", "best"}
 
 
+def test_no_epoch_is_chosen_before_its_average_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the network itself was measured, and no weights were kept."""
+    words = ["selection=most_robust", "selection.images=test", "selection.loss=ce", "selection.steps=1"]
+    _, task = task_of(
+        "at/c100_basic_gkl", *words, "+selection.weights=ema", "evaluate=best", "averages.ema.start_epoch=3"
+    )
+    scores = iter([30.0, 20.0])
+    monkeypatch.setattr("trainers.methods.robust.pgd_accuracy", lambda *a, **k: next(scores))
+    rows = []
+    for epoch in range(1, 5):
+        task.start_epoch(epoch)
+        task.train_step(epoch, 0)
+        rows.append(task.end_epoch(epoch).get("selection/robust"))
+    assert rows == [None, None, 30.0, 20.0]
+    assert task.method.selection.best["epoch"] == 3 and task.weights()["best"]
+
+
 # --- TRADES and what its trainer also is: TRADES-AWP, ACAT, DM-AT, DKL -------------------------------------------------
 
 

@@ -51,6 +51,11 @@ def composed(*words: str) -> dict[str, Any]:
         ("optimizer.lr=-1", "optimizer.lr must be above 0, got -1"),
         ("averages.swa.start_epoch=-1", "averages.swa.start_epoch must be at least 0, got -1"),
         ("averages.swa.start_epoch=50", "averages.swa.start_epoch=50 is past the last epoch, 10"),
+        (
+            "selection=most_robust selection.images=test selection.loss=ce selection.steps=1 +selection.weights=ema "
+            "evaluate=best averages.ema.start_epoch=50",
+            "selection.weights=ema: averages.ema.start_epoch=50 is past the last epoch, 10",
+        ),
         ("augment.flip=2", r"augment.flip must be in \[0, 1\], got 2"),
         ("held_out=1.0", r"held_out must be in \[0, 1\), got 1"),
         ("held_out=-0.5", r"held_out must be in \[0, 1\), got -0.5"),
@@ -73,7 +78,7 @@ def composed(*words: str) -> dict[str, Any]:
 )
 def test_refused_in_one_line(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check(composed(word), 1)
+        check(composed(*word.split()), 1)
 
 
 @pytest.mark.parametrize(
