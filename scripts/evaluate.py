@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from torch import nn
 
 from gkl.atomic import atomically
 from gkl.data.dense import DenseData
@@ -62,19 +63,8 @@ def main(arguments: list[str]) -> int:
             )
         if noticed := getattr(data, "noticed", None):
             console.warn(noticed)
-        model = instantiate(config["model"], num_classes=data.num_classes)
         try:
-            chosen(data, config["evaluation"]["images"])  # that they are there
-            if not hasattr(model, "get_classifier"):
-                raise ValueError(
-                    f"AutoAttack asks a network for a picture's class, and a {type(model).__name__} gives none; choose model=... of a classifier"
-                )
-            check_answers(model, data.image_size)
-            key = config["checkpoint_key"]
-            report = load_checkpoint(model, path, None if key is None else str(key))
-            console.say(str(report))
-            if not report.normalised:
-                console.say(taken(model, "model"))
+            model = loaded(config, data, path, console)
         except ValueError as error:
             raise ConfigError(str(error)) from error
         model.to(device).eval()
@@ -100,6 +90,23 @@ def main(arguments: list[str]) -> int:
                 found["published"] = {name: published[name] for name in ("clean", "aa")}
             print(json.dumps(found, indent=1))
     return 0
+
+
+def loaded(config: dict[str, Any], data: Any, path: Path, console: Console) -> nn.Module:
+    """The network with its weights, after saying how they were found. Raises ValueError for what AutoAttack cannot measure."""
+    model: nn.Module = instantiate(config["model"], num_classes=data.num_classes)
+    chosen(data, config["evaluation"]["images"])  # that they are there
+    if not hasattr(model, "get_classifier"):
+        raise ValueError(
+            f"AutoAttack asks a network for a picture's class, and a {type(model).__name__} gives none; choose model=... of a classifier"
+        )
+    check_answers(model, data.image_size)
+    key = config["checkpoint_key"]
+    report = load_checkpoint(model, path, None if key is None else str(key))
+    console.say(str(report))
+    if not report.normalised:
+        console.say(taken(model, "model"))
+    return model
 
 
 def with_published(arguments: list[str]) -> tuple[list[str], dict[str, Any] | None]:

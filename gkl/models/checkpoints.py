@@ -6,7 +6,7 @@ print(report)  # 212 of the model's 212 tensors matched; found under 'state_dict
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,59 @@ def load_checkpoint(
             f"no checkpoint at {path}{' but a folder' if path.is_dir() else ''}; give the path of a .pt, .pth or .safetensors file"
         )
     content = read(path)
+    met = _meeting(model, content, path, key)
+    report, state, own = met.report, met.state, met.own
+    classes = classes_of(report, state, own, getattr(model, "num_classes", None))
+    bare = headless(report, met.head, own, met.left)
+    if any_classes and bare:
+        unused = report.unused + report.unexpected
+        report = replace(report, anew=report.missing, missing=(), unused=unused, unexpected=())
+    if any_classes and classes is not None:
+        anew = tuple(name for name in state if state[name].shape != own[name].shape)
+        report = replace(report, anew=anew, mismatched=())
+        state = {name: tensor for name, tensor in state.items() if name not in anew}
+    if not report.fits:
+        what = (
+            f"which has {model.num_classes} classes and the file {classes}"
+            if classes is not None
+            else diagnosis(report, own, met.head if bare else None)
+        )
+        raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
+    if wrong := unusable(state, own):
+        raise CheckpointMismatch(f"{path}: {wrong}: {report}", report)
+    if met.statistics:
+        if all(twice_before(place, met.left) for place in met.places):
+            raise CheckpointMismatch(
+                f"{path} normalises its pictures twice, one layer after the other; save the inner network alone and give "
+                "model.normalisation what both come to",
+                report,
+            )
+        _normalise_by(met.statistics, model, path, report)
+    elif (named := named_statistics(content)) and not normalises_by(model, named):
+        report = replace(
+            report,
+            named=f"its settings name {described(named)}, by which nothing is normalised here: model.normalisation says by what",
+        )
+    met.network.load_state_dict(state, strict=False)
+    return report
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """A file's tensors beside a network's."""
+
+    network: nn.Module  # what of the model the file holds
+    own: Mapping[str, Tensor]  # its tensors, without a normalisation that the file has not
+    state: dict[str, Tensor]  # the file's by these names
+    left: dict[str, Tensor]  # the file's others
+    places: Sequence[str]  # what the names begin with in the file
+    head: str | None  # the last layer
+    report: LoadReport
+    statistics: Statistics | None  # the file's normalisation
+
+
+def _meeting(model: nn.Module, content: Any, path: Path, key: str | None) -> _Meeting:
+    """How a file's content meets a model. Raises ValueError for no state dict, and for several networks."""
     tensors, wrapper, others = state_dict(content, path, key)
     # In files it has timm's names, or OpenCLIP's.
     network: Any = model.model if isinstance(model, TimmNetwork | Clip) else model
@@ -69,58 +122,21 @@ def load_checkpoint(
     own = network.state_dict()
     given = _by_own_name(tensors, own, path)
     head = head_of(network, getattr(model, "num_classes", None))
-    prefix, *copies = _prefixes(given, own, path, wrapper, head)
+    places = _prefixes(given, own, path, wrapper, head)
     by, its = statistics_among(own)
-    kept = [name for name in its if prefix + name not in given]
-    if by and kept:
-        own = {name: tensor for name, tensor in own.items() if name not in kept}
-    state = {name: given[prefix + name] for name in own if prefix + name in given}
-    taken = {place + name for place in (prefix, *copies) for name in state}
-    elsewhere = head_elsewhere(head, own, state, {key: t for key, t in given.items() if key not in taken})
+    kept = [name for name in its if by and places[0] + name not in given]
+    own = {name: tensor for name, tensor in own.items() if name not in kept}
+    state = {name: given[places[0] + name] for name in own if places[0] + name in given}
+    taken = {place + name for place in places for name in state}
+    elsewhere = head_elsewhere(head, own, state, {name: t for name, t in given.items() if name not in taken})
     state |= {name: given[place] for name, place in elsewhere.items()}
-    taken |= {*elsewhere.values()}
-    left = {key: tensor for key, tensor in given.items() if key not in taken}
-    report, statistics = report_of(state, own, left, prefix)
+    left = {name: t for name, t in given.items() if name not in taken | {*elsewhere.values()}}
+    report, statistics = report_of(state, own, left, places[0])
     report = replace(report, wrapper=wrapper, others=others, computed=computed, head=(*elsewhere.values(),))
     if by and kept:
-        report = replace(
-            report,
-            normalised=f"normalised by the network's own {described(by)}, of which the file holds nothing",
-        )
-    classes = classes_of(report, state, own, getattr(model, "num_classes", None))
-    bare = headless(report, head, own, left)
-    if any_classes and bare:
-        report = replace(
-            report, anew=report.missing, missing=(), unused=report.unused + report.unexpected, unexpected=()
-        )
-    if any_classes and classes is not None:
-        anew = tuple(name for name in state if state[name].shape != own[name].shape)
-        report = replace(report, anew=anew, mismatched=())
-        state = {name: tensor for name, tensor in state.items() if name not in anew}
-    if not report.fits:
-        what = (
-            f"which has {model.num_classes} classes and the file {classes}"
-            if classes is not None
-            else diagnosis(report, own, head if bare else None)
-        )
-        raise CheckpointMismatch(f"{path} does not fit the {type(model).__name__}, {what}: {report}", report)
-    if wrong := unusable(state, own):
-        raise CheckpointMismatch(f"{path}: {wrong}: {report}", report)
-    if statistics:
-        if all(twice_before(place, left) for place in (prefix, *copies)):
-            raise CheckpointMismatch(
-                f"{path} normalises its pictures twice, one layer after the other; save the inner network alone and give "
-                "model.normalisation what both come to",
-                report,
-            )
-        _normalise_by(statistics, model, path, report)
-    elif (named := named_statistics(content)) and not normalises_by(model, named):
-        report = replace(
-            report,
-            named=f"its settings name {described(named)}, by which nothing is normalised here: model.normalisation says by what",
-        )
-    network.load_state_dict(state, strict=False)
-    return report
+        told = f"normalised by the network's own {described(by)}, of which the file holds nothing"
+        report = replace(report, normalised=told)
+    return _Meeting(network, own, state, left, places, head, report, statistics)
 
 
 def _held(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> nn.Module:

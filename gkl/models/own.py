@@ -96,9 +96,8 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
     tried = copy.deepcopy(model)
     weights = next(tried.parameters(), torch.zeros(()))
     x = torch.linspace(0.0, 1.0, 12 * image_size**2, device=weights.device).to(dtype_of(tried))
-    x = x.view(
-        4, 3, image_size, image_size
-    )  # of every shade, of which a threshold or a clamp would change some
+    # Of every shade, of which a threshold or a clamp would change some.
+    x = x.view(4, 3, image_size, image_size)
     before = x.clone()
     what = type(model.model).__name__
     try:
@@ -106,7 +105,7 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
             with eval_mode(tried):
                 answers = [tried(x), tried(x), tried(x[:1])]  # of one, squeeze() leaves no row
             with torch.enable_grad(), _checkpoints() as reentrant:
-                answers.append(tried.train()(x).detach())
+                answers.append(tried.train()(x))
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         remedy = (
@@ -144,19 +143,25 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
         raise ValueError(
             f"{what} returns probabilities; a network returns its logits: leave out the softmax at its end"
         )
-    if trained and (
-        True in reentrant or (reentrant and any(isinstance(m, _BatchNorm) for m in tried.modules()))
-    ):
-        why = "computes its activations anew in the backward pass (torch.utils.checkpoint)"
-        raise ValueError(
-            f"{what} {why} with use_reentrant=True, which loses gradients here; set use_reentrant=False"
-            if True in reentrant
-            else f"{what} {why}, where its batch norm would count a batch twice and be in another mode; leave the checkpoints out; "
-            "more devices save memory, too"
-        )
+    if trained:
+        _check_backward(tried, what, reentrant)
     if attacked and not _has_gradient(tried, x):
         raise ValueError(
             f"{what} has no gradient to its pictures, which the attack climbs; leave out no_grad and detach in its forward"
+        )
+
+
+def _check_backward(model: nn.Module, what: str, reentrant: list[bool]) -> None:
+    """Raises ValueError for a network whose backward pass computes what it should not. reentrant: see _checkpoints."""
+    why = "computes its activations anew in the backward pass (torch.utils.checkpoint)"
+    if True in reentrant:
+        raise ValueError(
+            f"{what} {why} with use_reentrant=True, which loses gradients here; set use_reentrant=False"
+        )
+    if reentrant and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise ValueError(
+            f"{what} {why}, where its batch norm would count a batch twice and be in another mode; leave the checkpoints out; "
+            "more devices save memory, too"
         )
 
 

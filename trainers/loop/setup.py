@@ -82,3 +82,11 @@ def check_batches(batches: Batches, batch_size: int, shard: Shard) -> None:
             f"the last batch of an epoch has {last} pictures, of which not every one of devices={world_size()} would have some; choose "
             "another batch_size, fewer devices or drop_last=true"
         )
+
+
+def check_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError for an optimizer whose momentum, if it has one, no schedule reaches."""
+    if any("momentum" not in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"momentum=... is a schedule of SGD's, and {type(optimizer).__name__} has none by that name; set momentum=null"
+        )

@@ -26,7 +26,7 @@ from gkl.rng import draw_seed
 from trainers.errors import NotBegun, RunError
 from trainers.loop.compute import Compute, compiled_graphs
 from trainers.loop.method import Method
-from trainers.loop.setup import Setup, check_batches
+from trainers.loop.setup import Setup, check_batches, check_momentum
 
 FUSED = (
     torch.optim.SGD,
@@ -62,12 +62,8 @@ class Training:
                 "the network has no weights to train; leave some unfrozen (requires_grad), or measure it as it is: scripts/evaluate.py"
             )
         self.optimizer = setup.optimizer(method.trained_module())
-        if setup.momentum is not None and any(
-            "momentum" not in group for group in self.optimizer.param_groups
-        ):
-            raise ValueError(
-                f"momentum=... is a schedule of SGD's, and {type(self.optimizer).__name__} has none by that name; set momentum=null"
-            )
+        if setup.momentum is not None:
+            check_momentum(self.optimizer)
         self.base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.fuse_optimizer()
         self.say: Callable[[str], None] = lambda line: print(
