@@ -102,6 +102,10 @@ def train_and_test(store: Store) -> Parts:
     train, there = splits["train"], [split for split in TESTED if splits[split]]
     if not there:
         found = "none to test with" if train else f"{len(store.names)} pictures elsewhere"
+        if store.names:
+            found += (
+                "; call the folders so, or link them under such names (to evaluate, test/ alone is enough)"
+            )
         if not store.names and (others := store.others):
             found = f"{one_line(', '.join(others))}: save the pictures as PNG or JPEG in such folders"
         raise ValueError(
