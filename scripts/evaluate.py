@@ -100,7 +100,7 @@ def loaded(config: dict[str, Any], data: Any, path: Path, console: Console) -> n
         raise ValueError(
             f"AutoAttack asks a network for a picture's class, and a {type(model).__name__} gives none; choose model=... of a classifier"
         )
-    check_answers(model, data.image_size)
+    check_answers(model, data.image_size, evaluated=True)
     key = config["checkpoint_key"]
     report = load_checkpoint(model, path, None if key is None else str(key))
     console.say(str(report))

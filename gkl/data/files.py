@@ -77,6 +77,11 @@ class ImageFiles:
                 f"{self.name} needs pictures to test with, and resize >= image_size, got {len(self.test.labels)}, "
                 f"{self.resize} and {self.image_size}"
             )
+        if self.shots and self.shots[1] > self.shots[0] + 1:
+            raise ValueError(
+                f"data.few={self.shots[1]} is past data.many={self.shots[0]}: classes would be many and few at once; many are those of more "
+                "training pictures than data.many, few those of fewer than data.few"
+            )
         check_labels(self.name, self.num_classes, train=self.train_labels, test=self.test_labels)
 
     def batches(self, *, augment: Any, **settings: Any) -> "FileBatches":

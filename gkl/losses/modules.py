@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from gkl.losses.closed_form import gkl_loss
+from gkl.losses.closed_form import Reduction, gkl_loss
 from gkl.losses.inputs import checked_labels, positions_of
 from gkl.losses.prior import ClassPrior
 
@@ -40,21 +40,22 @@ class GKLLoss(nn.Module):
         temperature: float = 1.0,
         prior_temperature: float = 1.0,
         ignore_index: int | None = None,
+        reduction: Reduction = "mean",
         create_graph: bool = False,
     ) -> None:
-        """alpha, beta, gamma, temperature, create_graph: as `gkl_loss`. num_classes, prior_temperature: as `ClassPrior`.
+        """alpha, beta, gamma, temperature, reduction, create_graph: as `gkl_loss`. num_classes, prior_temperature: as `ClassPrior`.
 
         ignore_index: the label of positions that do not count, 255 or -100; None where every label is a class.
         """
         super().__init__()
         self.alpha, self.beta, self.gamma, self.temperature = alpha, beta, gamma, temperature
-        self.ignore_index, self.create_graph = ignore_index, create_graph
+        self.ignore_index, self.reduction, self.create_graph = ignore_index, reduction, create_graph
         self.prior = ClassPrior(num_classes, prior_temperature)
 
     def forward(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, counted: Tensor | None = None
     ) -> Tensor:
-        """The mean over what counts, with gradient to both logits (B, C) or (B, C, *). labels: (B,) or (B, *) classes.
+        """The mean over what counts, or each (B,) or (B, *) for reduction="none", with gradient to both logits (B, C) or (B, C, *). labels: (B,) or (B, *) classes.
 
         counted: as `gkl_loss`, beside ignore_index.
         """
@@ -72,6 +73,7 @@ class GKLLoss(nn.Module):
             gamma=self.gamma,
             temperature=self.temperature,
             counted=counted,
+            reduction=self.reduction,
             create_graph=self.create_graph,
         )
         if self.training and _counts():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from gkl.models.checkpoints import load_checkpoint
+from gkl.models.checkpoints import keyed, load_checkpoint
 from gkl.models.normalise import Normalise, taken
 
 
@@ -24,7 +24,11 @@ def begun(
     if checkpoint is None:
         return model
     path, made_with = Path(checkpoint), getattr(model, "normalise", None)
-    report = load_checkpoint(model, path, key, any_classes=True)
+    try:
+        report = load_checkpoint(model, path, key, any_classes=True)
+    except ValueError as error:
+        error.args = (keyed(str(error), "model"),)
+        raise
     if sha256 is not None and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise ValueError(
             f"{path} has changed since the run was started with it; bring it back, or start a new run"

@@ -4,6 +4,7 @@ report = load_checkpoint(model, "model.pt")  # or an error that names what does 
 print(report)  # 212 of the model's 212 tensors matched; found under 'state_dict'; ...
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,11 @@ def load_checkpoint(
         )
     met.network.load_state_dict(state, strict=False)
     return report
+
+
+def keyed(message: str, section: str) -> str:
+    """An error's message with checkpoint_key as it is called in a section of a configuration."""
+    return re.sub(r"(?<![\w.])checkpoint_key=", f"{section}.checkpoint_key=", message)
 
 
 @dataclass(frozen=True)

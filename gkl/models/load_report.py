@@ -16,8 +16,9 @@ from gkl.models.normalise import MEANS, Statistics, described, same
 from gkl.models.timm_network import of_another_size
 
 # TRADES' network has a second first stage that no forward pass uses; files trained with it hold its weights. Older files of
-# timm's BEiT hold a table that is computed anew. AdvProp's second batch norm is for adversarial pictures in training (timm's aux_bn).
-UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$|\.aux_bn\.\d+\.")
+# timm's BEiT hold a table that is computed anew. For training alone are AdvProp's second batch norm (timm's aux_bn), and the further
+# heads of GoogLeNet and Inception.
+UNUSED = re.compile(r"^sub_block1\.|\.relative_position_index$|\.aux_bn\.\d+\.|^(aux[12]|AuxLogits)\.")
 # What a training keeps beside its network and no forward pass reads; counters of any name are told by their type.
 BESIDE = re.compile(
     r"(^|[._])(criterion|loss\w*|metrics?|acc|accuracy|auroc|f1|confmat)([._]|$)|\.(mean|sum|max|min)_value$"

@@ -49,11 +49,8 @@ class OwnNetwork(TimmNetwork):
         """Images (B, 3, H, W) in [0, 1] -> logits (B, num_classes). Raises ValueError for what else the module returns."""
         logits: Any = self.model(self.normalise(x))
         if not isinstance(logits, Tensor) or logits.shape != (len(x), self.num_classes):
-            got = (
-                f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-            )
             raise ValueError(
-                f"{type(self.model).__name__} returns {got}; a network returns its logits alone, ({len(x)}, {self.num_classes}) here"
+                f"{type(self.model).__name__} returns {_got(logits)}; a network returns its logits alone, ({len(x)}, {self.num_classes}) here"
             )
         return logits
 
@@ -83,10 +80,12 @@ def own(
     return begun(made, checkpoint, checkpoint_key, checkpoint_sha256)
 
 
-def check_answers(model: nn.Module, image_size: int, attacked: bool = False, trained: bool = False) -> None:
+def check_answers(
+    model: nn.Module, image_size: int, attacked: bool = False, trained: bool = False, evaluated: bool = False
+) -> None:
     """That a network of other people's takes pictures of this size and answers with logits, in either mode, and in eval mode to each
     picture by itself; ours do. attacked: and that its logits have a gradient to the pictures. trained: and that a backward pass
-    does not compute batch norm a second time.
+    does not compute batch norm a second time. evaluated: eval mode is all there is, other heads in training are none of its business.
 
     Raises ValueError.
     """
@@ -95,17 +94,16 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
     _check_made(model)
     tried = copy.deepcopy(model)
     weights = next(tried.parameters(), torch.zeros(()))
-    x = torch.linspace(0.0, 1.0, 12 * image_size**2, device=weights.device).to(dtype_of(tried))
     # Of every shade, of which a threshold or a clamp would change some.
-    x = x.view(4, 3, image_size, image_size)
-    before = x.clone()
+    x = torch.linspace(0.0, 1.0, 12 * image_size**2, device=weights.device).to(dtype_of(tried))
+    before = (x := x.view(4, 3, image_size, image_size)).clone()
     what = type(model.model).__name__
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             with eval_mode(tried):
                 answers = [tried(x), tried(x), tried(x[:1])]  # of one, squeeze() leaves no row
             with torch.enable_grad(), _checkpoints() as reentrant:
-                answers.append(tried.train()(x))
+                answers.append(tried.train(not evaluated)(x))
     except (AssertionError, RuntimeError, TypeError, AttributeError) as error:
         why = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
         remedy = (
@@ -122,11 +120,8 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
         )
     for answer, count in zip(answers, (4, 4, 1, 4), strict=True):
         if not isinstance(answer, Tensor) or answer.shape != (count, model.num_classes):
-            got = (
-                f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
-            )
             raise ValueError(
-                f"{what} returns {got}; a network returns its logits alone, (B, {model.num_classes}) here"
+                f"{what} returns {_got(answer)}; a network returns its logits alone, (B, {model.num_classes}) here"
             )
     logits, again, alone, _ = (answer.float() for answer in answers)
     largest = float(logits.abs().max())
@@ -149,6 +144,10 @@ def check_answers(model: nn.Module, image_size: int, attacked: bool = False, tra
         raise ValueError(
             f"{what} has no gradient to its pictures, which the attack climbs; leave out no_grad and detach in its forward"
         )
+
+
+def _got(answer: Any) -> str:
+    return f"shape {tuple(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
 
 
 def _check_backward(model: nn.Module, what: str, reentrant: list[bool]) -> None:

@@ -102,7 +102,7 @@ def check(config: Mapping[str, Any], world_size: int) -> None:
         ("selection.weights", (selection or {}).get("weights")),
     ):
         average = config["averages"].get(name) or {}
-        if (start := average.get("start_epoch", 1)) > config["epochs"]:
+        if average and (start := average.get("start_epoch", 1)) > config["epochs"]:
             raise ConfigError(
                 f"{key}={name}: averages.{name}.start_epoch={start} is past the last epoch, {config['epochs']}; "
                 "there would be no such weights"

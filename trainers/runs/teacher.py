@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from gkl.models import load_checkpoint, published
+from gkl.models.checkpoints import keyed
 from gkl.models.normalise import taken
 from trainers.errors import ConfigError
 from trainers.runs.compose import compose
@@ -130,7 +131,7 @@ class Teacher:
         try:
             report = load_checkpoint(network, file, self.checkpoint_key)
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(keyed(str(error), "teacher")) from error
         say = self.weights != "own" and hasattr(network, "normalise") and not report.normalised
         how = f"; {taken(network, 'teacher.network')}" if say else ""
         network.__dict__["begun"] = f"the teacher is {file.name}: {report}{how}"

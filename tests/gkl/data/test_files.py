@@ -467,3 +467,17 @@ def test_a_signal_to_all_processes_is_the_run_s_to_heed(signum: signal.Signals) 
     assert (process.returncode, out, err) == (0, f"saved {signum.value}\n", "")
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
+
+
+def test_bounds_by_which_a_class_is_many_and_few_are_refused(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for number in range(8):
+            path = tmp_path / part / f"c{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8)).save(path)
+    tail = {"largest": 4, "smallest": 2}
+    assert image_files(str(tmp_path), 8, 8, **tail, many=3, few=4).shots == (3, 4)
+    with pytest.raises(
+        ValueError, match="data.few=20 is past data.many=8: classes would be many and few at once"
+    ):
+        image_files(str(tmp_path), 8, 8, **tail, many=8, few=20)

@@ -453,3 +453,16 @@ def test_probs_are_a_mean_of_predictions_as_float64_has_it() -> None:
     assert prior.counts[0] == 3000
     prior.renew()
     torch.testing.assert_close(prior.probs[0], F.softmax(logits[0].float(), -1), rtol=1e-6, atol=0)
+
+
+def test_the_module_gives_each_example_s_loss_as_the_function_does() -> None:
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(6, 4), torch.randn(6, 4), torch.arange(6) % 4
+    settings = {"alpha": 3.0, "beta": 2.0, "gamma": 0.5}
+    each = GKLLoss(4, **settings, reduction="none")(student, teacher, labels)
+    assert each.shape == (6,)
+    assert torch.equal(
+        each, gkl_loss(student, teacher, ClassPrior(4).at(labels), **settings, reduction="none")
+    )
+    with pytest.raises(ValueError, match="reduction"):
+        GKLLoss(4, **settings, reduction="sum")(student, teacher, labels)  # type: ignore[arg-type]

@@ -146,6 +146,15 @@ def test_a_second_batch_norm_of_advprop_s_is_left_out_and_reported(tmp_path: Pat
     assert torch.equal(model(x), split(x))
 
 
+@pytest.mark.parametrize("name", ["aux1.fc2.weight", "AuxLogits.conv0.conv.weight"])
+def test_further_heads_of_a_training_are_left_out_and_reported(name: str, tmp_path: Path) -> None:
+    """As torchvision's GoogLeNet and Inception have them: their eval mode does not compute them."""
+    source, model = trained(WideResNet(10, 1)), WideResNet(10, 1)
+    report = load_checkpoint(model, save(source.state_dict() | {name: torch.rand(10, 64)}, tmp_path))
+    assert report.fits and f"1 unused and left out ({name})" in str(report)
+    assert_equal(model, source)
+
+
 def test_a_second_batch_norm_of_dajat_s_is_left_out_and_reported(tmp_path: Path) -> None:
     source, model = trained(split_batch_norm(WideResNet(10, 1))).eval(), WideResNet(10, 1).eval()
     report = load_checkpoint(model, save(source.state_dict(), tmp_path))
@@ -910,7 +919,7 @@ def test_a_training_may_begin_from_a_self_supervised_one(key: str, tmp_path: Pat
     source = trained(WideResNet(10, 1))
     path = save({"state_dict": moco(source)}, tmp_path)
     with pytest.raises(
-        ValueError, match="several networks.*say which: checkpoint_key=state_dict.encoder_q or"
+        ValueError, match="several networks.*say which: model.checkpoint_key=state_dict.encoder_q or"
     ):
         create("wrn_10_1", 7, checkpoint=str(path))
     model = create("wrn_10_1", 7, checkpoint=str(path), checkpoint_key=key)
@@ -967,3 +976,11 @@ def test_a_head_outside_the_backbone_or_behind_a_dropout_is_the_head(place: str,
         CheckpointMismatch, match="which has 7 classes and the file 10|another architecture|another head"
     ):
         load_checkpoint(WideResNet(10, 1, num_classes=7), save(state | moved, tmp_path))
+
+
+def test_a_key_that_is_asked_for_is_called_as_the_training_calls_it(tmp_path: Path) -> None:
+    path = save({"ema": WideResNet(10, 1).state_dict(), "online": WideResNet(10, 1).state_dict()}, tmp_path)
+    with pytest.raises(ValueError, match=r"say which: model\.checkpoint_key=ema"):
+        create("wrn_10_1", 10, checkpoint=str(path))
+    with pytest.raises(ValueError, match=r"say which: checkpoint_key=ema"):
+        load_checkpoint(WideResNet(10, 1), path)

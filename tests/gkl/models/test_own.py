@@ -182,6 +182,12 @@ def test_what_is_no_classifier_of_these_pictures_is_one_line(net: Path, name: st
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_network_returns_in_training_is_no_business_of_an_evaluation(net: Path) -> None:
+    check_answers(made(net, "Auxiliary"), 8, evaluated=True)
+    with pytest.raises(ValueError, match="Pair returns a tuple"):
+        check_answers(made(net, "Pair"), 8, evaluated=True)
+
+
 def test_an_attack_needs_a_gradient_to_the_pictures(net: Path) -> None:
     """Which a head on a fixed trunk has not, and distillation does not ask for."""
     check_answers(made(net, "Blind"), 8)
