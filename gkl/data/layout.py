@@ -103,11 +103,9 @@ def train_and_test(store: Store) -> Parts:
     if not there:
         found = "none to test with" if train else f"{len(store.names)} pictures elsewhere"
         if store.names:
-            found += (
-                "; call the folders so, or link them under such names (to evaluate, test/ alone is enough)"
-            )
-        if not store.names and (others := store.others):
-            found = f"{one_line(', '.join(others))}: save the pictures as PNG or JPEG in such folders"
+            found += "; name the folders so, or link them so (to evaluate, test/ alone is enough)"
+        elif store.others:
+            found = f"{one_line(', '.join(store.others))}: save the pictures as PNG or JPEG in such folders"
         raise ValueError(
             f"{store.path} needs pictures in train/<class>/ and in test/<class>/ or val/<class>/, got {found}"
         )

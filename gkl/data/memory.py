@@ -122,7 +122,8 @@ class MemoryBatches:
     ) -> None:
         """generated: a gkl.data.generated.Generated that makes up generated_share of each batch; an epoch is then
         len(data's training images) / batch_size steps. held_out: share of the training images that are not trained on, the
-        first, or the first of each class; always these where pictures lie class by class. views_together: a process has all views of its samples, (views, b, 3, H, W).
+        first, or the first of each class; always these where pictures lie class by class. views_together: a process has all views of
+        its samples, (views, b, 3, H, W).
         """
         if (generated is not None) != (0.0 < generated_share < 1.0):
             raise ValueError(

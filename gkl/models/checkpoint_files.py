@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gkl.lines import one_line
+from gkl.models.normalise import of_channels
 
 # Under which keys the network lies, the first that is there; averages (timm's state_dict_ema, torchvision's model_ema) are asked for.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
@@ -120,15 +121,10 @@ def named_statistics(content: Any) -> dict[str, list[float]] | None:
     """A mean and std of channels that a file's settings name (Lightning's hyper-parameters), None where there are none or several."""
     found: list[dict[str, list[float]]] = []
 
-    def numbers(value: Any) -> list[float] | None:
-        value = value.flatten().tolist() if isinstance(value, Tensor) else value
-        three = isinstance(value, list | tuple) and len(value) == 3
-        return [float(v) for v in value] if three and all(isinstance(v, int | float) for v in value) else None
-
     def look(node: Any, depth: int) -> None:
         if not isinstance(node, Mapping) or not depth or _is_state_dict(node):
             return
-        mean, std = numbers(node.get("mean")), numbers(node.get("std"))
+        mean, std = of_channels(node.get("mean")), of_channels(node.get("std"))
         if mean and std:
             found.append({"mean": mean, "std": std})
         for child in node.values():

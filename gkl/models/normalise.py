@@ -1,6 +1,7 @@
 """Shift and scale of the input channels, inside a network: what goes in is always a picture in [0, 1]."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,18 +106,19 @@ def normalises_by(model: nn.Module, statistics: Statistics) -> bool:
     return isinstance(layer, Normalise) and same(layer.statistics(), statistics)
 
 
+def of_channels(value: Any) -> list[float] | None:
+    """Three numbers, of a list or a tensor, None for anything else; a tensor of one is that of each channel."""
+    if isinstance(value, Tensor):
+        value = value.detach().flatten().tolist()
+        value = value * 3 if len(value) == 1 else value
+    three = isinstance(value, list | tuple) and len(value) == 3
+    return [float(v) for v in value] if three and all(isinstance(v, int | float) for v in value) else None
+
+
 def statistics_within(module: nn.Module) -> tuple[Statistics, ...]:
     """Mean and standard deviation of each layer in a network that holds such as attributes, buffers or lists; not (0, 1)."""
-
-    def numbers(value: object) -> list[float] | None:
-        if isinstance(value, Tensor):
-            value = value.detach().flatten().tolist()
-            value = value * 3 if len(value) == 1 else value
-        three = isinstance(value, list | tuple) and len(value) == 3
-        return [float(v) for v in value] if three and all(isinstance(v, int | float) for v in value) else None  # type: ignore[attr-defined]
-
     pairs = [
-        (numbers(getattr(layer, mean, None)), numbers(getattr(layer, std, None)))
+        (of_channels(getattr(layer, mean, None)), of_channels(getattr(layer, std, None)))
         for layer in module.modules()
         for mean, std in MEANS.items()
     ]

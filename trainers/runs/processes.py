@@ -85,9 +85,8 @@ def process_group(config: dict[str, Any]) -> Iterator[None]:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=WAIT)
         yield
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "/gloo/" not in str(
-            error
-        ):  # gloo has no error of its own
+        ours = isinstance(error, dist.DistError) or "/gloo/" in str(error)  # gloo has no error of its own
+        if not ours:
             raise
         raise LostProcess(
             f"process {os.environ['RANK']} of this run has lost another, or waited for it for {WAIT.seconds // 60} minutes "
